@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends: one row each, and each row says what it refuses and why.
+
+    name    device     what it runs
+    triton  cuda       kernels/conv_bn_act.py: one kernel for conv, BatchNorm, residual and ReLU
+    cpu     cpu        kernels/cpu.py: oneDNN's fused convolution on weights packed once
+    aten    any        kernels/aten.py: torch's own functions, unfused; refuses nothing
+
+The first row that does not refuse is taken, unless one is asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from resnet_fast import _env, _hardware
+from resnet_fast.kernels import aten, cpu
+from resnet_fast.spec import ConvSpec
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A convolution as a backend sees it: what is computed, where, and how its tensors lie.
+
+    Args:
+        spec: the convolution.
+        device: "cpu", "cuda", ...
+        arch: compute capability times ten of a CUDA device, else 0.
+        x, weight, residual: how the tensor lies in memory: "channels_last", "channels_inner"
+            (channels adjacent, the rest strided, as in a slice), "contiguous" or "strided";
+            residual is "" where there is none.
+        vectors: whether scale, shift, mean and var are contiguous.
+        tracked: whether changes of the weight can be seen (tensors made under
+            torch.inference_mode() have no version counter).
+        aligned: whether x and residual start at multiples of 16 bytes and stay there.
+        index64: whether a tensor has 2^31 elements or more.
+        vector_dtypes: dtypes of scale, shift, mean and var, None where one is not given.
+    """
+
+    spec: ConvSpec
+    device: str
+    arch: int
+    x: str
+    weight: str
+    residual: str
+    vectors: bool
+    tracked: bool
+    aligned: bool
+    index64: bool
+    vector_dtypes: tuple[str | None, ...] = field(default=("float32", "float32", None, None))
+
+
+# (x, weight, scale, shift, residual, mean, var, eps, inplace) -> y
+Run = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to run a fused convolution.
+
+    Args:
+        name: what `report`, RESNET_FAST_BACKEND and the ops' `backend` argument call it.
+        device: the device type it needs, or None for any.
+        missing: why it cannot run on this machine at all, or None.
+        refusal: why it cannot take a `Problem`, or None.
+        build: prepares a `Problem`; everything that can be kept between calls is made here.
+    """
+
+    name: str
+    device: str | None
+    missing: Callable[[], str | None]
+    refusal: Callable[[Problem], str | None]
+    build: Callable[[Problem], Run]
+
+
+@dataclass(slots=True)
+class Plan:
+    """A problem, the backend that was chosen for it, and why the others were not."""
+
+    problem: Problem
+    backend: str
+    refusals: dict[str, str]
+    run: Run
+    calls: int = 0
+
+
+def plan(problem: Problem, backend: str = AUTO) -> Plan:
+    """Choose a backend for `problem` and let it prepare.
+
+    Args:
+        problem: what is to be run.
+        backend: a backend's name, or "auto" for RESNET_FAST_BACKEND or else the table's order.
+
+    Raises:
+        ValueError: an unknown backend, or one asked for by argument that refuses.
+    """
+    if backend != AUTO:
+        check_name(backend)
+    wanted = backend if backend != AUTO else _env.backend()
+    rows = sorted(BACKENDS, key=lambda row: row.name != wanted)
+    refusals: dict[str, str] = {}
+    for row in rows:
+        reason = _refusal(row, problem)
+        if reason is None:
+            return Plan(problem, row.name, refusals, row.build(problem))
+        if row.name == backend:
+            text = f"backend {backend!r} cannot take {problem.spec}: {reason}"
+            raise ValueError(f"resnet_fast: {text}")
+        refusals[row.name] = reason
+    raise AssertionError("aten refuses nothing")
+
+
+def check_name(backend: str) -> None:
+    """Raise ValueError unless `backend` is a backend's name or "auto"."""
+    known = [row.name for row in BACKENDS]
+    if backend != AUTO and backend not in known:
+        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {known} and 'auto'")
+
+
+def _refusal(row: Backend, problem: Problem) -> str | None:
+    interpreted = row.name == "triton" and triton_interprets()
+    if row.device not in (None, problem.device) and not interpreted:
+        return f"runs on {row.device} tensors, not {problem.device}"
+    return row.missing() or row.refusal(problem)
+
+
+def triton_interprets() -> bool:
+    """Whether Triton's interpreter is on, which runs the GPU kernels on CPU tensors for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# ---- triton
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton; Linux only)"
+    if not triton_interprets() and not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    return None
+
+
+def _triton_refusal(problem: Problem) -> str | None:
+    if not triton_interprets() and _hardware.nearest_architecture(problem.arch) is None:
+        return f"compute capability {problem.arch / 10} is below 8.0"
+    if problem.x not in ("channels_last", "channels_inner"):
+        return f"x is {problem.x}, not channels_last"
+    if problem.weight != "channels_last":
+        return f"weight is {problem.weight}, not channels_last"
+    if problem.residual not in ("", "channels_last"):
+        return f"residual is {problem.residual}, not channels_last"
+    if not problem.vectors:
+        return "scale, shift, mean or var is not contiguous"
+    from resnet_fast.kernels import conv_bn_act as kernel
+
+    return kernel.refusal(problem.spec)
+
+
+def _triton_build(problem: Problem) -> Run:
+    raise NotImplementedError
+
+
+# ---- cpu
+
+
+def _cpu_refusal(problem: Problem) -> str | None:
+    if problem.x != "channels_last":
+        return f"x is {problem.x}, not channels_last"
+    if problem.residual not in ("", "channels_last"):
+        return f"residual is {problem.residual}, not channels_last"
+    if problem.weight not in ("channels_last", "contiguous"):
+        return f"weight is {problem.weight}, neither contiguous nor channels_last"
+    if not problem.vectors:
+        return "scale, shift, mean or var is not contiguous"
+    if not problem.tracked:
+        return (
+            "weight was made under torch.inference_mode(), so a packed copy could go stale unseen; "
+            "build or load the model outside of it"
+        )
+    return cpu.refusal(problem.spec)
+
+
+def _cpu_build(problem: Problem) -> Run:
+    return cpu.build(problem.spec)
+
+
+# ---- aten
+
+
+def _aten_build(problem: Problem) -> Run:
+    spec = problem.spec
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
+
+    def run(x, weight, scale, shift, residual, mean, var, eps, inplace=False) -> Tensor:
+        y = aten.conv_bn_act(
+            x, weight, scale, shift, residual, *geometry, mean, var, eps, spec.negative_slope
+        )
+        return residual.copy_(y) if inplace else y
+
+    return run
+
+
+def _nothing(*_) -> None:
+    return None
+
+
+BACKENDS = (
+    Backend("triton", "cuda", _triton_missing, _triton_refusal, _triton_build),
+    Backend("cpu", "cpu", _nothing, _cpu_refusal, _cpu_build),
+    Backend("aten", None, _nothing, _nothing, _aten_build),
+)
+
+
+def add_relu(x: Tensor, y: Tensor) -> Tensor:
+    """relu(x + y) by the first backend that takes it."""
+    alike = x.stride() == y.stride() and x.dtype in ADD_RELU_DTYPES and x.numel() > 0
+    dense = x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    if not (alike and dense):
+        return aten.add_relu(x, y)
+    if x.is_cuda and _triton_missing() is None:
+        from resnet_fast.kernels import add_relu as kernel
+
+        out = torch.empty_like(x)
+        kernel.add_relu(x, y, out)
+        return out
+    return cpu.add_relu(x, y) if x.device.type == "cpu" else aten.add_relu(x, y)
+
+
+ADD_RELU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch ops, in the namespace `torch.ops.resnet_fast`: start reading at `add_relu.py`.
+
+The narrow waist: above it all is ordinary PyTorch, below it kernels and pointers. Nothing else
+calls `dispatch`.
+"""
+
+from resnet_fast.ops._library import ArgumentError
+from resnet_fast.ops.add_relu import add_relu
+from resnet_fast.ops.conv_bn_act import conv_bn_act, conv_bn_act_
+
+__all__ = ["ArgumentError", "add_relu", "conv_bn_act", "conv_bn_act_"]

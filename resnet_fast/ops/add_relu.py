@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The residual join: relu(x + y). The smallest op, and the guide for the next one.
+
+A new op is this file with another formula: schema -> reference -> check_args -> fake ->
+implementation -> public function; a kernel file in `kernels/`; tests that compare the two; a line
+in `ops/__init__.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from resnet_fast.dispatch import backends
+from resnet_fast.kernels import aten
+from resnet_fast.ops import _library
+from resnet_fast.ops._library import describe, dtype_name, reject
+
+NAME = "add_relu"
+# 1. The schema: every argument and default, once.
+SCHEMA = "add_relu(Tensor x, Tensor y) -> Tensor"
+
+# 2. The reference: what the op means, in torch's own functions.
+reference = aten.add_relu
+
+
+# 3. The checks: they read no data, so the real and the fake implementation share them.
+def check_args(x: Tensor, y: Tensor) -> None:
+    """Raise ArgumentError unless x and y are dense, alike in shape and dtype, and in one place."""
+    for name, tensor in (("x", x), ("y", y)):
+        if not tensor.is_floating_point():
+            reject(NAME, name, "of a floating dtype", describe(tensor))
+        if tensor.layout != torch.strided:
+            reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
+    if y.shape != x.shape:
+        reject(NAME, "y", f"of x's shape {list(x.shape)}", describe(y), "call .expand_as(x)")
+    if y.dtype != x.dtype:
+        dtype = dtype_name(x.dtype)
+        reject(NAME, "y", f"of x's dtype {dtype}", describe(y), f"call .to(torch.{dtype})")
+    if y.device != x.device:
+        reject(NAME, "y", f"on x's device {x.device}", describe(y), f"call .to('{x.device}')")
+
+
+# 4. The fake: the output without data, in the layout that the implementation gives.
+def _fake(x: Tensor, y: Tensor) -> Tensor:
+    check_args(x, y)
+    return torch.empty_like(torch.add(x, y) if x.stride() != y.stride() else x)
+
+
+# 5. The implementation: the backend is chosen here, under the op, so that graphs stay whole.
+def _implementation(x: Tensor, y: Tensor) -> Tensor:
+    check_args(x, y)
+    return backends.add_relu(x, y)
+
+
+_op = _library.register(NAME, SCHEMA, _implementation, _fake, lambda x, y: (x, y))
+
+
+@register_flop_formula(torch.ops.resnet_fast.add_relu)
+def _flops(*_, **__) -> int:
+    """torch counts the operations of products only; an addition counts none."""
+    return 0
+
+
+# 6. The public function: shapes, layouts, errors, an example, the source.
+def add_relu(
+    x: Tensor,  # any shape
+    y: Tensor,  # x's shape
+) -> Tensor:
+    """relu(x + y) in one pass over memory; NaN passes the ReLU, as in torch.
+
+    Args:
+        x, y: floating tensors of one shape, dtype and device. Where both lie in memory in the same
+            dense order (both channels_last, say) they are read as they lie.
+
+    Returns:
+        A tensor of that shape and dtype, in x's memory order.
+
+    Raises:
+        ArgumentError: a ValueError that names the argument, what was expected and what was given.
+        RuntimeError: a gradient would be needed; the op has none yet.
+
+    Example:
+        >>> y = add_relu(torch.randn(1, 64, 56, 56), torch.randn(1, 64, 56, 56))
+
+    Source: He et al. 2015, equation 1 and figure 2 (the addition, then the second ReLU).
+    """
+    return _op(x, y)

@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolution, BatchNorm, residual add and ReLU as one op.
+
+    y = act((conv(x, weight) - mean) / sqrt(var + eps) * scale + shift + residual)
+
+BatchNorm's tensors are arguments, not folded into anything: what the op computes is what they hold
+at the call. The op chooses its backend inside (`dispatch/backends.py`), so torch.compile and
+torch.export see one opaque node.
+
+Reading order: schema -> reference -> check_args -> fake -> implementation -> public function.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from resnet_fast import _hardware
+from resnet_fast.dispatch import backends
+from resnet_fast.kernels import aten
+from resnet_fast.ops import _library
+from resnet_fast.ops._library import describe, dtype_name, reject
+from resnet_fast.spec import ACTIVATIONS, ELEMENT_SIZE, ConvSpec, conv_output_size
+
+NAME = "conv_bn_act"
+ARGUMENTS = (
+    "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, str activation='relu', "
+    "Tensor? mean=None, Tensor? var=None, float eps=1e-05, float negative_slope=0.0, "
+    "str backend='auto', bool master_weight=False"
+)
+TENSORS = "Tensor x, Tensor weight, Tensor scale, Tensor shift"
+SCHEMA = f"conv_bn_act({TENSORS}, Tensor? residual=None, {ARGUMENTS}) -> Tensor"
+# Writes y over residual: for a caller that owns residual and needs it no more.
+SCHEMA_INPLACE = f"conv_bn_act_({TENSORS}, Tensor(a!) residual, {ARGUMENTS}) -> ()"
+
+DTYPES = tuple(ELEMENT_SIZE)
+MAX_PLANS = 4096  # distinct problems remembered; past that they are planned anew
+
+
+class Call(NamedTuple):
+    """The op's arguments, in the schema's order and with its defaults."""
+
+    x: Tensor  # [N, H, W, C]
+    weight: Tensor  # [K, R, S, C / groups]
+    scale: Tensor  # [K]
+    shift: Tensor  # [K]
+    residual: Tensor | None = None  # [N, P, Q, K]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    activation: str = "relu"
+    mean: Tensor | None = None  # [K]
+    var: Tensor | None = None  # [K]
+    eps: float = 1e-5
+    negative_slope: float = 0.0
+    backend: str = "auto"
+    master_weight: bool = False  # weight is float32 beside a narrower x, as under autocast
+
+
+def reference(call: Call) -> Tensor:  # [N, P, Q, K]
+    """The op step by step in torch's own functions, at the dtype of its arguments."""
+    return aten.conv_bn_act(*call[:-2])
+
+
+def check_args(call: Call) -> tuple[int, int]:
+    """Raise ArgumentError unless the op can take `call`; return the output's height and width.
+
+    The same for real and for fake tensors: only shapes, dtypes, devices and layouts are read.
+    """
+    _check_tensors(call)
+    x, weight = call.x, call.weight
+    for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        value = getattr(call, name)
+        if len(value) != 2 or any(v < least for v in value):
+            expected = f"two integers of at least {least} (height, width)"
+            remedy = "for another padding call torch.nn.functional.pad" if name == "padding" else ""
+            reject(NAME, name, expected, list(value), remedy)
+    if call.activation not in ACTIVATIONS:
+        reject(NAME, "activation", f"one of {list(ACTIVATIONS)}", repr(call.activation))
+    backends.check_name(call.backend)
+    channels, filters = x.shape[1], weight.shape[0]
+    if call.groups < 1 or filters % call.groups or channels % call.groups:
+        reject(NAME, "groups", f"a divisor of C = {channels} and K = {filters}", call.groups)
+    if weight.shape[1] * call.groups != channels:
+        expected = f"[K, C / groups, R, S] with C / groups = {channels} / {call.groups}"
+        reject(NAME, "weight", expected, describe(weight))
+    p, q = (
+        conv_output_size(
+            x.shape[2 + i], weight.shape[2 + i], call.stride[i], call.padding[i], call.dilation[i]
+        )
+        for i in (0, 1)
+    )
+    if p < 1 or q < 1:
+        expected = f"at least as large as the dilated {weight.shape[2]}x{weight.shape[3]} filter"
+        reject(NAME, "x", expected, f"{describe(x)}, which leaves no output", "add padding")
+    if call.residual is not None and call.residual.shape != (x.shape[0], filters, p, q):
+        expected = f"of y's shape {[x.shape[0], filters, p, q]}"
+        reject(NAME, "residual", expected, describe(call.residual))
+    return p, q
+
+
+def _check_tensors(call: Call) -> None:
+    x = call.x
+    if dtype_name(x.dtype) not in DTYPES:
+        reject(NAME, "x", f"of a floating dtype, one of {list(DTYPES)}", describe(x))
+    for name in ("x", "weight", "residual"):
+        tensor = getattr(call, name)
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided:
+            reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
+        if tensor.dim() != 4:
+            expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
+            reject(NAME, name, expected, describe(tensor))
+        master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
+        if tensor.dtype != x.dtype and not master:
+            dtype = dtype_name(x.dtype)
+            remedy = f"call .to(torch.{dtype})"
+            reject(NAME, name, f"of x's dtype {dtype}", describe(tensor), remedy)
+    if (call.mean is None) != (call.var is None):
+        reject(NAME, "mean and var", "both given or both left out", "one of them")
+    for name in ("weight", "residual", "scale", "shift", "mean", "var"):
+        tensor = getattr(call, name)
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            remedy = f"call .to('{x.device}')"
+            reject(NAME, name, f"on x's device {x.device}", describe(tensor), remedy)
+        if name in ("weight", "residual"):
+            continue
+        if tensor.dim() != 1 or tensor.shape[0] != call.weight.shape[0]:
+            reject(NAME, name, f"[K] with K = {call.weight.shape[0]}", describe(tensor))
+        if tensor.dtype not in (torch.float32, x.dtype):
+            expected = f"float32 or {dtype_name(x.dtype)}"
+            reject(NAME, name, expected, describe(tensor), "call .float()")
+
+
+def _new_output(call: Call, p: int, q: int) -> Tensor:  # [N, P, Q, K]
+    x = call.x
+    shape = (x.shape[0], call.weight.shape[0], p, q)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _fake(*args, **kwargs) -> Tensor:
+    call = Call(*args, **kwargs)
+    return _new_output(call, *check_args(call))
+
+
+def _fake_inplace(*args, **kwargs) -> None:
+    check_args(Call(*args, **kwargs))
+
+
+# ---- implementation: facts of the call -> plan, made once -> run
+
+_plans: dict[tuple, backends.Plan] = {}
+_last = threading.local()
+
+
+def _run(call: Call, inplace: bool) -> Tensor:
+    key = _key(call)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plan(call)
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    plan.calls += 1
+    _last.plan = plan
+    x, weight, scale, shift, residual = call[:5]
+    return plan.run(x, weight, scale, shift, residual, call.mean, call.var, call.eps, inplace)
+
+
+def _implementation(*args, **kwargs) -> Tensor:
+    return _run(Call(*args, **kwargs), inplace=False)
+
+
+def _implementation_inplace(*args, **kwargs) -> None:
+    _run(Call(*args, **kwargs), inplace=True)
+
+
+def _key(call: Call) -> tuple:
+    """All that check_args and the choice of a plan read: the same key needs neither again."""
+    x, weight, scale, shift, residual, stride, padding, dilation, groups, activation = call[:10]
+    mean, var, slope, backend = call.mean, call.var, call.negative_slope, call.backend
+    key = (
+        _facts(x), _facts(weight), _facts(scale), _facts(shift), *stride, *padding, *dilation,
+        groups, activation, slope, backend, call.master_weight,
+        residual is not None and _facts(residual), mean is not None and _facts(mean),
+        var is not None and _facts(var),
+        weight.is_inference(),
+    )  # fmt: skip
+    if x.is_cuda:
+        pointers = x.data_ptr() | (0 if residual is None else residual.data_ptr())
+        key += (pointers % 16, x.dtype == torch.float32 and _precision())
+    return key
+
+
+def _facts(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _plan(call: Call) -> backends.Plan:
+    p, q = check_args(call)
+    x, weight, residual = call.x, call.weight, call.residual
+    vectors = (call.scale, call.shift, call.mean, call.var)
+    spec = ConvSpec(
+        n=x.shape[0], h=x.shape[2], w=x.shape[3], c=x.shape[1],
+        k=weight.shape[0], r=weight.shape[2], s=weight.shape[3],
+        stride=tuple(call.stride), padding=tuple(call.padding), dilation=tuple(call.dilation),
+        groups=call.groups, dtype=dtype_name(x.dtype), activation=call.activation,
+        residual=residual is not None, norm=call.mean is not None,
+        precision=_precision() if x.is_cuda else "ieee", negative_slope=call.negative_slope,
+    )  # fmt: skip
+    problem = backends.Problem(
+        spec=spec,
+        device=x.device.type,
+        arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
+        x=_layout(x),
+        weight=_layout(weight),
+        residual="" if residual is None else _layout(residual),
+        vectors=all(v is None or v.is_contiguous() for v in vectors),
+        tracked=not weight.is_inference(),
+        aligned=all(t is None or _aligned(t) for t in (x, residual)),
+        index64=max(_span(x), spec.m * spec.k, weight.numel()) >= 2**31,
+        vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
+    )
+    plan = backends.plan(problem, call.backend)
+    if spec.m * spec.k == 0:
+        plan.run = lambda x, *_: x.new_empty((spec.n, spec.k, p, q)).contiguous(
+            memory_format=torch.channels_last
+        )
+    elif weight.dtype != x.dtype and plan.backend != "cpu":
+        run = plan.run
+        plan.run = lambda x, weight, *rest: run(x, weight.to(x.dtype), *rest)
+    return plan
+
+
+def _precision() -> str:
+    """ "tf32" where cuDNN would use TF32 for a float32 convolution, else "ieee"."""
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+
+
+def _layout(tensor: Tensor) -> str:
+    if tensor.is_contiguous(memory_format=torch.channels_last):
+        return "channels_last"
+    if tensor.is_contiguous():
+        return "contiguous"
+    return "channels_inner" if tensor.stride(1) == 1 else "strided"
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether every pixel starts at a multiple of 16 bytes."""
+    strides = [stride for i, stride in enumerate(tensor.stride()) if i != 1]
+    return tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in strides)
+
+
+def _span(tensor: Tensor) -> int:
+    """Elements between the first and the last that the tensor can reach, both counted."""
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs)
+
+
+def _tensors(*args) -> tuple[Tensor | None, ...]:
+    call = Call(*args)
+    return (*call[:5], call.mean, call.var)
+
+
+def _under_autocast(op, device: str):
+    """The op under autocast: x and residual in autocast's dtype, BatchNorm's vectors in fp32.
+
+    `torch.library.register_autocast` would round the vectors too, and the weight anew in each call.
+    """
+
+    def cast(*args) -> Tensor | None:
+        call = Call(*args)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.amp.autocast(device, enabled=False):
+            if call.x.dtype == torch.float64:  # autocast leaves float64 alone
+                return op(*call)
+            master = call.weight.dtype == torch.float32 != dtype
+            return op(
+                *call._replace(
+                    x=call.x.to(dtype),
+                    weight=call.weight if master else call.weight.to(dtype),
+                    residual=None if call.residual is None else call.residual.to(dtype),
+                    master_weight=master,
+                )
+            )
+
+    return cast
+
+
+_op = _library.register(NAME, SCHEMA, _implementation, _fake, _tensors)
+_op_inplace = _library.register(
+    NAME + "_", SCHEMA_INPLACE, _implementation_inplace, _fake_inplace, _tensors
+)
+for _device in ("cpu", "cuda"):
+    for _name, _overload in ((NAME, _op), (NAME + "_", _op_inplace)):
+        _cast = _under_autocast(_overload, _device)
+        _library.LIBRARY.impl(_name, _cast, f"Autocast{_device.upper()}")
+
+
+@register_flop_formula([torch.ops.resnet_fast.conv_bn_act, torch.ops.resnet_fast.conv_bn_act_])
+def _flops(x_shape, weight_shape, _scale, _shift, residual_shape=None, *_, out_shape=None, **__):
+    """Two operations a multiply-add, as torch counts a convolution; the epilogue adds none."""
+    return conv_flop_count(x_shape, weight_shape, out_shape or residual_shape)
+
+
+def conv_bn_act(
+    x: Tensor,  # [N, H, W, C]
+    weight: Tensor,  # [K, R, S, C / groups]
+    scale: Tensor,  # [K]
+    shift: Tensor,  # [K]
+    residual: Tensor | None = None,  # [N, P, Q, K]
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    *,
+    mean: Tensor | None = None,  # [K]
+    var: Tensor | None = None,  # [K]
+    eps: float = 1e-5,
+    negative_slope: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:  # [N, P, Q, K]
+    """Convolution, BatchNorm in inference, residual add and ReLU in one pass over memory.
+
+        y = act((conv(x, weight) - mean) / sqrt(var + eps) * scale + shift + residual)
+
+    The sum and everything after it is fp32 and rounded once. NaN passes the ReLU, as in torch.
+
+    Args:
+        x: [N, C, H, W], channels_last in memory for the fused kernels; float16, bfloat16, float32
+            or float64.
+        weight: [K, C / groups, R, S] of x's dtype; channels_last for the GPU kernels.
+        scale, shift: [K], float32 or x's dtype: BatchNorm's weight and bias, or any affine map.
+        residual: [N, K, P, Q] of x's dtype, added before the activation; None for nothing.
+        stride, padding, dilation: one integer, or one for height and one for width.
+        groups: divides C and K.
+        activation: "relu" or "none".
+        mean, var: [K], BatchNorm's running statistics; None leaves that step out.
+        eps: added to var.
+        negative_slope: slope of the activation below zero; 0 is ReLU.
+        backend: "auto", or the name of the backend to use (`resnet-fast check` lists them).
+
+    Returns:
+        [N, K, P, Q], channels_last, of x's dtype.
+
+    Raises:
+        ArgumentError: a ValueError that names the argument, what was expected and what was given.
+        RuntimeError: a gradient would be needed; the op has none yet.
+
+    Example:
+        >>> x = torch.randn(1, 64, 56, 56).to(memory_format=torch.channels_last)
+        >>> w = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last)
+        >>> y = conv_bn_act(x, w, torch.ones(64), torch.zeros(64), padding=1)
+
+    Source: He et al. 2015, section 3.4 (BatchNorm after each convolution, before activation);
+    Ioffe and Szegedy 2015, section 3.1 (BatchNorm in inference is an affine map).
+    """
+    return _op(
+        x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
+        activation, mean, var, eps, negative_slope, backend,
+    )  # fmt: skip
+
+
+def conv_bn_act_(x, weight, scale, shift, residual, stride=1, padding=0, dilation=1, groups=1,
+                 activation="relu", **keywords) -> Tensor:  # fmt: skip
+    """`conv_bn_act` that writes y over residual and returns it, for a caller that owns residual.
+
+    Args and errors are those of `conv_bn_act`; a separate output is neither allocated nor written.
+    """
+    _op_inplace(
+        x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
+        activation, **keywords,
+    )  # fmt: skip
+    return residual
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
