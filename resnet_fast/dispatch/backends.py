@@ -91,6 +91,14 @@ class Plan:
     run: Run
     calls: int = 0
 
+    def why_fallback(self) -> str:
+        """Why no fused kernel of this device took the problem; empty where one did."""
+        if self.backend != "aten":
+            return ""
+        devices = {row.name: row.device for row in BACKENDS}
+        why = [r for name, r in self.refusals.items() if devices[name] == self.problem.device]
+        return "; ".join(why) or f"no fused kernel for {self.problem.device}"
+
 
 def plan(problem: Problem, backend: str = AUTO) -> Plan:
     """Choose a backend for `problem` and let it prepare.

@@ -5,8 +5,27 @@ The narrow waist: above it all is ordinary PyTorch, below it kernels and pointer
 calls `dispatch`.
 """
 
+from resnet_fast.kernels.cpu import forget, packed_bytes
 from resnet_fast.ops._library import ArgumentError
 from resnet_fast.ops.add_relu import add_relu
-from resnet_fast.ops.conv_bn_act import conv_bn_act, conv_bn_act_
+from resnet_fast.ops.conv_bn_act import (
+    conv_bn_act,
+    conv_bn_act_,
+    conv_bn_act_op,
+    conv_bn_act_op_,
+    last_plan,
+    plans,
+)
 
-__all__ = ["ArgumentError", "add_relu", "conv_bn_act", "conv_bn_act_"]
+__all__ = [
+    "ArgumentError",
+    "add_relu",
+    "conv_bn_act",
+    "conv_bn_act_",
+    "conv_bn_act_op",
+    "conv_bn_act_op_",
+    "forget",
+    "last_plan",
+    "packed_bytes",
+    "plans",
+]

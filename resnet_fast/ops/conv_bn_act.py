@@ -183,6 +183,16 @@ def _implementation_inplace(*args, **kwargs) -> None:
     _run(Call(*args, **kwargs), inplace=True)
 
 
+def last_plan() -> backends.Plan:
+    """The plan of this thread's last call."""
+    return _last.plan
+
+
+def plans() -> list[backends.Plan]:
+    """All problems met so far, with the backend chosen for each and how often it was called."""
+    return list(_plans.values())
+
+
 def _key(call: Call) -> tuple:
     """All that check_args and the choice of a plan read: the same key needs neither again."""
     x, weight, scale, shift, residual, stride, padding, dilation, groups, activation = call[:10]
@@ -295,12 +305,13 @@ def _under_autocast(op, device: str):
     return cast
 
 
-_op = _library.register(NAME, SCHEMA, _implementation, _fake, _tensors)
-_op_inplace = _library.register(
+# The bare overloads: all arguments by position, no checks before the op's own, least overhead.
+conv_bn_act_op = _library.register(NAME, SCHEMA, _implementation, _fake, _tensors)
+conv_bn_act_op_ = _library.register(
     NAME + "_", SCHEMA_INPLACE, _implementation_inplace, _fake_inplace, _tensors
 )
 for _device in ("cpu", "cuda"):
-    for _name, _overload in ((NAME, _op), (NAME + "_", _op_inplace)):
+    for _name, _overload in ((NAME, conv_bn_act_op), (NAME + "_", conv_bn_act_op_)):
         _cast = _under_autocast(_overload, _device)
         _library.LIBRARY.impl(_name, _cast, f"Autocast{_device.upper()}")
 
@@ -364,7 +375,7 @@ def conv_bn_act(
     Source: He et al. 2015, section 3.4 (BatchNorm after each convolution, before activation);
     Ioffe and Szegedy 2015, section 3.1 (BatchNorm in inference is an affine map).
     """
-    return _op(
+    return conv_bn_act_op(
         x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
         activation, mean, var, eps, negative_slope, backend,
     )  # fmt: skip
@@ -376,7 +387,7 @@ def conv_bn_act_(x, weight, scale, shift, residual, stride=1, padding=0, dilatio
 
     Args and errors are those of `conv_bn_act`; a separate output is neither allocated nor written.
     """
-    _op_inplace(
+    conv_bn_act_op_(
         x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
         activation, **keywords,
     )  # fmt: skip

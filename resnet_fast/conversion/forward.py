@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `optimize` puts in place of a module's forward, and takes away again.
+
+The module keeps its class, children, parameters and hooks; only `module.forward`, an attribute of
+that one instance, becomes a `FusedForward`. It survives copy.deepcopy and pickle with its module,
+and tools that read the source of a forward (torch.jit.script, inspect) see the class's own.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+from torch import Tensor, nn
+
+from resnet_fast.nn import blocks
+from resnet_fast.nn.blocks import Recipe
+
+
+class FusedForward:
+    """A forward that fuses where it may, and else calls the class's own.
+
+    Args:
+        module: the module whose forward this is.
+        recipe: the parts of a residual block; None for a stage or a whole model.
+        backend: see `ops.conv_bn_act`.
+    """
+
+    def __init__(self, module: nn.Module, recipe: Recipe | None = None, backend: str = "auto"):
+        self.module = module
+        self.recipe = recipe
+        self.backend = backend
+
+    @property
+    def __wrapped__(self) -> MethodType:
+        """The class's own forward, bound."""
+        return MethodType(type(self.module).forward, self.module)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class BlockForward(FusedForward):
+    """A residual block of a known class."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        outcome = blocks.try_block(self.module, self.recipe, x, backend=self.backend)
+        return self.__wrapped__(x) if isinstance(outcome, str) else outcome
+
+
+class StageForward(FusedForward):
+    """An nn.Sequential of residual blocks."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        return blocks.run_stage(self.module, input)
+
+
+class ModelForward(FusedForward):
+    """A ResNet with torchvision's children: conv1, bn1, relu, maxpool, layer1 to 4, avgpool, fc."""
+
+    fuses_stem = True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if blocks.is_symbolic(x):
+            return self.__wrapped__(x)
+        return blocks.resnet_forward(self.module, x, self.backend)
+
+
+def install(forward: FusedForward) -> None:
+    """Make `forward` the forward of its module; without effect where one is installed already."""
+    if not isinstance(forward.module.__dict__.get("forward"), FusedForward):
+        forward.module.forward = forward
+
+
+def remove(module: nn.Module) -> bool:
+    """Give the module its class's forward back; whether there was anything to remove."""
+    if not isinstance(module.__dict__.get("forward"), FusedForward):
+        return False
+    del module.forward
+    return True

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""optimize(model): the same model, its residual blocks fused; restore(model): as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from resnet_fast import agreement, ops
+from resnet_fast.conversion import recipes
+from resnet_fast.conversion.forward import (
+    BlockForward,
+    ModelForward,
+    StageForward,
+    install,
+    remove,
+)
+from resnet_fast.dispatch import backends
+from resnet_fast.nn import blocks
+from resnet_fast.nn.fusion import disabled
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+    example_input: Tensor | None = None,
+    backend: str = "auto",
+    strict: bool = False,
+    verify: bool = False,
+) -> nn.Module:
+    """Fuse the ResNets in a model: each conv + BatchNorm (+ shortcut) + ReLU becomes one op.
+
+    Finds torchvision's ResNets, also as backbones inside its detection and segmentation models,
+    timm's plain ResNets, and this package's own. The result has the same class, children and
+    state_dict keys; its weights are live: loading, training and moving it go on as before, and a
+    call that cannot be fused (training, hooks, gradients) runs the plain forward by itself.
+
+    Args:
+        model: any module; what is not a known residual block is left as it is.
+        inplace: change `model` itself; by default a deep copy is changed and returned.
+        dtype: cast the model; None leaves it.
+        memory_format: of its 4-D weights; the kernels read torch.channels_last.
+        example_input: what `verify` runs, [N, C, H, W]; by default random, [2, 3, 224, 224].
+        backend: "auto", or one backend's name for all blocks (`resnet-fast check` lists them).
+        strict: raise if nothing was found to fuse.
+        verify: run the model before and after, and raise if the fused one is less exact than the
+            plain one by more than a factor of two, both measured against float64.
+
+    Returns:
+        The optimized model. Optimizing it again changes nothing.
+
+    Raises:
+        TypeError: `model` is not a module.
+        ValueError: an unknown backend.
+        RuntimeError: strict, and no residual block of a known class was found; or verify, and the
+            outputs disagree.
+
+    Example:
+        >>> model = resnet_fast.optimize(torchvision.models.resnet50().eval())
+        >>> with torch.inference_mode():
+        ...     y = model(torch.randn(1, 3, 224, 224))
+        >>> print(resnet_fast.report(model))
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"resnet_fast.optimize: model must be an nn.Module, got {type(model)}")
+    backends.check_name(backend)
+    before = copy.deepcopy(model) if verify or not inplace else None
+    optimized = model if inplace else copy.deepcopy(model)
+    if dtype is not None:
+        optimized.to(dtype)
+    optimized.to(memory_format=memory_format)
+    found = _install(optimized, backend)
+    if strict and not found:
+        raise RuntimeError(
+            f"resnet_fast.optimize: no residual block of a known class in {type(model).__name__}; "
+            f"known are {', '.join('.'.join(key) for key in recipes.BLOCKS)}"
+        )
+    if verify:
+        _verify(before, optimized, dtype, example_input)
+    return optimized
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `optimize` in place: every module gets its class's forward back.
+
+    Args:
+        model: an optimized model, or any other.
+
+    Returns:
+        The same model. Its memory format and dtype stay as `optimize` left them.
+
+    Example:
+        >>> resnet_fast.restore(model)
+    """
+    for module in model.modules():
+        remove(module)
+    return refresh(model)
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Forget what was packed of the model's weights: the next forward packs them again.
+
+    Needed only after writing to single elements of a convolution's `weight.data`, which leaves no
+    trace (see `kernels/cpu.py`); everything else is noticed without it.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The same model.
+
+    Example:
+        >>> model.conv1.weight.data[0, 0, 0, 0] = 0.5
+        >>> resnet_fast.refresh(model)
+    """
+    ops.forget(model.parameters())
+    return model
+
+
+def _install(model: nn.Module, backend: str) -> int:
+    """Install fused forwards; the number of residual blocks that fuse, now or already before."""
+    found = 0
+    for module in model.modules():
+        recipe = recipes.recipe_for(module)
+        if recipe is not None:
+            install(BlockForward(module, recipe, backend))
+        if recipes.is_torchvision_resnet(module):
+            install(ModelForward(module, backend=backend))
+        found += blocks.fusable(module) is not None
+    for module in model.modules():
+        if type(module) is nn.Sequential and any(map(blocks.fusable, module)):
+            install(StageForward(module, backend=backend))
+    return found
+
+
+@torch.inference_mode()
+def _verify(before: nn.Module, after: nn.Module, dtype, example: Tensor | None) -> None:
+    first = next(after.parameters())
+    if example is None:
+        example = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    example = example.to(first.device)
+    exact = _outputs(copy.deepcopy(before).double(), example.double())
+    with disabled():
+        plain = _outputs(before.to(dtype) if dtype else before, example.to(first.dtype))
+    fused = _outputs(after, example.to(first.dtype))
+    for ours, theirs, reference in zip(fused, plain, exact, strict=True):
+        if ours.is_floating_point():
+            verdict = agreement.compare(ours, theirs, reference)
+            if not verdict.agrees:
+                raise RuntimeError(f"resnet_fast.optimize: verify failed: {verdict}")
+
+
+def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(model(x)) if isinstance(leaf, Tensor)]

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which classes of which libraries are understood: a forward function, and the recipe of its parts.
+
+A class is known by its `forward`, not by its name or ancestry: a subclass that overrides forward
+computes something else and is left alone. Libraries are looked up among the modules that are
+already imported (a model of theirs could not exist otherwise), so nothing is imported here.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from resnet_fast.nn.blocks import BASIC_BLOCK, BOTTLENECK, Recipe
+
+_TIMM_EXTRAS = ("drop_block", "aa", "se", "drop_path")
+
+# (module, class) -> recipe
+BLOCKS: dict[tuple[str, str], Recipe] = {
+    ("torchvision.models.resnet", "BasicBlock"): BASIC_BLOCK,
+    ("torchvision.models.resnet", "Bottleneck"): BOTTLENECK,
+    ("timm.models.resnet", "BasicBlock"): Recipe(
+        BASIC_BLOCK.units, activations=("act1", "act2"), absent=_TIMM_EXTRAS
+    ),
+    ("timm.models.resnet", "Bottleneck"): Recipe(
+        BOTTLENECK.units, activations=("act1", "act2", "act3"), absent=_TIMM_EXTRAS
+    ),
+}
+
+
+def recipe_for(block: nn.Module) -> Recipe | None:
+    """The recipe of a block of a known class, or None."""
+    for (module, name), recipe in BLOCKS.items():
+        known = getattr(sys.modules.get(module), name, None)
+        if known is not None and type(block).forward is known.forward:
+            return recipe
+    return None
+
+
+def is_torchvision_resnet(model: nn.Module) -> bool:
+    """Whether the model runs torchvision's own ResNet forward, so that its stem can be fused."""
+    known = getattr(sys.modules.get("torchvision.models.resnet"), "ResNet", None)
+    return known is not None and all(
+        getattr(type(model), name, None) is getattr(known, name)
+        for name in ("forward", "_forward_impl")
+    )
+
+
+def resembles_block(module: nn.Module) -> bool:
+    """Whether the module has a residual block's parts but a forward that is not known."""
+    return {"conv1", "bn1", "conv2", "bn2"} <= module._modules.keys() and hasattr(
+        module, "downsample"
+    )

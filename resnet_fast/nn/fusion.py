@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a conv, its BatchNorm and its ReLU may run as one op: the guard list, and the fused call.
+
+Modules stay what and where they are; only the *call* is fused, after every condition under which
+the fused call could differ from the plain one has been looked at, in each call anew:
+- hooks, parametrizations, subclasses: something of the user's would be bypassed;
+- BatchNorm in training mode or without running statistics, GroupNorm: another computation;
+- a gradient is needed: the ops have none yet;
+- fx tracing, scripting, torch.jit.trace, ONNX export, torch.func: tools that need the plain graph.
+A guard returns the reason in words, which `report` prints.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from resnet_fast import _env, ops
+
+# Inside a block nobody sees the exact zeros of a ReLU, so on the CPU it may be a leaky one with a
+# slope that no sum can notice: oneDNN fuses that, and unlike its ReLU it lets NaN through.
+INVISIBLE_SLOPE = 2.0**-100
+
+
+class Unit(NamedTuple):
+    """A convolution and the BatchNorm that follows it."""
+
+    conv: nn.Conv2d
+    norm: nn.Module
+
+
+@dataclass(slots=True)
+class Record:
+    """How a block or a stem has run so far, for `report`."""
+
+    fused: int = 0
+    plain: int = 0
+    backends: dict[str, str] = field(default_factory=dict)  # name -> why no fused kernel took it
+    reason: str | None = None
+
+    def note(self, plan) -> None:
+        """Remember the backend of an op's `Plan`, and why a better one refused if any did."""
+        if plan.backend not in self.backends:
+            self.backends[plan.backend] = plan.why_fallback()
+
+
+class _Switch:
+    """How many `disabled()` blocks are open; an attribute, so that torch.compile guards on it."""
+
+    off = 0
+
+
+_switch = _Switch()
+_disabled_by_environment = _env.disabled()
+
+
+@contextmanager
+def disabled():
+    """Every model takes its plain path while this context is open.
+
+    For exporters that do not know the fused ops (ONNX, TensorRT, OpenVINO), and to compare.
+
+    Example:
+        >>> with resnet_fast.disabled():
+        ...     expected = model(x)
+    """
+    _switch.off += 1
+    try:
+        yield
+    finally:
+        _switch.off -= 1
+
+
+def context_refusal(x: Tensor) -> str | None:
+    """Why nothing may be fused in a call on `x`, whatever the modules; None if it may."""
+    if _disabled_by_environment:
+        return "RESNET_FAST_DISABLE is set"
+    if not isinstance(x, Tensor):
+        return "traced by torch.fx"
+    if x.dim() != 4:
+        return "x is not 4-D"
+    if torch.jit.is_tracing():
+        return "traced by torch.jit.trace"
+    if _switch.off:
+        return "inside resnet_fast.disabled()"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if nn_module._has_any_global_hook():
+        return "a global module hook is registered"
+    if type(x) not in _TENSOR_TYPES and not _is_traced(x):
+        return f"x is a {type(x).__name__}"
+    return None
+
+
+_TENSOR_TYPES = (Tensor, nn.Parameter)
+
+
+def _is_traced(x: Tensor) -> bool:
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` would run anything beside its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def unit_refusal(unit: Unit, x: Tensor) -> str | None:
+    """Why conv and norm may not run as one op on a tensor like `x`; None if they may."""
+    conv, norm = unit
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is not a plain Conv2d"
+    if has_hooks(conv) or has_hooks(norm):
+        return "a hook is registered on the convolution or its norm"
+    weight = conv._parameters.get("weight")
+    if weight is None:
+        return "the convolution's weight is computed (pruned or parametrized)"
+    if conv.bias is not None:
+        return "the convolution has a bias of its own"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding is {conv.padding_mode} {conv.padding}"
+    vectors = norm_vectors(norm)
+    if isinstance(vectors, str):
+        return vectors
+    return _tensors_refusal(weight, vectors, x)
+
+
+def norm_vectors(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor] | str:
+    """(weight, bias, running_mean, running_var) of an affine norm, or why it is not one."""
+    kind = type(norm)
+    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
+        if norm.training:
+            return "BatchNorm is in training mode"
+        affine, buffers = norm._parameters, norm._buffers
+    elif kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc":
+        affine = buffers = norm._buffers
+    else:
+        return f"{kind.__name__} is not a BatchNorm2d"
+    vectors = (
+        affine.get("weight"),
+        affine.get("bias"),
+        buffers.get("running_mean"),
+        buffers.get("running_var"),
+    )
+    if any(v is None for v in vectors):
+        return "BatchNorm has no running statistics or no weight"
+    return vectors
+
+
+def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> str | None:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if not autocast and weight.dtype != x.dtype:
+        return f"x is {x.dtype}, the weight {weight.dtype}"
+    if any(v.dtype not in (torch.float32, dtype) for v in vectors):
+        return f"BatchNorm is {vectors[0].dtype} beside {dtype}"
+    if weight.device != x.device:
+        return f"x is on {x.device}, the weight on {weight.device}"
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or any(v.requires_grad for v in vectors)
+    ):
+        return "a gradient is needed; for inference use torch.inference_mode() or no_grad()"
+    return None
+
+
+def activation_refusal(activation: nn.Module) -> str | None:
+    """Why the activation may not run inside the op; None if it is a ReLU without hooks."""
+    if type(activation) is not nn.ReLU:
+        return f"{type(activation).__name__} is not a ReLU"
+    return "a hook is registered on the ReLU" if has_hooks(activation) else None
+
+
+def run_unit(
+    unit: Unit,
+    x: Tensor,  # [N, H, W, C]
+    activation: str,
+    *,
+    residual: Tensor | None = None,  # [N, P, Q, K]
+    overwrite: bool = False,
+    inner: bool = False,
+    backend: str = "auto",
+    record: Record | None = None,
+) -> Tensor:  # [N, P, Q, K]
+    """The fused call, once `unit_refusal` has nothing against it.
+
+    Args:
+        unit: the convolution and its norm.
+        x: channels_last.
+        activation: "relu" or "none".
+        residual: added before the activation.
+        overwrite: y may be written over residual.
+        inner: the result is only read by another convolution (see `INVISIBLE_SLOPE`).
+        backend: see `ops.conv_bn_act`.
+        record: takes note of the backend that ran.
+    """
+    conv, norm = unit
+    scale, shift, mean, var = norm_vectors(norm)
+    slope = INVISIBLE_SLOPE if inner and x.device.type == "cpu" else 0.0
+    arguments = (
+        x, conv._parameters["weight"], scale, shift, residual, conv.stride, conv.padding,
+        conv.dilation, conv.groups, activation, mean, var, norm.eps, slope, backend,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        return ops.conv_bn_act_op(*arguments)
+    if overwrite:
+        ops.conv_bn_act_op_(*arguments)
+        y = residual
+    else:
+        y = ops.conv_bn_act_op(*arguments)
+    if record is not None:
+        record.note(ops.last_plan())
+    return y
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """x in the layout the kernels take: the one conversion, at the boundary of a model or block."""
+    return x.contiguous(memory_format=torch.channels_last)
