@@ -284,19 +284,14 @@ class ResNet(nn.Module):
             downsample = nn.Sequential(
                 conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes)
             )
-        shared = {
-            "groups": self.groups,
-            "base_width": self.base_width,
-            "norm_layer": self._norm_layer,
-        }
-        if self.stride_in_1x1:  # only then: a user's own block need not know this argument
-            shared["stride_in_1x1"] = True
+        shared = (self.groups, self.base_width)
+        # Left out unless asked for: a user's own block need not know this argument.
+        own = {"stride_in_1x1": True} if self.stride_in_1x1 else {}
         # The first block reads a map that is not dilated yet: it keeps the dilation before.
-        layer = [block(self.inplanes, planes, stride, downsample, dilation=dilation, **shared)]
+        first = (self.inplanes, planes, stride, downsample, *shared, dilation, self._norm_layer)
+        rest = (outplanes, planes, 1, None, *shared, self.dilation, self._norm_layer)
         self.inplanes = outplanes
-        for _ in range(1, blocks):
-            layer.append(block(self.inplanes, planes, dilation=self.dilation, **shared))
-        return nn.Sequential(*layer)
+        return nn.Sequential(*(block(*args, **own) for args in [first] + [rest] * (blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
@@ -329,7 +324,7 @@ def _initialize(model: ResNet, zero_init_residual: bool) -> None:
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             # The kernels read [K, R, S, C]; in eager the activations take the weights' layout.
-            m.to(memory_format=torch.channels_last)
+            m.weight.data = m.weight.data.to(memory_format=torch.channels_last)
         elif isinstance(m, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.constant_(m.weight, 1)
             nn.init.constant_(m.bias, 0)
