@@ -94,13 +94,12 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
     rows = []
     for name, module in model.named_modules():
         if blocks.fuses_stem(module):
-            rows.append(_row(f"{name}.(stem)".lstrip("."), module, blocks.stem_refusal))
+            rows.append(_row(f"{name}.(stem)".lstrip("."), module, blocks.stem_of))
         elif recipes.is_torchvision_resnet(module):
             rows.append(_untouched(f"{name}.(stem)".lstrip("."), module))
         found = blocks.fusable(module)
         if found is not None:
-            refusal = _block_refusal(found.recipe)
-            rows.append(_row(name, module, refusal))
+            rows.append(_row(name, module, _examine(found.recipe)))
         elif recipes.recipe_for(module) is not None:
             rows.append(_untouched(name, module))
         elif recipes.resembles_block(module):
@@ -109,15 +108,15 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
     return Report(rows)
 
 
-def _block_refusal(recipe):
-    return lambda module, x: blocks.block_refusal(module, recipe, x)
+def _examine(recipe: blocks.Recipe):
+    return lambda module, x: blocks.parts_of(module, recipe, x)
 
 
-def _row(name: str, module: nn.Module, refusal) -> Row:
+def _row(name: str, module: nn.Module, examine) -> Row:
     record = blocks.record_of(module)
     reason = record.reason
     if not record.fused and not record.plain:
-        reason = _would_refuse(module, refusal)
+        reason = _would_refuse(module, examine)
     fused = reason is None
     fallback = "; ".join(f"{why}" for why in record.backends.values() if why)
     names = ", ".join(sorted(record.backends)) if fused else "aten"
@@ -126,13 +125,14 @@ def _row(name: str, module: nn.Module, refusal) -> Row:
     )
 
 
-def _would_refuse(module: nn.Module, refusal) -> str | None:
+def _would_refuse(module: nn.Module, examine) -> str | None:
     conv = module._modules.get("conv1")
     weight = getattr(conv, "weight", None)
     if not isinstance(weight, Tensor):
         return "conv1 has no weight"
     with torch.inference_mode():
-        return refusal(module, weight.new_empty((1, weight.shape[1], 1, 1)))
+        outcome = examine(module, weight.new_empty((1, weight.shape[1], 1, 1)))
+    return outcome if isinstance(outcome, str) else None
 
 
 def _untouched(name: str, module: nn.Module) -> Row:

@@ -73,10 +73,11 @@ def build(spec: ConvSpec) -> Callable[..., Tensor]:
     attribute = ("leaky_relu", [slope], "") if relu and slope else ("none", [], "")
 
     def run(x, weight, scale, shift, residual, mean, var, eps, inplace=False) -> Tensor:
-        packed, bias = packed_weight(weight, scale, shift, mean, var, eps, x.dtype, problem)
+        packed, entry = packed_weight(weight, scale, shift, mean, var, eps, x.dtype, problem)
         if residual is None:
-            y = plain(x, packed, bias, *geometry, *attribute)
+            y = plain(x, packed, entry.bias, *geometry, *attribute)
             return relu_(y) if relu and not slope else y
+        bias = entry.narrow_bias
         if inplace:
             y = binary_inplace(residual, x, packed, bias, *geometry, "add", 1.0, None, [], None)
         else:
@@ -107,7 +108,17 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
 class PackedWeight:
     """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale."""
 
-    __slots__ = ("bias", "dtype", "eps", "packed", "pointer", "samples", "vectors", "version")
+    __slots__ = (
+        "bias",
+        "dtype",
+        "eps",
+        "narrow_bias",
+        "packed",
+        "pointer",
+        "samples",
+        "vectors",
+        "version",
+    )
 
     def __init__(self, weight, scale, shift, mean, var, eps, dtype) -> None:
         self.pointer, self.version = weight.data_ptr(), weight._version
@@ -115,6 +126,7 @@ class PackedWeight:
         self.samples = [(view, view.raw) for view in _samples(weight)]
         self.vectors = tuple(_Vector(v) for v in (scale, shift, mean, var))
         self.bias = fold(scale, shift, mean, var, eps)[1]
+        self.narrow_bias = self.bias.to(dtype)  # with a residual, oneDNN's binding takes no other
         self.packed: dict[tuple, Tensor] = {}  # by problem: the layout may depend on x's size
 
     def matches(self, weight, scale, shift, mean, var, eps, dtype) -> bool:
@@ -178,8 +190,10 @@ class _Vector:
 _cache: dict[int, tuple[weakref.ref, PackedWeight]] = {}
 
 
-def packed_weight(weight, scale, shift, mean, var, eps, dtype, problem) -> tuple[Tensor, Tensor]:
-    """The packed weight and the fp32 bias for these tensors, made anew if any of them changed."""
+def packed_weight(
+    weight, scale, shift, mean, var, eps, dtype, problem
+) -> tuple[Tensor, PackedWeight]:
+    """The packed weight for these tensors and its entry, made anew if any of them changed."""
     key = id(weight)
     found = _cache.get(key)
     if found is None or not found[1].matches(weight, scale, shift, mean, var, eps, dtype):
@@ -189,7 +203,7 @@ def packed_weight(weight, scale, shift, mean, var, eps, dtype, problem) -> tuple
     packed = entry.packed.get(problem)
     if packed is None:
         packed = entry.pack(weight, scale, shift, mean, var, eps, problem)
-    return packed, entry.bias
+    return packed, entry
 
 
 def forget(weights=None) -> None:

@@ -88,13 +88,21 @@ def try_block(
     Args:
         owned: nobody but the caller holds x, so that it may be overwritten.
     """
-    outcome = block_refusal(block, recipe, x) or _run_block(block, recipe, x, owned, backend)
+    parts = parts_of(block, recipe, x)
+    outcome = parts if isinstance(parts, str) else _run_block(block, parts, x, owned, backend)
     _note(block, outcome)
     return outcome
 
 
-def block_refusal(block: nn.Module, recipe: Recipe, x: Tensor) -> str | None:
-    """Why the block may not run fused on a tensor like `x`, or None."""
+class Parts(NamedTuple):
+    """A block's units, ready to run, and its projection if it has one."""
+
+    units: list[Unit]
+    projection: Unit | None
+
+
+def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
+    """The block's parts, or why it may not run fused on a tensor like `x`."""
     reason = fusion.context_refusal(x)
     if reason is not None:
         return reason
@@ -107,11 +115,15 @@ def block_refusal(block: nn.Module, recipe: Recipe, x: Tensor) -> str | None:
         reason = fusion.activation_refusal(modules.get(name))
         if reason is not None:
             return f"{name}: {reason}"
+    units = []
     for conv, norm in recipe.units:
-        reason = fusion.unit_refusal(Unit(modules.get(conv), modules.get(norm)), x)
-        if reason is not None:
-            return f"{conv}: {reason}"
-    return _projection_refusal(modules.get("downsample"), x)
+        unit = fusion.unit_of(modules.get(conv), modules.get(norm), x)
+        if isinstance(unit, str):
+            return f"{conv}: {unit}"
+        units.append(unit)
+    downsample = modules.get("downsample")
+    projection = None if downsample is None else _projection(downsample, x)
+    return f"downsample: {projection}" if isinstance(projection, str) else Parts(units, projection)
 
 
 def _is_identity(module: nn.Module) -> bool:
@@ -121,33 +133,24 @@ def _is_identity(module: nn.Module) -> bool:
     return (kind is nn.Identity or drops) and not fusion.has_hooks(module)
 
 
-def _projection_refusal(downsample: nn.Module | None, x: Tensor) -> str | None:
-    if downsample is None:
-        return None
+def _projection(downsample: nn.Module, x: Tensor) -> Unit | str:
     if type(downsample) is not nn.Sequential or len(downsample) != 2:
-        return f"downsample is not Sequential(conv, norm) but {type(downsample).__name__}"
+        return f"it is not Sequential(conv, norm) but {type(downsample).__name__}"
     if fusion.has_hooks(downsample):
-        return "downsample: a hook is registered on it"
-    reason = fusion.unit_refusal(Unit(*downsample._modules.values()), x)
-    return reason and f"downsample: {reason}"
+        return "a hook is registered on it"
+    return fusion.unit_of(*downsample._modules.values(), x)
 
 
-def _run_block(block: nn.Module, recipe: Recipe, x: Tensor, owned: bool, backend: str) -> Tensor:
-    modules = block._modules
+def _run_block(block: nn.Module, parts: Parts, x: Tensor, owned: bool, backend: str) -> Tensor:
     record = None if torch.compiler.is_compiling() else record_of(block)
-    keywords = {"backend": backend, "record": record}
+    way = fusion.way_of(x, backend, record)
     y = fusion.to_channels_last(x)
     shortcut, owned = y, owned or y is not x
-    downsample = modules.get("downsample")
-    if downsample is not None:
-        unit = Unit(*downsample._modules.values())
-        shortcut, owned = fusion.run_unit(unit, y, "none", **keywords), True
-    for conv, norm in recipe.units[:-1]:
-        unit = Unit(modules[conv], modules[norm])
-        y = fusion.run_unit(unit, y, "relu", inner=True, **keywords)
-    conv, norm = recipe.units[-1]
-    unit = Unit(modules[conv], modules[norm])
-    return fusion.run_unit(unit, y, "relu", residual=shortcut, overwrite=owned, **keywords)
+    if parts.projection is not None:
+        shortcut, owned = fusion.run_unit(parts.projection, y, "none", way), True
+    for unit in parts.units[:-1]:
+        y = fusion.run_unit(unit, y, "relu", way, inner=True)
+    return fusion.run_unit(parts.units[-1], y, "relu", way, residual=shortcut, overwrite=owned)
 
 
 class Fusable(NamedTuple):
@@ -223,24 +226,22 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
 
 def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor:
     """conv1, bn1 and relu of a ResNet as one op where nothing speaks against it."""
-    reason = stem_refusal(model, x)
-    _note(model, reason or x)
-    if reason is not None:
+    unit = stem_of(model, x)
+    if isinstance(unit, str):
+        _note(model, unit)
         return model.relu(model.bn1(model.conv1(x)))
     record = None if torch.compiler.is_compiling() else record_of(model)
-    unit = Unit(model._modules["conv1"], model._modules["bn1"])
-    x = fusion.to_channels_last(x)
-    return fusion.run_unit(unit, x, "relu", backend=backend, record=record)
+    way = fusion.way_of(x, backend, record)
+    y = fusion.run_unit(unit, fusion.to_channels_last(x), "relu", way)
+    _note(model, y)
+    return y
 
 
-def stem_refusal(model: nn.Module, x: Tensor) -> str | None:
-    """Why the stem may not run fused on a tensor like x, or None."""
+def stem_of(model: nn.Module, x: Tensor) -> Unit | str:
+    """The stem's unit, or why it may not run fused on a tensor like x."""
     modules = model._modules
-    return (
-        fusion.context_refusal(x)
-        or fusion.activation_refusal(modules.get("relu"))
-        or fusion.unit_refusal(Unit(modules.get("conv1"), modules.get("bn1")), x)
-    )
+    reason = fusion.context_refusal(x) or fusion.activation_refusal(modules.get("relu"))
+    return reason or fusion.unit_of(modules.get("conv1"), modules.get("bn1"), x)
 
 
 def fuses_stem(model: nn.Module) -> bool:

@@ -9,16 +9,19 @@ from resnet_fast.kernels.cpu import forget, packed_bytes
 from resnet_fast.ops._library import ArgumentError
 from resnet_fast.ops.add_relu import add_relu
 from resnet_fast.ops.conv_bn_act import (
+    Call,
     conv_bn_act,
     conv_bn_act_,
     conv_bn_act_op,
     conv_bn_act_op_,
     last_plan,
     plans,
+    run,
 )
 
 __all__ = [
     "ArgumentError",
+    "Call",
     "add_relu",
     "conv_bn_act",
     "conv_bn_act_",
@@ -28,4 +31,5 @@ __all__ = [
     "last_plan",
     "packed_bytes",
     "plans",
+    "run",
 ]

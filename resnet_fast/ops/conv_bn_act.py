@@ -161,7 +161,12 @@ _plans: dict[tuple, backends.Plan] = {}
 _last = threading.local()
 
 
-def _run(call: Call, inplace: bool) -> Tensor:
+def run(call: Call, inplace: bool = False) -> Tensor:
+    """The op without torch's dispatcher, for a caller that knows that nothing listens there.
+
+    That is: no gradient is needed, no autocast, mode, subclass, trace or profiler is active. With
+    `inplace` y is written over `call.residual`.
+    """
     key = _key(call)
     plan = _plans.get(key)
     if plan is None:
@@ -176,11 +181,11 @@ def _run(call: Call, inplace: bool) -> Tensor:
 
 
 def _implementation(*args, **kwargs) -> Tensor:
-    return _run(Call(*args, **kwargs), inplace=False)
+    return run(Call(*args, **kwargs), inplace=False)
 
 
 def _implementation_inplace(*args, **kwargs) -> None:
-    _run(Call(*args, **kwargs), inplace=True)
+    run(Call(*args, **kwargs), inplace=True)
 
 
 def last_plan() -> backends.Plan:
