@@ -416,7 +416,10 @@ def resnext50_32x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any
 @register_model()
 @takes_weights("ResNeXt101_32X8D_Weights")
 def resnext101_32x8d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101, 32 groups of 8 (Xie et al. 2016, section 5.1). Arguments as resnet18's."""
+    """ResNeXt-101, 32 groups of 8 (Mahajan et al. 2018, arXiv:1805.00932).
+
+    Arguments as resnet18's.
+    """
     overwrite_named_param(kwargs, "groups", 32)
     overwrite_named_param(kwargs, "width_per_group", 8)
     return _resnet(Bottleneck, [3, 4, 23, 3], weights, progress, **kwargs)
@@ -434,7 +437,7 @@ def resnext101_64x4d(*, weights: Any = None, progress: bool = True, **kwargs: An
 @register_model()
 @takes_weights("Wide_ResNet50_2_Weights")
 def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 with 3x3 convolutions twice as wide (Zagoruyko, Komodakis 2016, section 3.3).
+    """ResNet-50 with 3x3 convolutions twice as wide (Zagoruyko, Komodakis 2016, section 3).
 
     Arguments as resnet18's.
     """
@@ -445,7 +448,7 @@ def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any
 @register_model()
 @takes_weights("Wide_ResNet101_2_Weights")
 def wide_resnet101_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101 with 3x3 convolutions twice as wide (Zagoruyko, Komodakis 2016, section 3.3).
+    """ResNet-101 with 3x3 convolutions twice as wide (Zagoruyko, Komodakis 2016, section 3).
 
     Arguments as resnet18's.
     """

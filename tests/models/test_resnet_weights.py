@@ -114,7 +114,8 @@ def test_loaded_weights_are_still_channels_last(server):
         pytest.param(("IMAGENET1K_V2",), {"progress": False}, 1, V2, id="positional-string"),
         pytest.param((), {"weights": True}, 1, V1, id="weights-true"),
         pytest.param((), {"weights": "legacy"}, 1, V1, id="legacy-string"),
-        pytest.param((True,), {"pretrained": False}, 2, V1, id="positional-wins"),
+        pytest.param((True,), {"pretrained": False}, 2, V1, id="positional-over-pretrained"),
+        pytest.param((None,), {"weights": "DEFAULT"}, 1, None, id="positional-over-keyword"),
     ],
 )
 def test_legacy_arguments(args, kwargs, messages, url, server):
