@@ -12,7 +12,7 @@ from types import MethodType
 
 from torch import Tensor, nn
 
-from resnet_fast.nn import blocks
+from resnet_fast.nn import blocks, fusion
 from resnet_fast.nn.blocks import Recipe
 
 
@@ -43,15 +43,16 @@ class BlockForward(FusedForward):
     """A residual block of a known class."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        outcome = blocks.try_block(self.module, self.recipe, x, backend=self.backend)
-        return self.__wrapped__(x) if isinstance(outcome, str) else outcome
+        return blocks.block_forward(self.module, x)
 
 
 class StageForward(FusedForward):
     """An nn.Sequential of residual blocks."""
 
     def __call__(self, input: Tensor) -> Tensor:
-        return blocks.run_stage(self.module, input)
+        if fusion.is_symbolic(input):
+            return self.__wrapped__(input)
+        return blocks.stage_forward(self.module, input)
 
 
 class ModelForward(FusedForward):
@@ -60,7 +61,7 @@ class ModelForward(FusedForward):
     fuses_stem = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        if blocks.is_symbolic(x):
+        if fusion.is_symbolic(x):
             return self.__wrapped__(x)
         return blocks.resnet_forward(self.module, x, self.backend)
 

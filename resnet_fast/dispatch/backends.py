@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,8 +59,32 @@ class Problem:
     vector_dtypes: tuple[str | None, ...] = field(default=("float32", "float32", None, None))
 
 
-# (x, weight, scale, shift, residual, mean, var, eps, inplace) -> y
-Run = Callable[..., Tensor]
+class Launch(Protocol):
+    """A convolution bound to a layer's tensors."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None, inplace: bool = False) -> Tensor:
+        """Run it: y, [N, P, Q, K] in memory; with `inplace` written over residual."""
+
+    def fresh(self, weight: Tensor) -> bool:
+        """Whether it still stands for the layer, whose tensors are known to be where they were."""
+
+
+Bind = Callable[..., Launch]  # (weight, scale, shift, mean, var, eps) -> Launch
+
+
+class Direct:
+    """A `Launch` that keeps nothing of the layer but the tensors themselves: always fresh."""
+
+    __slots__ = ("function", "tensors")
+
+    def __init__(self, function: Callable[..., Tensor], *tensors) -> None:
+        self.function, self.tensors = function, tensors
+
+    def __call__(self, x: Tensor, residual: Tensor | None, inplace: bool = False) -> Tensor:
+        return self.function(x, residual, inplace, *self.tensors)
+
+    def fresh(self, weight: Tensor) -> bool:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +96,15 @@ class Backend:
         device: the device type it needs, or None for any.
         missing: why it cannot run on this machine at all, or None.
         refusal: why it cannot take a `Problem`, or None.
-        build: prepares a `Problem`; everything that can be kept between calls is made here.
+        build: prepares a `Problem`: all that can be kept between calls is made here; the bind it
+            returns is called with the tensors of a layer, its launch with those of a call.
     """
 
     name: str
     device: str | None
     missing: Callable[[], str | None]
     refusal: Callable[[Problem], str | None]
-    build: Callable[[Problem], Run]
+    build: Callable[[Problem], Bind]
 
 
 @dataclass(slots=True)
@@ -88,7 +114,7 @@ class Plan:
     problem: Problem
     backend: str
     refusals: dict[str, str]
-    run: Run
+    bind: Bind
     calls: int = 0
 
     def why_fallback(self) -> str:
@@ -172,7 +198,7 @@ def _triton_refusal(problem: Problem) -> str | None:
     return kernel.refusal(problem.spec)
 
 
-def _triton_build(problem: Problem) -> Run:
+def _triton_build(problem: Problem) -> Bind:
     raise NotImplementedError
 
 
@@ -196,24 +222,24 @@ def _cpu_refusal(problem: Problem) -> str | None:
     return cpu.refusal(problem.spec)
 
 
-def _cpu_build(problem: Problem) -> Run:
+def _cpu_build(problem: Problem) -> Bind:
     return cpu.build(problem.spec)
 
 
 # ---- aten
 
 
-def _aten_build(problem: Problem) -> Run:
+def _aten_build(problem: Problem) -> Bind:
     spec = problem.spec
     geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
 
-    def run(x, weight, scale, shift, residual, mean, var, eps, inplace=False) -> Tensor:
-        y = aten.conv_bn_act(
-            x, weight, scale, shift, residual, *geometry, mean, var, eps, spec.negative_slope
-        )
+    def launch(x, residual, inplace, weight, scale, shift, mean, var, eps) -> Tensor:
+        vectors = (mean, var, eps, spec.negative_slope)
+        narrow = weight.to(x.dtype)
+        y = aten.conv_bn_act(x, narrow, scale, shift, residual, *geometry, *vectors)
         return residual.copy_(y) if inplace else y
 
-    return run
+    return lambda *tensors: Direct(launch, *tensors)
 
 
 def _nothing(*_) -> None:

@@ -38,6 +38,11 @@ SAMPLE_BYTES = 64
 SAMPLES = 4
 MAX_SHAPES = 64  # input sizes remembered per weight; each is one dictionary entry
 
+if torch.backends.mkldnn.is_available():
+    _plain = torch.ops.mkldnn._convolution_pointwise.default
+    _added = torch.ops.mkldnn._convolution_pointwise.binary
+    _added_inplace = torch.ops.mkldnn._convolution_pointwise_.binary
+
 # The largest bit pattern, read as a signed integer, of a negative number that is not NaN (-inf).
 # Negative NaNs are above it and non-negative numbers are positive, so a threshold there is ReLU.
 MINUS_INFINITY = {torch.float16: -1024, torch.bfloat16: -128}
@@ -58,33 +63,49 @@ def refusal(spec: ConvSpec) -> str | None:
     return None
 
 
-def build(spec: ConvSpec) -> Callable[..., Tensor]:
-    """The function that runs `spec`: (x, weight, scale, shift, residual, mean, var, eps, inplace).
-
-    It returns y, [N, P, Q, K] in memory; with `inplace` y is written over residual.
-    """
+def build(spec: ConvSpec) -> Callable[..., BoundConv]:
+    """Prepare `spec`: bind(weight, scale, shift, mean, var, eps) -> a `BoundConv`."""
     geometry = (spec.padding, spec.stride, spec.dilation, spec.groups)
     problem = (*geometry, (spec.n, spec.c, spec.h, spec.w))
-    plain = torch.ops.mkldnn._convolution_pointwise.default
-    binary = torch.ops.mkldnn._convolution_pointwise.binary
-    binary_inplace = torch.ops.mkldnn._convolution_pointwise_.binary
-    slope = spec.negative_slope
     relu = spec.activation == "relu"
-    attribute = ("leaky_relu", [slope], "") if relu and slope else ("none", [], "")
+    slope = spec.negative_slope if relu and not spec.residual else 0.0
+    activation = ("leaky_relu", [slope], "") if slope else ("none", [], "")
+    dtype = getattr(torch, spec.dtype)
 
-    def run(x, weight, scale, shift, residual, mean, var, eps, inplace=False) -> Tensor:
-        packed, entry = packed_weight(weight, scale, shift, mean, var, eps, x.dtype, problem)
+    def bind(weight, scale, shift, mean, var, eps) -> BoundConv:
+        vectors = (scale, shift, mean, var)
+        packed, entry = packed_weight(weight, vectors, eps, dtype, problem)
+        return BoundConv(packed, entry, geometry, activation, relu and not slope)
+
+    return bind
+
+
+class BoundConv:
+    """One convolution with its packed weight: called with (x, residual, inplace), it returns y.
+
+    y is [N, P, Q, K] in memory; with `inplace` it is written over residual.
+    """
+
+    __slots__ = ("added", "entry", "plain", "relu_after")
+
+    def __init__(self, packed, entry, geometry, activation, relu_after) -> None:
+        self.entry = entry
+        self.plain = (packed, entry.bias, *geometry, *activation)
+        self.added = (packed, entry.narrow_bias, *geometry, "add", 1.0, None, [], None)
+        self.relu_after = relu_after
+
+    def __call__(self, x: Tensor, residual: Tensor | None, inplace: bool = False) -> Tensor:
         if residual is None:
-            y = plain(x, packed, entry.bias, *geometry, *attribute)
-            return relu_(y) if relu and not slope else y
-        bias = entry.narrow_bias
-        if inplace:
-            y = binary_inplace(residual, x, packed, bias, *geometry, "add", 1.0, None, [], None)
+            y = _plain(x, *self.plain)
+        elif inplace:
+            y = _added_inplace(residual, x, *self.added)
         else:
-            y = binary(x, residual, packed, bias, *geometry, "add", 1.0, None, [], None)
-        return relu_(y) if relu else y
+            y = _added(x, residual, *self.added)
+        return relu_(y) if self.relu_after else y
 
-    return run
+    def fresh(self, weight: Tensor) -> bool:
+        """Whether tensors that are still where they were also still hold what was packed."""
+        return self.entry.fresh(weight)
 
 
 def relu_(y: Tensor) -> Tensor:
@@ -108,46 +129,33 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
 class PackedWeight:
     """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale."""
 
-    __slots__ = (
-        "bias",
-        "dtype",
-        "eps",
-        "narrow_bias",
-        "packed",
-        "pointer",
-        "samples",
-        "vectors",
-        "version",
-    )
+    __slots__ = ("before", "bias", "narrow_bias", "origin", "packed", "version", "views")
 
-    def __init__(self, weight, scale, shift, mean, var, eps, dtype) -> None:
-        self.pointer, self.version = weight.data_ptr(), weight._version
-        self.dtype, self.eps = dtype, eps
-        self.samples = [(view, view.raw) for view in _samples(weight)]
-        self.vectors = tuple(_Vector(v) for v in (scale, shift, mean, var))
-        self.bias = fold(scale, shift, mean, var, eps)[1]
+    def __init__(self, weight, vectors, eps, dtype) -> None:
+        self.origin = _origin(weight, vectors, eps, dtype)
+        self.version = weight._version
+        self.views = _views(weight, vectors)
+        self.before = [view.raw for view in self.views]
+        self.bias = fold(*vectors, eps)[1]
         self.narrow_bias = self.bias.to(dtype)  # with a residual, oneDNN's binding takes no other
         self.packed: dict[tuple, Tensor] = {}  # by problem: the layout may depend on x's size
 
-    def matches(self, weight, scale, shift, mean, var, eps, dtype) -> bool:
-        """Whether the tensors still hold what this was packed from."""
-        if (
-            weight.data_ptr() != self.pointer
-            or weight._version != self.version
-            or dtype != self.dtype
-            or eps != self.eps
-        ):
+    def matches(self, weight, vectors, eps, dtype) -> bool:
+        """Whether the tensors hold what this was packed from; the vectors may have moved."""
+        if _origin(weight, vectors, eps, dtype) != self.origin:
             return False
-        for view, before in self.samples:
-            if view.raw != before:
-                return False
-        a, b, c, d = self.vectors
-        return a.matches(scale) and b.matches(shift) and c.matches(mean) and d.matches(var)
+        self.views = _views(weight, vectors)
+        return self.fresh(weight)
 
-    def pack(self, weight, scale, shift, mean, var, eps, problem) -> Tensor:
+    def fresh(self, weight: Tensor) -> bool:
+        """`matches` for tensors that are known to be where they were."""
+        same = weight._version == self.version
+        return same and [view.raw for view in self.views] == self.before
+
+    def pack(self, weight, vectors, eps, problem) -> Tensor:
         """The folded weight in the layout that oneDNN prefers for `problem`."""
-        gain, _ = fold(scale, shift, mean, var, eps)
-        folded = (weight.detach().float() * gain.view(-1, 1, 1, 1)).to(self.dtype)
+        gain, _ = fold(*vectors, eps)
+        folded = (weight.detach().float() * gain.view(-1, 1, 1, 1)).to(self.narrow_bias.dtype)
         folded = folded.contiguous(memory_format=torch.channels_last)
         packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *problem[:-1], problem[-1])
         if len(self.packed) >= MAX_SHAPES:
@@ -159,50 +167,20 @@ class PackedWeight:
         return packed
 
 
-class _Vector:
-    """The bytes that a [K] vector held when a weight was packed, compared without a copy of it."""
-
-    __slots__ = ("before", "dtype", "pointer", "view")
-
-    def __init__(self, vector: Tensor | None) -> None:
-        if vector is None:
-            self.pointer, self.before = 0, b""
-            return
-        self.dtype, self.pointer = vector.dtype, vector.data_ptr()
-        self.view = (ctypes.c_char * vector.nbytes).from_address(self.pointer)
-        self.before = self.view.raw
-
-    def matches(self, vector: Tensor | None) -> bool:
-        if vector is None:
-            return self.pointer == 0
-        pointer = vector.data_ptr()
-        if pointer == self.pointer:
-            return self.view.raw == self.before and vector.dtype == self.dtype
-        if self.pointer == 0 or vector.dtype != self.dtype or vector.nbytes != len(self.before):
-            return False
-        # The same values at another address, as when a caller computes them anew for each call.
-        if ctypes.string_at(pointer, vector.nbytes) != self.before:
-            return False
-        self.__init__(vector)
-        return True
-
-
 _cache: dict[int, tuple[weakref.ref, PackedWeight]] = {}
 
 
-def packed_weight(
-    weight, scale, shift, mean, var, eps, dtype, problem
-) -> tuple[Tensor, PackedWeight]:
+def packed_weight(weight, vectors, eps, dtype, problem) -> tuple[Tensor, PackedWeight]:
     """The packed weight for these tensors and its entry, made anew if any of them changed."""
     key = id(weight)
     found = _cache.get(key)
-    if found is None or not found[1].matches(weight, scale, shift, mean, var, eps, dtype):
-        entry = PackedWeight(weight, scale, shift, mean, var, eps, dtype)
+    if found is None or not found[1].matches(weight, vectors, eps, dtype):
+        entry = PackedWeight(weight, vectors, eps, dtype)
         found = _cache[key] = (weakref.ref(weight, lambda _: _cache.pop(key, None)), entry)
     entry = found[1]
     packed = entry.packed.get(problem)
     if packed is None:
-        packed = entry.pack(weight, scale, shift, mean, var, eps, problem)
+        packed = entry.pack(weight, vectors, eps, problem)
     return packed, entry
 
 
@@ -235,12 +213,19 @@ def fold(scale, shift, mean, var, eps) -> tuple[Tensor, Tensor]:
     return gain, bias.clone() if mean is None else bias
 
 
-def _samples(weight: Tensor) -> list[ctypes.Array]:
-    """Views of `SAMPLES` spots spread over a dense weight's memory, its two ends included."""
+def _origin(weight, vectors, eps, dtype) -> tuple:
+    """What tells one weight and its use from another, without looking at values."""
+    return weight.data_ptr(), dtype, eps, [None if v is None else v.dtype for v in vectors]
+
+
+def _views(weight: Tensor, vectors) -> list[ctypes.Array]:
+    """The memory that is compared: spots of the dense weight, ends included, and vectors."""
     count = min(SAMPLE_BYTES, weight.nbytes)
     last = weight.nbytes - count
     spots = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
-    return [(ctypes.c_char * count).from_address(weight.data_ptr() + spot) for spot in spots]
+    places = [(weight.data_ptr() + spot, count) for spot in spots]
+    places += [(v.data_ptr(), v.nbytes) for v in vectors if v is not None]
+    return [(ctypes.c_char * size).from_address(address) for address, size in places]
 
 
 def _layout(packed: Tensor) -> bytes:

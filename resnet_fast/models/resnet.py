@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from resnet_fast.models.registry import register_model
 from resnet_fast.models.weights import enum_getattr, overwrite_named_param, takes_weights
+from resnet_fast.nn import blocks, fusion
 
 __all__ = [
     "ResNet",
@@ -83,6 +84,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion: int = 1
+    recipe = blocks.BASIC_BLOCK
 
     def __init__(
         self,
@@ -115,7 +117,9 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward_plain(x)
+        if torch.jit.is_scripting():
+            return self._forward_plain(x)
+        return blocks.block_forward(self, x)
 
     def _forward_plain(
         self,
@@ -150,6 +154,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion: int = 4
+    recipe = blocks.BOTTLENECK
 
     def __init__(
         self,
@@ -180,7 +185,9 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._forward_plain(x)
+        if torch.jit.is_scripting():
+            return self._forward_plain(x)
+        return blocks.block_forward(self, x)
 
     def _forward_plain(
         self,
@@ -219,6 +226,8 @@ class ResNet(nn.Module):
         >>> model(torch.rand(2, 3, 224, 224)).shape
         torch.Size([2, 1000])
     """
+
+    fuses_stem = True
 
     def __init__(
         self,
@@ -300,6 +309,10 @@ class ResNet(nn.Module):
         self,
         x: Tensor,  # [N, 3, H, W]
     ) -> Tensor:
+        # Two conditions in one would be compiled by torch.jit.script, body and all.
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if not fusion.is_symbolic(x):
+                return blocks.resnet_forward(self, x)
         x = self.conv1(x)
         x = self.bn1(x)
         x = self.relu(x)
@@ -323,8 +336,6 @@ def _initialize(model: ResNet, zero_init_residual: bool) -> None:
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-            # The kernels read [K, R, S, C]; in eager the activations take the weights' layout.
-            m.weight.data = m.weight.data.to(memory_format=torch.channels_last)
         elif isinstance(m, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.constant_(m.weight, 1)
             nn.init.constant_(m.bias, 0)

@@ -7,6 +7,9 @@
 A block runs as one op per convolution; its last op adds the shortcut. A block is fused as a whole
 or not at all, by its `Recipe`: the names of its parts, as its class has them. ReLUs are fused per
 call site, never replaced: a torchvision block uses one ReLU module two or three times.
+
+Two ways lead to the kernels: through torch's dispatcher where something there listens (compilation,
+export, autocast, profilers, modes), and past it, by programs that are kept (`program.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resnet_fast import ops
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
+from resnet_fast.nn.program import Launch, Program, Step, key_of, may_keep, remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Recipe:
     Args:
         units: (convolution, norm) in the order they run; the last is followed by the addition.
         activations: the ReLU modules, shared or one for each place.
-        absent: modules that must be missing, None or nn.Identity for the formula above to hold.
+        absent: modules that must be missing, None or the identity for the formula above to hold.
     """
 
     units: tuple[tuple[str, str], ...]
@@ -42,123 +47,31 @@ BASIC_BLOCK = Recipe((("conv1", "bn1"), ("conv2", "bn2")))
 BOTTLENECK = Recipe((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
 
 
-_records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
-
-
-def record_of(module: nn.Module) -> Record:
-    """The record of a block or of a model's stem; a new one if it has not run."""
-    record = _records.get(module)
-    if record is None:
-        record = _records[module] = Record()
-    return record
-
-
-def _note(module: nn.Module, outcome: Tensor | str) -> None:
-    if torch.compiler.is_compiling():
-        return
-    record = record_of(module)
-    if isinstance(outcome, str):
-        record.plain += 1
-        record.reason = outcome
-    else:
-        record.fused += 1
-        record.reason = None
-
-
-def block_forward(
-    block: nn.Module, recipe: Recipe, plain: Callable[[Tensor], Tensor], x: Tensor
-) -> Tensor:
-    """A block's forward: fused where nothing speaks against it, else `plain(x)`.
-
-    Args:
-        block: the module that has the parts that `recipe` names.
-        recipe: the names.
-        plain: the block's own forward, unfused.
-        x: [N, C, H, W]; converted to channels_last here if it is not.
-    """
-    outcome = try_block(block, recipe, x)
-    return plain(x) if isinstance(outcome, str) else outcome
-
-
-def try_block(
-    block: nn.Module, recipe: Recipe, x: Tensor, owned: bool = False, backend: str = "auto"
-) -> Tensor | str:
-    """The fused block's result, or why it must run plain.
-
-    Args:
-        owned: nobody but the caller holds x, so that it may be overwritten.
-    """
-    parts = parts_of(block, recipe, x)
-    outcome = parts if isinstance(parts, str) else _run_block(block, parts, x, owned, backend)
-    _note(block, outcome)
-    return outcome
-
-
-class Parts(NamedTuple):
-    """A block's units, ready to run, and its projection if it has one."""
-
-    units: list[Unit]
-    projection: Unit | None
-
-
-def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
-    """The block's parts, or why it may not run fused on a tensor like `x`."""
-    reason = fusion.context_refusal(x)
-    if reason is not None:
-        return reason
-    modules = block._modules
-    for name in recipe.absent:
-        module = modules.get(name)
-        if module is not None and not _is_identity(module):
-            return f"{name} is a {type(module).__name__}"
-    for name in recipe.activations:
-        reason = fusion.activation_refusal(modules.get(name))
-        if reason is not None:
-            return f"{name}: {reason}"
-    units = []
-    for conv, norm in recipe.units:
-        unit = fusion.unit_of(modules.get(conv), modules.get(norm), x)
-        if isinstance(unit, str):
-            return f"{conv}: {unit}"
-        units.append(unit)
-    downsample = modules.get("downsample")
-    projection = None if downsample is None else _projection(downsample, x)
-    return f"downsample: {projection}" if isinstance(projection, str) else Parts(units, projection)
-
-
-def _is_identity(module: nn.Module) -> bool:
-    """Whether the module returns its input and nothing watches it: Identity, or a drop in eval."""
-    kind = type(module)
-    drops = kind.__name__ in ("DropPath", "DropBlock2d") and not module.training
-    return (kind is nn.Identity or drops) and not fusion.has_hooks(module)
-
-
-def _projection(downsample: nn.Module, x: Tensor) -> Unit | str:
-    if type(downsample) is not nn.Sequential or len(downsample) != 2:
-        return f"it is not Sequential(conv, norm) but {type(downsample).__name__}"
-    if fusion.has_hooks(downsample):
-        return "a hook is registered on it"
-    return fusion.unit_of(*downsample._modules.values(), x)
-
-
-def _run_block(block: nn.Module, parts: Parts, x: Tensor, owned: bool, backend: str) -> Tensor:
-    record = None if torch.compiler.is_compiling() else record_of(block)
-    way = fusion.way_of(x, backend, record)
-    y = fusion.to_channels_last(x)
-    shortcut, owned = y, owned or y is not x
-    if parts.projection is not None:
-        shortcut, owned = fusion.run_unit(parts.projection, y, "none", way), True
-    for unit in parts.units[:-1]:
-        y = fusion.run_unit(unit, y, "relu", way, inner=True)
-    return fusion.run_unit(parts.units[-1], y, "relu", way, residual=shortcut, overwrite=owned)
-
-
 class Fusable(NamedTuple):
     """How calling a block tries to fuse."""
 
     recipe: Recipe
     backend: str
     plain: Callable[[Tensor], Tensor]
+
+
+class Parts(NamedTuple):
+    """A block's units, found fit to run fused, each with its norm module, and its projection."""
+
+    units: list[tuple[Unit, nn.Module]]
+    projection: tuple[Unit, nn.Module] | None
+    joins: bool  # whether the last unit adds the shortcut
+
+
+_records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
+
+
+def record_of(module: nn.Module) -> Record:
+    """How a block, or a model's stem, has run so far; a new record if it has not."""
+    record = _records.get(module)
+    if record is None:
+        record = _records[module] = Record()
+    return record
 
 
 def fusable(block: nn.Module) -> Fusable | None:
@@ -182,27 +95,33 @@ def _owner(kind: type, attribute: str) -> type:
     return next(k for k in kind.__mro__ if attribute in k.__dict__)
 
 
-def is_symbolic(x) -> bool:
-    """Whether x stands for a tensor in a torch.fx trace, which must see the plain modules."""
-    return not isinstance(x, Tensor)
+def fuses_stem(model: nn.Module) -> bool:
+    """Whether calling `model` runs `resnet_forward`."""
+    forward = model.__dict__.get("forward")
+    return getattr(type(model) if forward is None else forward, "fuses_stem", False)
 
 
-def run_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
+# ---- forwards
+
+
+def block_forward(block: nn.Module, x: Tensor) -> Tensor:
+    """A fusable block's forward: fused where nothing speaks against it, else its plain forward.
+
+    Args:
+        block: a block that `fusable` knows.
+        x: [N, C, H, W]; converted to channels_last here if it is not.
+    """
+    kept = _run_kept([block], x)
+    return kept[1] if kept else _run(block, fusable(block), x, owned=False)[0]
+
+
+def stage_forward(stage: nn.Sequential, x: Tensor) -> Tensor:
     """A stage's blocks, each writing over its predecessor's output.
 
     That is invisible: the tensor was made here, by a block that was run without calling a hook.
-    Whatever is not a fusing block, or has hooks, is called as always.
+    Whatever is not a fusable block, or has hooks, is called as always.
     """
-    owned = False
-    for block in stage._modules.values():
-        found = None if fusion.has_hooks(block) else fusable(block)
-        if found is None:
-            x, owned = block(x), False
-            continue
-        outcome = try_block(block, found.recipe, x, owned, found.backend)
-        owned = not isinstance(outcome, str)
-        x = outcome if owned else found.plain(x)
-    return x
+    return _run_chain(list(stage._modules.values()), x)
 
 
 def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor:
@@ -218,35 +137,172 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
         [N, num_classes].
     """
     x = model.maxpool(stem_forward(model, x, backend))
+    chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        plain = type(stage) is not nn.Sequential or fusion.has_hooks(stage)
-        x = stage(x) if plain else run_stage(stage, x)
+        whole = type(stage) is not nn.Sequential or fusion.has_hooks(stage)
+        chain += [stage] if whole else stage._modules.values()
+    x = _run_chain(chain, x)
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor:
     """conv1, bn1 and relu of a ResNet as one op where nothing speaks against it."""
-    unit = stem_of(model, x)
-    if isinstance(unit, str):
-        _note(model, unit)
+    if fusion.context_refusal(x) is None and may_keep(x):
+        record, given = record_of(model), fusion.to_channels_last(x)
+        program = record.programs.get(key_of(given))
+        launches = program and program.bind()
+        if launches:
+            record.fused += 1
+            return program.run(launches, given, False)
+    parts = stem_of(model, x)
+    if isinstance(parts, str):
+        _note(model, parts)
         return model.relu(model.bn1(model.conv1(x)))
-    record = None if torch.compiler.is_compiling() else record_of(model)
-    way = fusion.way_of(x, backend, record)
-    y = fusion.run_unit(unit, fusion.to_channels_last(x), "relu", way)
-    _note(model, y)
-    return y
+    bypassed = [model._modules[name] for name in ("conv1", "bn1", "relu")]
+    return _run_parts(model, parts, bypassed, x, False, backend)
 
 
-def stem_of(model: nn.Module, x: Tensor) -> Unit | str:
+# ---- guards
+
+
+def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
+    """The block's parts, or why it may not run fused on a tensor like `x`."""
+    reason = fusion.context_refusal(x)
+    if reason is not None:
+        return reason
+    modules = block._modules
+    for name in recipe.absent:
+        module = modules.get(name)
+        if module is not None and not _is_identity(module):
+            return f"{name} is a {type(module).__name__}"
+    for name in recipe.activations:
+        reason = fusion.activation_refusal(modules.get(name))
+        if reason is not None:
+            return f"{name}: {reason}"
+    units = []
+    for conv, norm in recipe.units:
+        unit = fusion.unit_of(modules.get(conv), modules.get(norm), x)
+        if isinstance(unit, str):
+            return f"{conv}: {unit}"
+        units.append((unit, modules[norm]))
+    projection = _projection(modules.get("downsample"), x)
+    return projection if isinstance(projection, str) else Parts(units, projection, joins=True)
+
+
+def stem_of(model: nn.Module, x: Tensor) -> Parts | str:
     """The stem's unit, or why it may not run fused on a tensor like x."""
     modules = model._modules
     reason = fusion.context_refusal(x) or fusion.activation_refusal(modules.get("relu"))
-    return reason or fusion.unit_of(modules.get("conv1"), modules.get("bn1"), x)
+    unit = reason or fusion.unit_of(modules.get("conv1"), modules.get("bn1"), x)
+    return unit if isinstance(unit, str) else Parts([(unit, modules["bn1"])], None, joins=False)
 
 
-def fuses_stem(model: nn.Module) -> bool:
-    """Whether calling `model` runs `resnet_forward`."""
-    forward = model.__dict__.get("forward")
-    if forward is not None:
-        return getattr(forward, "fuses_stem", False)
-    return getattr(type(model), "fuses_stem", False)
+def _is_identity(module: nn.Module) -> bool:
+    """Whether the module returns its input and nothing watches it: Identity, or a drop in eval."""
+    kind = type(module)
+    drops = kind.__name__ in ("DropPath", "DropBlock2d") and not module.training
+    return (kind is nn.Identity or drops) and not fusion.has_hooks(module)
+
+
+def _projection(downsample: nn.Module | None, x: Tensor) -> tuple[Unit, nn.Module] | str | None:
+    if downsample is None:
+        return None
+    if type(downsample) is not nn.Sequential or len(downsample) != 2:
+        return f"downsample: {type(downsample).__name__} is not Sequential(conv, norm)"
+    if fusion.has_hooks(downsample):
+        return "downsample: a hook is registered on it"
+    conv, norm = downsample._modules.values()
+    unit = fusion.unit_of(conv, norm, x)
+    return f"downsample: {unit}" if isinstance(unit, str) else (unit, norm)
+
+
+# ---- running
+
+
+def _run_chain(chain: list[nn.Module], x: Tensor) -> Tensor:
+    done, x, owned = _run_kept(chain, x) or (0, x, False)
+    for block in chain[done:]:
+        found = None if fusion.has_hooks(block) else fusable(block)
+        x, owned = (block(x), False) if found is None else _run(block, found, x, owned)
+    return x
+
+
+def _run_kept(chain: list[nn.Module], x: Tensor) -> tuple[int, Tensor, bool] | None:
+    """Run the first blocks by their kept programs: how many, the result, and whether it is ours.
+
+    All facts are compared before the first launch; see `program.py`.
+    """
+    if not chain or fusion.context_refusal(x) is not None or not may_keep(x):
+        return None
+    y = fusion.to_channels_last(x)
+    bound: list[tuple[Program, list[Launch]]] = []
+    key = key_of(y)
+    for block in chain:
+        record = _records.get(block)
+        program = record and record.programs.get(key)
+        launches = program and program.bind()
+        if not launches:
+            break
+        record.fused += 1
+        bound.append((program, launches))
+        key = program.next_key
+    owned = y is not x
+    for program, launches in bound:
+        y, owned = program.run(launches, y, owned), True
+    return (len(bound), y, owned) if bound else None
+
+
+def _run(block: nn.Module, found: Fusable, x: Tensor, owned: bool) -> tuple[Tensor, bool]:
+    """Run one block, fused if the guards allow; the result, and whether it is ours to overwrite."""
+    parts = parts_of(block, found.recipe, x)
+    if isinstance(parts, str):
+        _note(block, parts)
+        return found.plain(x), False
+    bypassed = list(block.modules())[1:]
+    return _run_parts(block, parts, bypassed, x, owned, found.backend), True
+
+
+def _run_parts(
+    owner: nn.Module, parts: Parts, bypassed: list[nn.Module], x: Tensor, owned: bool, backend: str
+) -> Tensor:
+    y = fusion.to_channels_last(x)
+    if fusion.listened_to(x):
+        _note(owner, None)
+        return _call_ops(parts, y, backend)
+    record = record_of(owner)
+    last = len(parts.units) - 1
+    steps = [
+        Step(unit, norm, "relu", i < last, backend, record)
+        for i, (unit, norm) in enumerate(parts.units)
+    ]
+    projection = parts.projection and Step(*parts.projection, "none", False, backend, record)
+    program = Program(owner, steps, projection, parts.joins, bypassed)
+    remember(record, key_of(y), program)
+    y = program.run([step.bind() for step in program.sequence], y, owned or y is not x)
+    _note(owner, None)
+    return y
+
+
+def _call_ops(parts: Parts, x: Tensor, backend: str) -> Tensor:
+    """The block through torch's dispatcher, without writing over anything."""
+    shortcut = x if parts.joins else None
+    if parts.projection is not None:
+        unit = parts.projection[0]
+        shortcut = ops.conv_bn_act_op(*fusion.call_of(unit, x, None, "none", False, backend))
+    y = x
+    for unit, _ in parts.units[:-1]:
+        y = ops.conv_bn_act_op(*fusion.call_of(unit, y, None, "relu", True, backend))
+    unit = parts.units[-1][0]
+    return ops.conv_bn_act_op(*fusion.call_of(unit, y, shortcut, "relu", False, backend))
+
+
+def _note(module: nn.Module, reason: str | None) -> None:
+    """Count a call for `report`: plain for a reason, or fused."""
+    if torch.compiler.is_compiling():
+        return
+    record = record_of(module)
+    record.reason = reason
+    if reason is None:
+        record.fused += 1
+    else:
+        record.plain += 1

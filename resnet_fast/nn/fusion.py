@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Record:
     plain: int = 0
     backends: dict[str, str] = field(default_factory=dict)  # name -> why no fused kernel took it
     reason: str | None = None
+    programs: dict[tuple, Any] = field(default_factory=dict)  # see program.py
 
     def note(self, plan) -> None:
         """Remember the backend of an op's `Plan`, and why a better one refused if any did."""
@@ -114,6 +115,11 @@ def _is_traced(x: Tensor) -> bool:
     return isinstance(x, (FakeTensor, FunctionalTensor))
 
 
+def is_symbolic(x) -> bool:
+    """Whether x stands for a tensor in a torch.fx trace, which must see the plain modules."""
+    return not isinstance(x, Tensor)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` would run anything beside its forward."""
     return bool(
@@ -146,15 +152,10 @@ def unit_of(conv: nn.Module | None, norm: nn.Module | None, x: Tensor) -> Unit |
 
 def norm_vectors(norm: nn.Module | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | str:
     """(weight, bias, running_mean, running_var) of an affine norm, or why it is not one."""
-    kind = type(norm)
-    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
-        if norm.training:
-            return "BatchNorm is in training mode"
-        affine, buffers = norm._parameters, norm._buffers
-    elif kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc":
-        affine = buffers = norm._buffers
-    else:
-        return f"{kind.__name__} is not a BatchNorm2d"
+    storage = norm_storage(norm)
+    if isinstance(storage, str):
+        return storage
+    affine, buffers = storage
     vectors = (
         affine.get("weight"),
         affine.get("bias"),
@@ -164,6 +165,18 @@ def norm_vectors(norm: nn.Module | None) -> tuple[Tensor, Tensor, Tensor, Tensor
     if any(v is None for v in vectors):
         return "BatchNorm has no running statistics or no weight"
     return vectors
+
+
+def norm_storage(norm: nn.Module | None) -> tuple[dict, dict] | str:
+    """Where an affine norm keeps (weight and bias, running statistics), or why it is not one."""
+    kind = type(norm)
+    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
+        if norm.training:
+            return "BatchNorm is in training mode"
+        return norm._parameters, norm._buffers
+    if kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc":
+        return norm._buffers, norm._buffers
+    return f"{kind.__name__} is not a BatchNorm2d"
 
 
 def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> str | None:
@@ -182,6 +195,22 @@ def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> 
     return None
 
 
+def listened_to(x: Tensor) -> bool:
+    """Whether something in torch's dispatcher wants to see the ops called on x.
+
+    If not, they are called without it, which saves 8 to 14 microseconds of each (16 arguments, 53
+    times in a ResNet-50); gradients and torch.func are excluded before this is asked.
+    """
+    return bool(
+        torch.compiler.is_compiling()
+        or type(x) not in _TENSOR_TYPES
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch.autograd._profiler_enabled()
+        or torch.is_autocast_enabled(x.device.type)
+    )
+
+
 def activation_refusal(activation: nn.Module) -> str | None:
     """Why the activation may not run inside the op; None if it is a ReLU without hooks."""
     if type(activation) is not nn.ReLU:
@@ -189,69 +218,30 @@ def activation_refusal(activation: nn.Module) -> str | None:
     return "a hook is registered on the ReLU" if has_hooks(activation) else None
 
 
-def run_unit(
+def call_of(
     unit: Unit,
     x: Tensor,  # [N, H, W, C]
+    residual: Tensor | None,  # [N, P, Q, K]
     activation: str,
-    way: Way,
-    *,
-    residual: Tensor | None = None,  # [N, P, Q, K]
-    overwrite: bool = False,
-    inner: bool = False,
-) -> Tensor:  # [N, P, Q, K]
-    """The fused call.
+    inner: bool,
+    backend: str,
+) -> ops.Call:
+    """The op's arguments for a unit.
 
     Args:
         unit: the convolution and its norm.
         x: channels_last.
-        activation: "relu" or "none".
-        way: how to call, the same for all units of a block.
         residual: added before the activation.
-        overwrite: y may be written over residual.
+        activation: "relu" or "none".
         inner: the result is only read by another convolution (see `INVISIBLE_SLOPE`).
+        backend: see `ops.conv_bn_act`.
     """
     conv, weight, scale, shift, mean, var, eps = unit
     slope = INVISIBLE_SLOPE if inner and weight.device.type == "cpu" else 0.0
-    call = ops.Call(
+    return ops.Call(
         x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
-        activation, mean, var, eps, slope, way.backend,
+        activation, mean, var, eps, slope, backend,
     )  # fmt: skip
-    if way.record is None:  # being compiled: no side effects
-        return ops.conv_bn_act_op(*call)
-    if way.direct:
-        y = ops.run(call, overwrite)
-    elif overwrite:
-        ops.conv_bn_act_op_(*call)
-        y = residual
-    else:
-        y = ops.conv_bn_act_op(*call)
-    way.record.note(ops.last_plan())
-    return y
-
-
-class Way(NamedTuple):
-    """How the units of one block are called."""
-
-    backend: str
-    direct: bool
-    record: Record | None
-
-
-def way_of(x: Tensor, backend: str, record: Record | None) -> Way:
-    """Call the op through torch's dispatcher only if something there listens.
-
-    The dispatcher costs 8 to 14 microseconds a call with these 16 arguments, 53 times in a
-    ResNet-50; gradients, compilation, torch.func and subclasses are excluded before this.
-    """
-    listens = (
-        record is None
-        or type(x) not in _TENSOR_TYPES
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch.autograd._profiler_enabled()
-        or torch.is_autocast_enabled(x.device.type)
-    )
-    return Way(backend, not listens, record)
 
 
 def to_channels_last(x: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ from resnet_fast.ops.conv_bn_act import (
     conv_bn_act_op,
     conv_bn_act_op_,
     last_plan,
+    plan_of,
     plans,
-    run,
+    precision,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "forget",
     "last_plan",
     "packed_bytes",
+    "plan_of",
     "plans",
-    "run",
+    "precision",
 ]

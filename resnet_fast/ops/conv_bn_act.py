@@ -140,15 +140,14 @@ def _check_tensors(call: Call) -> None:
             reject(NAME, name, expected, describe(tensor), "call .float()")
 
 
-def _new_output(call: Call, p: int, q: int) -> Tensor:  # [N, P, Q, K]
-    x = call.x
-    shape = (x.shape[0], call.weight.shape[0], p, q)
+def _new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, K]
+    shape = (x.shape[0], filters, p, q)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake(*args, **kwargs) -> Tensor:
     call = Call(*args, **kwargs)
-    return _new_output(call, *check_args(call))
+    return _new_output(call.x, call.weight.shape[0], *check_args(call))
 
 
 def _fake_inplace(*args, **kwargs) -> None:
@@ -161,31 +160,32 @@ _plans: dict[tuple, backends.Plan] = {}
 _last = threading.local()
 
 
-def run(call: Call, inplace: bool = False) -> Tensor:
-    """The op without torch's dispatcher, for a caller that knows that nothing listens there.
-
-    That is: no gradient is needed, no autocast, mode, subclass, trace or profiler is active. With
-    `inplace` y is written over `call.residual`.
-    """
+def plan_of(call: Call) -> backends.Plan:
+    """The plan for a call's problem; made, and the arguments checked, when it is first met."""
     key = _key(call)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plan(call)
+        plan = _make_plan(call)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = plan
+    return plan
+
+
+def _run(call: Call, inplace: bool) -> Tensor:
+    plan = plan_of(call)
     plan.calls += 1
     _last.plan = plan
-    x, weight, scale, shift, residual = call[:5]
-    return plan.run(x, weight, scale, shift, residual, call.mean, call.var, call.eps, inplace)
+    launch = plan.bind(call.weight, call.scale, call.shift, call.mean, call.var, call.eps)
+    return launch(call.x, call.residual, inplace)
 
 
 def _implementation(*args, **kwargs) -> Tensor:
-    return run(Call(*args, **kwargs), inplace=False)
+    return _run(Call(*args, **kwargs), inplace=False)
 
 
 def _implementation_inplace(*args, **kwargs) -> None:
-    run(Call(*args, **kwargs), inplace=True)
+    _run(Call(*args, **kwargs), inplace=True)
 
 
 def last_plan() -> backends.Plan:
@@ -211,7 +211,7 @@ def _key(call: Call) -> tuple:
     )  # fmt: skip
     if x.is_cuda:
         pointers = x.data_ptr() | (0 if residual is None else residual.data_ptr())
-        key += (pointers % 16, x.dtype == torch.float32 and _precision())
+        key += (pointers % 16, x.dtype == torch.float32 and precision())
     return key
 
 
@@ -219,7 +219,7 @@ def _facts(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _plan(call: Call) -> backends.Plan:
+def _make_plan(call: Call) -> backends.Plan:
     p, q = check_args(call)
     x, weight, residual = call.x, call.weight, call.residual
     vectors = (call.scale, call.shift, call.mean, call.var)
@@ -229,7 +229,7 @@ def _plan(call: Call) -> backends.Plan:
         stride=tuple(call.stride), padding=tuple(call.padding), dilation=tuple(call.dilation),
         groups=call.groups, dtype=dtype_name(x.dtype), activation=call.activation,
         residual=residual is not None, norm=call.mean is not None,
-        precision=_precision() if x.is_cuda else "ieee", negative_slope=call.negative_slope,
+        precision=precision() if x.is_cuda else "ieee", negative_slope=call.negative_slope,
     )  # fmt: skip
     problem = backends.Problem(
         spec=spec,
@@ -246,16 +246,11 @@ def _plan(call: Call) -> backends.Plan:
     )
     plan = backends.plan(problem, call.backend)
     if spec.m * spec.k == 0:
-        plan.run = lambda x, *_: x.new_empty((spec.n, spec.k, p, q)).contiguous(
-            memory_format=torch.channels_last
-        )
-    elif weight.dtype != x.dtype and plan.backend != "cpu":
-        run = plan.run
-        plan.run = lambda x, weight, *rest: run(x, weight.to(x.dtype), *rest)
+        plan.bind = lambda *_: backends.Direct(lambda x, *_: _new_output(x, spec.k, p, q))
     return plan
 
 
-def _precision() -> str:
+def precision() -> str:
     """ "tf32" where cuDNN would use TF32 for a float32 convolution, else "ieee"."""
     return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 

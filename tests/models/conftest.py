@@ -7,13 +7,15 @@ import pytest
 import torch
 import torchvision.models.resnet as reference
 
+import resnet_fast
 import resnet_fast.models.resnet as ours
 
 
 @pytest.fixture
-def plain_path(monkeypatch):
+def plain_path():
     """Every model takes its plain path: eager torch, op for op, so bit equality can be asked."""
-    monkeypatch.setenv("RESNET_FAST_DISABLE", "1")
+    with resnet_fast.disabled():
+        yield
 
 
 @pytest.fixture

@@ -62,15 +62,6 @@ def test_layouts_of_the_input(view, matched):
     assert x.stride() == before[1]
 
 
-@torch.no_grad()
-def test_activations_are_channels_last_for_either_input():
-    model = ours.resnet18().eval()
-    x = image(2, 3, 64, 64)
-    for given in (x, x.to(memory_format=torch.channels_last)):
-        features = model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(given)))))
-        assert features.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
 def test_dtypes(dtype, matched):

@@ -97,11 +97,6 @@ def test_progress_is_passed_on(server):
     assert server.calls[0][2] == {"progress": False, "check_hash": True}
 
 
-def test_loaded_weights_are_still_channels_last(server):
-    model = ours.resnet18(weights="DEFAULT")
-    assert model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize(
     ("args", "kwargs", "messages", "url"),
     [

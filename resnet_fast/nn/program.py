@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block can keep between two calls, and the check that it still holds.
+
+Walking through the guard list and choosing plans takes longer than a small convolution. So what
+the first call on an input size found is kept as a `Program`: the plans of the block's units, and
+the facts they rest on. A later call looks at the facts again and launches; if one differs, the
+guards are asked anew. Nothing here decides what may be fused: that is `fusion.py` alone.
+
+A fact is a function, the things it is applied to, and what it gave: types, attributes, identities
+and addresses. They are compared a list at a time, in C, and for all blocks of a model before the
+first of them is launched: between two convolutions the caches forget the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast import ops
+from resnet_fast.nn import fusion
+from resnet_fast.nn.fusion import Record, Unit
+
+_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks")  # no gradient: others cannot fire
+_CONV = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_NORM = attrgetter("training", "eps")
+_TRAINING = attrgetter("training")
+
+MAX_PROGRAMS = 16  # input sizes remembered per block
+
+Launch = Callable[..., Tensor]  # (x, residual, inplace) -> y
+
+
+def key_of(x: Tensor) -> tuple:
+    """What a program depends on beside its modules; x is channels_last."""
+    key = (x.shape, x.dtype, x.device)
+    return (*key, x.data_ptr() % 16, ops.precision()) if x.is_cuda else key
+
+
+def may_keep(x: Tensor) -> bool:
+    """Whether programs apply to this call: nothing listens, and no gradient could be needed."""
+    return not torch.is_grad_enabled() and not fusion.listened_to(x)
+
+
+def remember(record: Record, key: tuple, program: Program) -> None:
+    """Keep a program for later calls with this key."""
+    if len(record.programs) >= MAX_PROGRAMS:
+        record.programs.clear()
+    record.programs[key] = program
+
+
+class Step:
+    """One unit of a program: how it is called, and once it has been, its plan and its launch."""
+
+    __slots__ = ("activation", "backend", "inner", "launch", "norm", "plan", "record", "unit")
+
+    def __init__(
+        self, unit: Unit, norm: nn.Module, activation: str, inner: bool, backend: str, record
+    ) -> None:
+        self.unit, self.norm, self.record = unit, norm, record
+        self.activation, self.inner, self.backend = activation, inner, backend
+        self.plan = self.launch = None
+
+    def bind(self) -> Launch:
+        """The launch for what the tensors hold now."""
+        if self.plan is None:
+            return self._first_launch
+        self.plan.calls += 1
+        if self.launch is None or not self.launch.fresh(self.unit.weight):
+            self.launch = self.plan.bind(*self.unit[1:])
+        return self.launch
+
+    def _first_launch(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
+        call = fusion.call_of(self.unit, x, residual, self.activation, self.inner, self.backend)
+        self.plan = ops.plan_of(call)
+        self.record.note(self.plan)
+        return self.bind()(x, residual, inplace)
+
+
+class Program:
+    """A block's (or stem's) steps for one input size.
+
+    Args:
+        owner: the block, or the model whose stem this is.
+        steps: the units in order; the last adds the shortcut if `joins`.
+        projection: the shortcut's unit, or None for the identity.
+        joins: whether the last step adds a shortcut.
+        bypassed: all modules under the owner that the program runs without calling.
+    """
+
+    __slots__ = (
+        "facts",
+        "hooks",
+        "joins",
+        "next_key",
+        "projection",
+        "sequence",
+        "steps",
+        "storage",
+        "stored",
+    )
+
+    def __init__(
+        self,
+        owner: nn.Module,
+        steps: list[Step],
+        projection: Step | None,
+        joins: bool,
+        bypassed: list[nn.Module],
+    ) -> None:
+        self.steps, self.projection, self.joins = steps, projection, joins
+        self.sequence = steps if projection is None else [projection, *steps]
+        self.next_key: tuple | None = None
+        convs = [step.unit.conv for step in self.sequence]
+        norms = [step.norm for step in self.sequence]
+        modules = [owner, *bypassed]
+        tensors = [t for step in self.sequence for t in step.unit[1:-1]]
+        others = [m for m in bypassed if not isinstance(m, (nn.Conv2d, nn.ReLU)) and m not in norms]
+        looks = (
+            (type, modules),
+            (_HOOKS, modules),
+            (_CONV, convs),
+            (_NORM, norms),
+            (_TRAINING, others),
+            (Tensor.data_ptr, tensors),
+            (_installed_forward, [owner]),
+        )
+        self.facts = [(look, things, list(map(look, things))) for look, things in looks]
+        # Equal lists of hook dictionaries are the same dictionaries; they must be empty as well.
+        self.hooks = [hooks for module in modules for hooks in _HOOKS(module)]
+        # Children, parameters and buffers by identity: a tensor's == is another thing.
+        self.storage = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
+        self.stored = self._identities()
+
+    def _identities(self) -> list[int]:
+        return list(map(id, chain.from_iterable(map(dict.values, self.storage))))
+
+    def holds(self) -> bool:
+        """Whether every fact is still as it was."""
+        if any(self.hooks) or self._identities() != self.stored:
+            return False
+        for look, things, before in self.facts:  # noqa: SIM110 (a generator costs a third more)
+            if list(map(look, things)) != before:
+                return False
+        return True
+
+    def bind(self) -> list[Launch] | None:
+        """The launches of the steps, projection first; None if a fact differs."""
+        return [step.bind() for step in self.sequence] if self.holds() else None
+
+    def run(self, launches: list[Launch], x: Tensor, owned: bool) -> Tensor:
+        """The block's result; x is channels_last, and overwritten if it may be (`owned`)."""
+        steps = iter(launches)
+        shortcut = x if self.joins else None
+        if self.projection is not None:
+            shortcut, owned = next(steps)(x, None, False), True
+        y = x
+        for _ in self.steps[1:]:
+            y = next(steps)(y, None, False)
+        y = next(steps)(y, shortcut, owned and self.joins)
+        if self.next_key is None:
+            self.next_key = key_of(y)
+        return y
+
+
+def _installed_forward(owner: nn.Module) -> object:
+    return owner.__dict__.get("forward")
