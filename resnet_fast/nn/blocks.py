@@ -105,14 +105,18 @@ def fuses_stem(model: nn.Module) -> bool:
 
 
 def block_forward(block: nn.Module, x: Tensor) -> Tensor:
-    """A fusable block's forward: fused where nothing speaks against it, else its plain forward.
+    """A block's forward: fused where nothing speaks against it, else its plain forward.
 
     Args:
-        block: a block that `fusable` knows.
+        block: one whose class has a `recipe` and a `_forward_plain`, or that `optimize` changed.
         x: [N, C, H, W]; converted to channels_last here if it is not.
     """
     kept = _run_kept([block], x)
-    return kept[1] if kept else _run(block, fusable(block), x, owned=False)[0]
+    if kept:
+        return kept[1]
+    # A subclass may override forward and come here through super().
+    found = fusable(block) or Fusable(type(block).recipe, "auto", block._forward_plain)
+    return _run(block, found, x, owned=False)[0]
 
 
 def stage_forward(stage: nn.Sequential, x: Tensor) -> Tensor:
@@ -253,7 +257,7 @@ def _run_kept(chain: list[nn.Module], x: Tensor) -> tuple[int, Tensor, bool] | N
 
 
 def _run(block: nn.Module, found: Fusable, x: Tensor, owned: bool) -> tuple[Tensor, bool]:
-    """Run one block, fused if the guards allow; the result, and whether it is ours to overwrite."""
+    """Run one block, fused if the guards allow; the result, and whether we may overwrite it."""
     parts = parts_of(block, found.recipe, x)
     if isinstance(parts, str):
         _note(block, parts)

@@ -123,7 +123,7 @@ def test_variants(name, kwargs, matched):
 @torch.no_grad()
 def test_stride_in_1x1_equals_torchvision_with_the_strides_moved(matched):
     theirs = matched("resnet50")[1].eval()
-    mine = ours.resnet50(stride_in_1x1=True).eval()
+    mine = ours.resnet50(stride_in_1x1=True).eval().to(memory_format=torch.channels_last)
     mine.load_state_dict(theirs.state_dict())
     x = image(1, 3, 64, 64)
     assert not torch.equal(mine(x), theirs(x))
