@@ -11,6 +11,7 @@ The first row that does not refuse is taken, unless one is asked for by name.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -152,6 +153,11 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     raise AssertionError("aten refuses nothing")
 
 
+def explain(problem: Problem) -> tuple[str, dict[str, str]]:
+    """The first backend that takes `problem`, and for each other why it does not run."""
+    return _first({row.name: _refusal(row, problem) for row in BACKENDS})
+
+
 def check_name(backend: str) -> None:
     """Raise ValueError unless `backend` is a backend's name or "auto"."""
     known = [row.name for row in BACKENDS]
@@ -253,21 +259,44 @@ BACKENDS = (
 )
 
 
+# ---- add_relu: no spec, no plan; dense tensors of one layout, or aten
+
+ADD_RELU_DTYPES = ("float16", "bfloat16", "float32")
+
+
 def add_relu(x: Tensor, y: Tensor) -> Tensor:
     """relu(x + y) by the first backend that takes it."""
-    alike = x.stride() == y.stride() and x.dtype in ADD_RELU_DTYPES and x.numel() > 0
     dense = x.is_contiguous() or (
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
-    if not (alike and dense):
+    if not dense or x.stride() != y.stride() or x.numel() == 0:
         return aten.add_relu(x, y)
-    if x.is_cuda and _triton_missing() is None:
+    chosen, _ = explain_add_relu(x.device.type, str(x.dtype).removeprefix("torch."))
+    if chosen == "triton":
         from resnet_fast.kernels import add_relu as kernel
 
         out = torch.empty_like(x)
         kernel.add_relu(x, y, out)
         return out
-    return cpu.add_relu(x, y) if x.device.type == "cpu" else aten.add_relu(x, y)
+    return cpu.add_relu(x, y) if chosen == "cpu" else aten.add_relu(x, y)
 
 
-ADD_RELU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+@functools.cache
+def explain_add_relu(device: str, dtype: str) -> tuple[str, dict[str, str]]:
+    """The first backend that takes dense tensors of a dtype, and for each other why not."""
+    known = dtype in ADD_RELU_DTYPES
+    reasons = {}
+    for row in BACKENDS:
+        reason = None
+        if row.device not in (None, device):
+            reason = f"runs on {row.device} tensors, not {device}"
+        elif row.name != "aten":
+            reason = row.missing() or (None if known else f"takes {ADD_RELU_DTYPES}, not {dtype}")
+        reasons[row.name] = reason
+    return _first(reasons)
+
+
+def _first(reasons: dict[str, str | None]) -> tuple[str, dict[str, str]]:
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    others = {name: reason for name, reason in reasons.items() if name != chosen}
+    return chosen, {name: why or f"{chosen} comes first" for name, why in others.items()}

@@ -8,12 +8,14 @@ calls `dispatch`.
 from resnet_fast.kernels.cpu import forget, packed_bytes
 from resnet_fast.ops._library import ArgumentError
 from resnet_fast.ops.add_relu import add_relu
+from resnet_fast.ops.add_relu import explain as explain_add_relu
 from resnet_fast.ops.conv_bn_act import (
     Call,
     conv_bn_act,
     conv_bn_act_,
     conv_bn_act_op,
     conv_bn_act_op_,
+    explain,
     last_plan,
     plan_of,
     plans,
@@ -28,6 +30,8 @@ __all__ = [
     "conv_bn_act_",
     "conv_bn_act_op",
     "conv_bn_act_op_",
+    "explain",
+    "explain_add_relu",
     "forget",
     "last_plan",
     "packed_bytes",

@@ -54,6 +54,11 @@ def _implementation(x: Tensor, y: Tensor) -> Tensor:
     return backends.add_relu(x, y)
 
 
+def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
+    """The backend for dense tensors of a dtype here, and why each of the others would not run."""
+    return backends.explain_add_relu(device, dtype)
+
+
 _op = _library.register(NAME, SCHEMA, _implementation, _fake, lambda x, y: (x, y))
 
 

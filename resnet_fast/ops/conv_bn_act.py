@@ -198,6 +198,18 @@ def plans() -> list[backends.Plan]:
     return list(_plans.values())
 
 
+def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
+    """The backend for a typical convolution here, and why each of the others would not run it."""
+    spec = ConvSpec(8, 56, 56, 64, 64, 3, 3, padding=(1, 1), dtype=dtype, residual=True, norm=True)
+    layouts = {"x": "channels_last", "weight": "channels_last", "residual": "channels_last"}
+    available = device == "cuda" and torch.cuda.is_available()
+    problem = backends.Problem(
+        spec, device, _hardware.capability_of(torch.device(device)) if available else 0, **layouts,
+        vectors=True, tracked=True, aligned=True, index64=False,
+    )  # fmt: skip
+    return backends.explain(problem)
+
+
 def _key(call: Call) -> tuple:
     """All that check_args and the choice of a plan read: the same key needs neither again."""
     x, weight, scale, shift, residual, stride, padding, dilation, groups, activation = call[:10]

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `resnet-fast`: check this machine, compare with torchvision.
+
+Only this file and `comparison/tables.py` speak to a terminal; the rest is computed elsewhere.
+argparse, because it has options of several values (`--batch 1 8`), which click and typer have not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+AGREES, DISAGREES, BAD_INPUT, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_STATUS = (
+    "exit status: 0 all agree; 1 they do not; 2 bad input; 3 all agree, but some images could not "
+    "be read"
+)
+
+
+class BadInput(Exception):
+    """What the user asked for cannot be done; the text says why."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BadInput as error:
+        print(f"resnet-fast: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("resnet-fast: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("resnet-fast", description="Drop-in ResNets that run fused.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    text = "what this machine has, which backend serves which op, and why the others do not"
+    command = commands.add_parser("check", help=text, description=f"Print {text}.")
+    command.set_defaults(run=check)
+    text = "compare torchvision's model with ours: same weights, real photographs, one run"
+    command = commands.add_parser("compare", help=text, description=text, epilog=EXIT_STATUS)
+    command.set_defaults(run=compare)
+    command.add_argument("model", metavar="MODEL", help="resnet18 ... wide_resnet101_2")
+    add = command.add_argument
+    add("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    dtypes = ["float32", "bfloat16"]
+    help_dtype = "float32, bfloat16, float16; default: the first two"
+    add("--dtype", nargs="+", default=dtypes, metavar="DTYPE", help=help_dtype)
+    add("--images", nargs="+", default=[], metavar="FILE", help="default: photographs that ship")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--weights", help="torchvision weights to download, or a state_dict file; default: random")
+    add("--compile", action="store_true", help="time torch.compile with freezing too")
+    add("--seconds", type=float, default=6.0, help="timed seconds per setting; default: 6")
+    add("--json", type=Path, metavar="FILE", help="write the result here too")
+    return parser
+
+
+def check(options: argparse.Namespace) -> int:
+    """The command `check`."""
+    table_type = _rich().table.Table
+    from resnet_fast import machine
+
+    table = table_type("", "found", "detail", "to do", title="This machine")
+    for fact in machine.facts():
+        table.add_row(fact.name, "yes" if fact.present else "no", fact.detail, fact.remedy)
+    console = _console(sys.stdout)
+    console.print(table)
+    headings = ("op", "device", "dtype", "served by", "why not the others")
+    table = table_type(*headings, title="Which backend serves which op")
+    for row in machine.services():
+        why = "\n".join(f"{name}: {reason}" for name, reason in row.others.items())
+        table.add_row(row.op, row.device, row.dtype, row.backend, why, end_section=True)
+    console.print(table)
+    return AGREES
+
+
+def compare(options: argparse.Namespace) -> int:
+    """The command `compare`."""
+    _rich()
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise BadInput(f'{error}; pip install "resnet_fast[all]"') from None
+    if min(options.batch) < 1 or options.seconds <= 0:
+        raise BadInput("--batch and --seconds must be positive")
+    _check_writable(options.json)
+    from resnet_fast.comparison import compare, photographs, tables
+
+    notes = _console(sys.stderr)
+    try:
+        with notes.status("reading photographs") as status:
+            result = compare(
+                options.model,
+                photographs.load(options.images),
+                batches=options.batch,
+                dtypes=options.dtype,
+                device=options.device,
+                weights=options.weights,
+                with_compile=options.compile,
+                seconds=options.seconds,
+                progress=status.update,
+            )
+    except (ValueError, KeyError, OSError) as error:
+        raise BadInput(str(error)) from error
+    console = _console(sys.stdout)
+    for part in tables.render(result):
+        console.print(part, highlight=False)
+    for name, reason in result.skipped.items():
+        notes.print(f"skipped {name}: {reason}", style="yellow", highlight=False)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    if not result.agrees:
+        return DISAGREES
+    return SKIPPED if result.skipped else AGREES
+
+
+def _check_writable(file: Path | None) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise BadInput(f"--json: {file} cannot be written")
+
+
+def _rich():
+    try:
+        import rich.console
+        import rich.table
+    except ImportError as error:
+        raise BadInput(f'{error}; pip install "resnet_fast[all]"') from None
+    return rich
+
+
+def _console(stream):
+    # Away from a terminal the tables keep their whole width: logs and pipes have no columns.
+    width = None if stream.isatty() else 160
+    return _rich().console.Console(file=stream, width=width)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compare(): torchvision's model and ours on real photographs: do they agree, and how fast.
+
+Correctness comes first: a setting whose answers disagree is reported and not timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast import agreement, models
+from resnet_fast.agreement import Verdict
+from resnet_fast.comparison.photographs import Photographs
+from resnet_fast.comparison.timing import Timing, interleaved
+
+OURS = "resnet_fast"
+NCHW, NHWC = "torchvision contiguous", "torchvision channels_last"
+COMPILED = "torch.compile, freezing"
+SECONDS = 6.0  # of timed rounds per setting
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One dtype and batch: do the models agree, and their times.
+
+    Args:
+        dtype, batch: of the input.
+        verdict: the logits' errors against float64, ours beside eager's.
+        top1_ours, top1_eager: how many photographs get float64's class.
+        photographs: how many there are.
+        fused: residual blocks (and stem) that ran fused, and of how many.
+        timings: per provider; empty where the models disagree.
+    """
+
+    dtype: str
+    batch: int
+    verdict: Verdict
+    top1_ours: int
+    top1_eager: int
+    photographs: int
+    fused: tuple[int, int]
+    timings: dict[str, Timing]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether our logits are exact enough and no class is lost that eager keeps."""
+        return self.verdict.agrees
+
+    @property
+    def best_eager(self) -> str:
+        """torchvision's faster memory format."""
+        return min((NCHW, NHWC), key=lambda name: self.timings[name].median)
+
+    def ratio(self, provider: str) -> float:
+        """The provider's median time over that of torchvision at its best memory format."""
+        return self.timings[provider].median / self.timings[self.best_eager].median
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What `compare` found, with all that tells where and on what."""
+
+    model: str
+    weights: str
+    device: str
+    machine: dict[str, str]
+    photographs: list[str]
+    skipped: dict[str, str]
+    settings: list[Setting] = field(default_factory=list)
+
+    @property
+    def agrees(self) -> bool:
+        return all(setting.agrees for setting in self.settings)
+
+    def to_json(self) -> dict:
+        """Plain data: dictionaries, lists, strings and numbers."""
+        data = asdict(self)
+        for setting, row in zip(self.settings, data["settings"], strict=True):
+            row["agrees"] = setting.agrees
+            if setting.timings:
+                row["ratio"] = {name: setting.ratio(name) for name in setting.timings}
+        return data
+
+
+def compare(
+    name: str,
+    photographs: Photographs,
+    *,
+    batches: Sequence[int] = (1, 8),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    device: str = "auto",
+    weights: str | None = None,
+    with_compile: bool = False,
+    seconds: float = SECONDS,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Comparison:
+    """Run torchvision's model and ours, with the same weights, on the same photographs.
+
+    Args:
+        name: one of the ten builders, for example "resnet50".
+        photographs: see `photographs.load`.
+        batches: batch sizes; photographs are repeated to fill them.
+        dtypes: "float32", "bfloat16" or "float16".
+        device: "auto" for a GPU if there is one, else "cpu"; or any torch device.
+        weights: None for random weights whose BatchNorm statistics are those of the photographs;
+            a torchvision weights name ("DEFAULT", "IMAGENET1K_V1"), which is downloaded; or the
+            path of a state_dict.
+        with_compile: time torch.compile with freezing as well.
+        seconds: of timed rounds per setting.
+        progress: told what is being done.
+
+    Raises:
+        ValueError: unknown model, dtype or device.
+    """
+    place = pick_device(device)
+    for dtype in dtypes:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            known = "float32, bfloat16, float16"
+            raise ValueError(f"unknown dtype {dtype!r}; known are {known}")
+    progress("building the models")
+    theirs, ours = build_pair(name, weights, photographs.pixels)
+    found = Comparison(
+        model=name,
+        weights=weights or "random (seed 0), BatchNorm statistics of the photographs",
+        device=str(place),
+        machine=describe_machine(place),
+        photographs=photographs.names,
+        skipped=photographs.skipped,
+    )
+    progress("float64 reference")
+    with torch.inference_mode():
+        exact = copy.deepcopy(theirs).double()(photographs.pixels.double())
+    for dtype in dtypes:
+        kind = getattr(torch, dtype)
+        providers = _providers(theirs, ours, kind, place, with_compile)
+        for batch in batches:
+            label = f"{dtype}, batch {batch}"
+            progress(f"{label}: checking answers")
+            checked = _check(providers, photographs, kind, place, exact)
+            setting = Setting(dtype, batch, *checked, timings={})
+            if setting.agrees:
+                x = photographs.batch(batch).to(place, kind)
+                calls = {who: _call(model, x, who) for who, model in providers.items()}
+                with torch.inference_mode():
+                    report = lambda text, label=label: progress(f"{label}: {text}")  # noqa: E731
+                    setting.timings.update(interleaved(calls, seconds, place, report))
+            found.settings.append(setting)
+    return found
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a name stands for; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or has none here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from None
+    return place
+
+
+def build_pair(name: str, weights: str | None, pixels: Tensor) -> tuple[nn.Module, nn.Module]:
+    """torchvision's model and ours with the same weights, float32, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: unknown model; the known ones are listed.
+    """
+    build_ours = models.get_model_builder(name)
+    import torchvision
+
+    build_theirs = getattr(torchvision.models, name)
+    torch.manual_seed(0)
+    if weights is None:
+        theirs = build_theirs()
+        _calibrate(theirs, pixels)
+    elif Path(weights).is_file():
+        theirs = build_theirs()
+        theirs.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    else:
+        theirs = build_theirs(weights=weights)
+    ours = build_ours()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.eval(), ours.eval()
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, pixels: Tensor) -> None:
+    """Give random weights the BatchNorm statistics of the photographs: signals stay in range."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a cumulative average: the statistics of all that is seen
+    model.train()(pixels)
+    for norm in norms:
+        norm.momentum = 0.1
+
+
+def _providers(theirs, ours, dtype, place, with_compile) -> dict[str, nn.Module]:
+    nhwc = torch.channels_last
+    providers = {
+        NCHW: copy.deepcopy(theirs).to(place, dtype),
+        NHWC: copy.deepcopy(theirs).to(place, dtype).to(memory_format=nhwc),
+        OURS: copy.deepcopy(ours).to(place, dtype).to(memory_format=nhwc),
+    }
+    if with_compile:
+        torch._dynamo.reset()
+        eager = copy.deepcopy(providers[NHWC])
+        providers[COMPILED] = torch.compile(eager, options={"freezing": True}, dynamic=False)
+    return providers
+
+
+def _call(model: nn.Module, x: Tensor, provider: str) -> Callable[[], Tensor]:
+    if provider != NCHW:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return lambda: model(x)
+
+
+@torch.inference_mode()
+def _check(providers, photographs: Photographs, dtype, place, exact: Tensor) -> tuple:
+    x = photographs.pixels.to(place, dtype)
+    ours = _call(providers[OURS], x, OURS)().cpu()
+    eager = _call(providers[NHWC], x, NHWC)().cpu()
+    verdict = agreement.compare(ours, eager, exact)
+    classes = exact.argmax(1)
+    top1 = [int((y.argmax(1) == classes).sum()) for y in (ours, eager)]
+    report = resnet_fast.report(providers[OURS])
+    return verdict, *top1, len(photographs.names), (report.fused, len(report))
+
+
+def describe_machine(place: torch.device) -> dict[str, str]:
+    """What the times were measured on and with."""
+    facts = {
+        "processor": processor_name(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "resnet_fast": resnet_fast.__version__,
+    }
+    if place.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(place)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+    return facts
+
+
+def processor_name() -> str:
+    """The CPU's name as its maker gives it, or its architecture."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

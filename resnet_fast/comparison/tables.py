@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `Comparison` as tables for a terminal, and as the Markdown table of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from resnet_fast.comparison.compare import OURS, Comparison, Setting
+
+
+def render(result: Comparison) -> Iterator[Table | str]:
+    """What `resnet-fast compare` prints."""
+    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    yield f"{result.model} on {result.device}: {machine}"
+    yield f"weights: {result.weights}; photographs: {', '.join(result.photographs)}"
+    yield _agreement(result)
+    yield _times(result)
+
+
+def _agreement(result: Comparison) -> Table:
+    table = Table(title="Do they agree? Errors of the logits against float64")
+    for heading in ("dtype", "ours", "eager", "limit", "top-1 ours", "top-1 eager", "fused", ""):
+        table.add_column(heading)
+    seen = set()
+    for s in result.settings:
+        if s.dtype in seen:
+            continue
+        seen.add(s.dtype)
+        table.add_row(
+            s.dtype,
+            f"{s.verdict.ours:.2e}",
+            f"{s.verdict.eager:.2e}",
+            f"{s.verdict.limit:.2e}",
+            f"{s.top1_ours}/{s.photographs}",
+            f"{s.top1_eager}/{s.photographs}",
+            f"{s.fused[0]} of {s.fused[1]}",
+            "agree" if s.agrees else "DISAGREE: not timed",
+        )
+    return table
+
+
+def _times(result: Comparison) -> Table:
+    table = Table(title="Wall time per batch, measured in this run (ratio: to eager at its best)")
+    for heading in ("dtype", "batch", "", "median ms", "p20", "p80", "images/s", "ratio"):
+        table.add_column(heading, justify="left" if heading in ("dtype", "") else "right")
+    for s in result.settings:
+        for name in s.timings:
+            style = "bold" if name == OURS else None
+            row = (s.dtype, str(s.batch), name, *_numbers(s, name))
+            table.add_row(*row, style=style, end_section=name == list(s.timings)[-1])
+    return table
+
+
+def _numbers(setting: Setting, name: str) -> tuple[str, ...]:
+    timing = setting.timings[name]
+    return (
+        f"{timing.median:.1f}",
+        f"{timing.p20:.1f}",
+        f"{timing.p80:.1f}",
+        f"{setting.batch / timing.median * 1e3:.1f}",
+        f"{setting.ratio(name):.2f}",
+    )
+
+
+def markdown(results: list[Comparison]) -> str:
+    """The README's table: one line per model, dtype and batch."""
+    lines = ["| model | dtype | batch | torchvision, best (ms) | ours (ms) | ratio |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for result in results:
+        for s in result.settings:
+            best, ours = s.timings[s.best_eager].median, s.timings[OURS].median
+            head = f"| {result.model} | {s.dtype} | {s.batch} "
+            lines.append(f"{head}| {best:.1f} | {ours:.1f} | {s.ratio(OURS):.2f} |")
+    return "\n".join(lines)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time several functions against each other so that the machine's drift hits all alike.
+
+One round calls each function once, in turn; a ratio of two medians of the same rounds is then a
+statement about the functions. Absolute times are of this machine at this hour.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARM_UP_ROUNDS = 3
+MIN_ROUNDS = 7
+MAX_ROUNDS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall time of one function over all rounds, in milliseconds.
+
+    Args:
+        median, p20, p80: of the rounds; p20 and p80 are the 20th and 80th percentile.
+        rounds: how many there were.
+        first: the very first call, which packs weights or compiles.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    first: float
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]],
+    seconds: float,
+    device: torch.device,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Timing]:
+    """Call the functions in turn until the time is up.
+
+    Args:
+        functions: by name; each does its whole work when called.
+        seconds: for all rounds together, warm-up apart; at least 7 rounds are made.
+        device: synchronised after each call if it is a GPU.
+        progress: told now and then what is being done.
+
+    Returns:
+        A `Timing` per name.
+    """
+    first = {}
+    for name, function in functions.items():
+        progress(f"first call of {name}")
+        first[name] = _time(function, device)
+    for _ in range(WARM_UP_ROUNDS - 1):
+        for function in functions.values():
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < MIN_ROUNDS or (time.perf_counter() < end and rounds < MAX_ROUNDS):
+        rounds += 1
+        progress(f"round {rounds}")
+        for name, function in functions.items():
+            times[name].append(_time(function, device))
+    return {name: _summary(times[name], first[name]) for name in functions}
+
+
+def _time(function: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) * 1e3
+
+
+def _summary(times: list[float], first: float) -> Timing:
+    fifths = statistics.quantiles(times, n=5)
+    return Timing(statistics.median(times), fifths[0], fifths[3], len(times), first)
