@@ -30,7 +30,6 @@ class ConvSpec:
         residual: whether a tensor of y's shape is added before the activation.
         norm: whether a mean and a variance are given beside scale and shift.
         precision: "tf32" or "ieee"; it only matters where dtype is "float32".
-        negative_slope: slope of the "relu" below zero; 0 is ReLU itself.
     """
 
     n: int
@@ -49,7 +48,6 @@ class ConvSpec:
     residual: bool = False
     norm: bool = False
     precision: str = "tf32"
-    negative_slope: float = 0.0
 
     @property
     def p(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def compare(
             if setting.agrees:
                 x = photographs.batch(batch).to(place, kind)
                 calls = {who: _call(model, x, who) for who, model in providers.items()}
-                with torch.inference_mode():
+                with torch.no_grad(), _freezing(with_compile):
                     report = lambda text, label=label: progress(f"{label}: {text}")  # noqa: E731
                     setting.timings.update(interleaved(calls, seconds, place, report))
             found.settings.append(setting)
@@ -217,8 +218,7 @@ def _providers(theirs, ours, dtype, place, with_compile) -> dict[str, nn.Module]
     }
     if with_compile:
         torch._dynamo.reset()
-        eager = copy.deepcopy(providers[NHWC])
-        providers[COMPILED] = torch.compile(eager, options={"freezing": True}, dynamic=False)
+        providers[COMPILED] = torch.compile(copy.deepcopy(providers[NHWC]), dynamic=False)
     return providers
 
 
@@ -226,6 +226,18 @@ def _call(model: nn.Module, x: Tensor, provider: str) -> Callable[[], Tensor]:
     if provider != NCHW:
         x = x.contiguous(memory_format=torch.channels_last)
     return lambda: model(x)
+
+
+@contextmanager
+def _freezing(wanted: bool):
+    """Inductor's freezing, which folds BatchNorm; the option of torch.compile does not reach it."""
+    if not wanted:
+        yield
+        return
+    from torch._inductor import config
+
+    with config.patch(freezing=True):
+        yield
 
 
 @torch.inference_mode()

@@ -61,10 +61,22 @@ class Problem:
 
 
 class Launch(Protocol):
-    """A convolution bound to a layer's tensors."""
+    """A convolution bound to a layer's tensors.
 
-    def __call__(self, x: Tensor, residual: Tensor | None, inplace: bool = False) -> Tensor:
-        """Run it: y, [N, P, Q, K] in memory; with `inplace` written over residual."""
+    Args:
+        growth: (gain, offset): results are at most gain * (largest input) + offset, shortcut apart;
+            or None where the backend has no use for the knowledge that all values are finite.
+    """
+
+    growth: tuple[float, float] | None
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, inplace: bool = False, finite: bool = False
+    ) -> Tensor:
+        """Run it: y, [N, P, Q, K] in memory; with `inplace` written over residual.
+
+        `finite`: the caller knows that no value can be NaN or infinite.
+        """
 
     def fresh(self, weight: Tensor) -> bool:
         """Whether it still stands for the layer, whose tensors are known to be where they were."""
@@ -77,11 +89,14 @@ class Direct:
     """A `Launch` that keeps nothing of the layer but the tensors themselves: always fresh."""
 
     __slots__ = ("function", "tensors")
+    growth = None
 
     def __init__(self, function: Callable[..., Tensor], *tensors) -> None:
         self.function, self.tensors = function, tensors
 
-    def __call__(self, x: Tensor, residual: Tensor | None, inplace: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, inplace: bool = False, finite: bool = False
+    ) -> Tensor:
         return self.function(x, residual, inplace, *self.tensors)
 
     def fresh(self, weight: Tensor) -> bool:
@@ -240,7 +255,7 @@ def _aten_build(problem: Problem) -> Bind:
     geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
 
     def launch(x, residual, inplace, weight, scale, shift, mean, var, eps) -> Tensor:
-        vectors = (mean, var, eps, spec.negative_slope)
+        vectors = (mean, var, eps)
         narrow = weight.to(x.dtype)
         y = aten.conv_bn_act(x, narrow, scale, shift, residual, *geometry, *vectors)
         return residual.copy_(y) if inplace else y

@@ -26,7 +26,6 @@ def conv_bn_act(
     mean: Tensor | None,  # [K]
     var: Tensor | None,  # [K]
     eps: float,
-    negative_slope: float,
 ) -> Tensor:  # [N, P, Q, K]
     """act((conv(x, weight) - mean) / sqrt(var + eps) * scale + shift + residual), step by step."""
     y = F.conv2d(x, weight, None, stride, padding, dilation, groups)
@@ -37,7 +36,7 @@ def conv_bn_act(
     if residual is not None:
         y = y + residual
     if activation == "relu":
-        y = F.leaky_relu(y, negative_slope) if negative_slope else F.relu(y)
+        y = F.relu(y)
     return y.contiguous(memory_format=torch.channels_last)
 
 

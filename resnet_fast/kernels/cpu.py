@@ -15,9 +15,11 @@ the packed weight was made from with what the tensors hold now:
   wholesale `.data` writes such as an exponential moving average's. Only a `.data` write that
   misses all four samples goes unseen: `resnet_fast.refresh(model)` is for that.
 
-oneDNN's ReLU turns NaN into 0, torch's does not. So the activation is applied here as torch's:
-as a leaky ReLU inside the convolution where the caller allows a slope (see `negative_slope`), else
-by one pass over the result while it is still in cache.
+oneDNN's ReLU turns NaN into 0, torch's does not. So it is used only under a proof that no NaN can
+be: with finite weights and inputs of at most A, no value or partial sum of a convolution exceeds
+gain * A + offset (gain: the largest L1 norm of a filter; offset: the largest bias), and what stays
+below the dtype's largest number is finite. Whoever calls several convolutions in a row follows that
+bound (`growth`) and says so (`finite`); otherwise the ReLU is a pass of its own over the result.
 
 Source: oneDNN developer guide, "Convolution" (post-ops, attributes) and "Inference and Training
 Aspects"; torch's `mkldnn` namespace, which Inductor uses too.
@@ -26,6 +28,7 @@ Aspects"; torch's `mkldnn` namespace, which Inductor uses too.
 from __future__ import annotations
 
 import ctypes
+import math
 import weakref
 from collections.abc import Callable
 
@@ -67,45 +70,57 @@ def build(spec: ConvSpec) -> Callable[..., BoundConv]:
     """Prepare `spec`: bind(weight, scale, shift, mean, var, eps) -> a `BoundConv`."""
     geometry = (spec.padding, spec.stride, spec.dilation, spec.groups)
     problem = (*geometry, (spec.n, spec.c, spec.h, spec.w))
-    relu = spec.activation == "relu"
-    slope = spec.negative_slope if relu and not spec.residual else 0.0
-    activation = ("leaky_relu", [slope], "") if slope else ("none", [], "")
-    dtype = getattr(torch, spec.dtype)
+    dtype, relu = getattr(torch, spec.dtype), spec.activation == "relu"
 
     def bind(weight, scale, shift, mean, var, eps) -> BoundConv:
         vectors = (scale, shift, mean, var)
         packed, entry = packed_weight(weight, vectors, eps, dtype, problem)
-        return BoundConv(packed, entry, geometry, activation, relu and not slope)
+        return BoundConv(packed, entry, geometry, relu)
 
     return bind
 
 
 class BoundConv:
-    """One convolution with its packed weight: called with (x, residual, inplace), it returns y.
+    """One convolution with its packed weight.
 
-    y is [N, P, Q, K] in memory; with `inplace` it is written over residual.
+    Called with (x, residual, inplace, finite) it returns y, [N, P, Q, K] in memory; with `inplace`
+    y is written over residual; with `finite` the caller vouches that all values are.
     """
 
-    __slots__ = ("added", "entry", "plain", "relu_after")
+    __slots__ = ("added", "added_relu", "entry", "growth", "plain", "plain_relu", "relu")
 
-    def __init__(self, packed, entry, geometry, activation, relu_after) -> None:
-        self.entry = entry
-        self.plain = (packed, entry.bias, *geometry, *activation)
-        self.added = (packed, entry.narrow_bias, *geometry, "add", 1.0, None, [], None)
-        self.relu_after = relu_after
+    def __init__(self, packed: Tensor, entry: PackedWeight, geometry: tuple, relu: bool) -> None:
+        self.entry, self.relu, self.growth = entry, relu, entry.growth
+        self.plain = (packed, entry.bias, *geometry, "none", [], "")
+        self.plain_relu = (packed, entry.bias, *geometry, "relu", [], "")
+        added = (packed, entry.narrow_bias, *geometry, "add", 1.0)
+        self.added = (*added, None, [], None)
+        self.added_relu = (*added, "relu", [], None)
 
-    def __call__(self, x: Tensor, residual: Tensor | None, inplace: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, inplace: bool = False, finite: bool = False
+    ) -> Tensor:
+        fused = self.relu and finite
         if residual is None:
-            y = _plain(x, *self.plain)
-        elif inplace:
-            y = _added_inplace(residual, x, *self.added)
+            y = _plain(x, *(self.plain_relu if fused else self.plain))
         else:
-            y = _added(x, residual, *self.added)
-        return relu_(y) if self.relu_after else y
+            arguments = self.added_relu if fused else self.added
+            y = (
+                _added_inplace(residual, x, *arguments)
+                if inplace
+                else _added(x, residual, *arguments)
+            )
+        return relu_(y) if self.relu and not fused else y
 
     def fresh(self, weight: Tensor) -> bool:
         """Whether tensors that are still where they were also still hold what was packed."""
         return self.entry.fresh(weight)
+
+
+def magnitude(x: Tensor) -> float:
+    """The largest absolute value of a channels_last tensor; NaN if there is a NaN."""
+    low, high = torch.aminmax(x.permute(0, 2, 3, 1))
+    return max(-low.item(), high.item())
 
 
 def relu_(y: Tensor) -> Tensor:
@@ -129,7 +144,7 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
 class PackedWeight:
     """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale."""
 
-    __slots__ = ("before", "bias", "narrow_bias", "origin", "packed", "version", "views")
+    __slots__ = ("before", "bias", "growth", "narrow_bias", "origin", "packed", "version", "views")
 
     def __init__(self, weight, vectors, eps, dtype) -> None:
         self.origin = _origin(weight, vectors, eps, dtype)
@@ -139,6 +154,7 @@ class PackedWeight:
         self.bias = fold(*vectors, eps)[1]
         self.narrow_bias = self.bias.to(dtype)  # with a residual, oneDNN's binding takes no other
         self.packed: dict[tuple, Tensor] = {}  # by problem: the layout may depend on x's size
+        self.growth = (math.nan, math.nan)  # (gain, offset), known once packed
 
     def matches(self, weight, vectors, eps, dtype) -> bool:
         """Whether the tensors hold what this was packed from; the vectors may have moved."""
@@ -157,6 +173,8 @@ class PackedWeight:
         gain, _ = fold(*vectors, eps)
         folded = (weight.detach().float() * gain.view(-1, 1, 1, 1)).to(self.narrow_bias.dtype)
         folded = folded.contiguous(memory_format=torch.channels_last)
+        gain = folded.float().abs().sum((1, 2, 3)).max().item()
+        self.growth = (gain, self.bias.abs().max().item())
         packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *problem[:-1], problem[-1])
         if len(self.packed) >= MAX_SHAPES:
             self.packed.clear()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
-from resnet_fast.nn.program import Launch, Program, Step, key_of, may_keep, remember
+from resnet_fast.nn.program import Launch, Program, Step, follow, key_of, may_keep, remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,30 +140,39 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
     Returns:
         [N, num_classes].
     """
-    x = model.maxpool(stem_forward(model, x, backend))
+    x, magnitude = stem_forward(model, x, backend)
+    pool = model.maxpool
+    if type(pool) is not nn.MaxPool2d or fusion.has_hooks(pool):
+        magnitude = None
+    x = pool(x)
     chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         whole = type(stage) is not nn.Sequential or fusion.has_hooks(stage)
         chain += [stage] if whole else stage._modules.values()
-    x = _run_chain(chain, x)
+    x = _run_chain(chain, x, magnitude)
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
-def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor:
-    """conv1, bn1 and relu of a ResNet as one op where nothing speaks against it."""
+def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Tensor, float | None]:
+    """conv1, bn1 and relu of a ResNet as one op where nothing speaks against it.
+
+    Returns:
+        The result, and how large it can be if that is known.
+    """
     if fusion.context_refusal(x) is None and may_keep(x):
         record, given = record_of(model), fusion.to_channels_last(x)
         program = record.programs.get(key_of(given))
         launches = program and program.bind()
         if launches:
             record.fused += 1
-            return program.run(launches, given, False)
+            finite, magnitude = follow(program, launches, given, None)
+            return program.run(launches, given, False, finite), magnitude
     parts = stem_of(model, x)
     if isinstance(parts, str):
         _note(model, parts)
-        return model.relu(model.bn1(model.conv1(x)))
+        return model.relu(model.bn1(model.conv1(x))), None
     bypassed = [model._modules[name] for name in ("conv1", "bn1", "relu")]
-    return _run_parts(model, parts, bypassed, x, False, backend)
+    return _run_parts(model, parts, bypassed, x, False, backend), None
 
 
 # ---- guards
@@ -223,15 +232,17 @@ def _projection(downsample: nn.Module | None, x: Tensor) -> tuple[Unit, nn.Modul
 # ---- running
 
 
-def _run_chain(chain: list[nn.Module], x: Tensor) -> Tensor:
-    done, x, owned = _run_kept(chain, x) or (0, x, False)
+def _run_chain(chain: list[nn.Module], x: Tensor, magnitude: float | None = None) -> Tensor:
+    done, x, owned = _run_kept(chain, x, magnitude) or (0, x, False)
     for block in chain[done:]:
         found = None if fusion.has_hooks(block) else fusable(block)
         x, owned = (block(x), False) if found is None else _run(block, found, x, owned)
     return x
 
 
-def _run_kept(chain: list[nn.Module], x: Tensor) -> tuple[int, Tensor, bool] | None:
+def _run_kept(
+    chain: list[nn.Module], x: Tensor, magnitude: float | None = None
+) -> tuple[int, Tensor, bool] | None:
     """Run the first blocks by their kept programs: how many, the result, and whether it is ours.
 
     All facts are compared before the first launch; see `program.py`.
@@ -252,7 +263,8 @@ def _run_kept(chain: list[nn.Module], x: Tensor) -> tuple[int, Tensor, bool] | N
         key = program.next_key
     owned = y is not x
     for program, launches in bound:
-        y, owned = program.run(launches, y, owned), True
+        finite, magnitude = follow(program, launches, y, magnitude)
+        y, owned = program.run(launches, y, owned, finite), True
     return (len(bound), y, owned) if bound else None
 
 
@@ -274,15 +286,12 @@ def _run_parts(
         _note(owner, None)
         return _call_ops(parts, y, backend)
     record = record_of(owner)
-    last = len(parts.units) - 1
-    steps = [
-        Step(unit, norm, "relu", i < last, backend, record)
-        for i, (unit, norm) in enumerate(parts.units)
-    ]
-    projection = parts.projection and Step(*parts.projection, "none", False, backend, record)
+    steps = [Step(unit, norm, "relu", backend, record) for unit, norm in parts.units]
+    projection = parts.projection and Step(*parts.projection, "none", backend, record)
     program = Program(owner, steps, projection, parts.joins, bypassed)
-    remember(record, key_of(y), program)
+    key = key_of(y)
     y = program.run([step.bind() for step in program.sequence], y, owned or y is not x)
+    remember(record, key, program)  # now that each step has its plan
     _note(owner, None)
     return y
 
@@ -292,12 +301,12 @@ def _call_ops(parts: Parts, x: Tensor, backend: str) -> Tensor:
     shortcut = x if parts.joins else None
     if parts.projection is not None:
         unit = parts.projection[0]
-        shortcut = ops.conv_bn_act_op(*fusion.call_of(unit, x, None, "none", False, backend))
+        shortcut = ops.conv_bn_act_op(*fusion.call_of(unit, x, None, "none", backend))
     y = x
     for unit, _ in parts.units[:-1]:
-        y = ops.conv_bn_act_op(*fusion.call_of(unit, y, None, "relu", True, backend))
+        y = ops.conv_bn_act_op(*fusion.call_of(unit, y, None, "relu", backend))
     unit = parts.units[-1][0]
-    return ops.conv_bn_act_op(*fusion.call_of(unit, y, shortcut, "relu", False, backend))
+    return ops.conv_bn_act_op(*fusion.call_of(unit, y, shortcut, "relu", backend))
 
 
 def _note(module: nn.Module, reason: str | None) -> None:

@@ -22,10 +22,6 @@ from torch.nn.modules import module as nn_module
 
 from resnet_fast import _env, ops
 
-# Inside a block nobody sees the exact zeros of a ReLU, so on the CPU it may be a leaky one with a
-# slope that no sum can notice: oneDNN fuses that, and unlike its ReLU it lets NaN through.
-INVISIBLE_SLOPE = 2.0**-100
-
 
 class Unit(NamedTuple):
     """A convolution and the BatchNorm that follows it, found fit to run as one op."""
@@ -223,7 +219,6 @@ def call_of(
     x: Tensor,  # [N, H, W, C]
     residual: Tensor | None,  # [N, P, Q, K]
     activation: str,
-    inner: bool,
     backend: str,
 ) -> ops.Call:
     """The op's arguments for a unit.
@@ -233,14 +228,12 @@ def call_of(
         x: channels_last.
         residual: added before the activation.
         activation: "relu" or "none".
-        inner: the result is only read by another convolution (see `INVISIBLE_SLOPE`).
         backend: see `ops.conv_bn_act`.
     """
     conv, weight, scale, shift, mean, var, eps = unit
-    slope = INVISIBLE_SLOPE if inner and weight.device.type == "cpu" else 0.0
     return ops.Call(
         x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
-        activation, mean, var, eps, slope, backend,
+        activation, mean, var, eps, backend,
     )  # fmt: skip
 
 

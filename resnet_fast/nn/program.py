@@ -13,9 +13,10 @@ first of them is launched: between two convolutions the caches forget the interp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import chain
-from operator import attrgetter
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,16 @@ from resnet_fast import ops
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
 
-_HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks")  # no gradient: others cannot fire
-_CONV = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
-_NORM = attrgetter("training", "eps")
-_TRAINING = attrgetter("training")
+# Read from a module's __dict__, where these live: a third of what attribute access costs.
+# No gradient is needed where programs apply, so backward hooks cannot fire.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_CONV = itemgetter("stride", "padding", "dilation", "groups", "padding_mode", *_HOOKS)
+_NORM = itemgetter("training", "eps", *_HOOKS)
+_OTHER = itemgetter("training", *_HOOKS)
 
 MAX_PROGRAMS = 16  # input sizes remembered per block
 
-Launch = Callable[..., Tensor]  # (x, residual, inplace) -> y
+Launch = Callable[..., Tensor]  # see dispatch/backends.py
 
 
 def key_of(x: Tensor) -> tuple:
@@ -55,13 +58,13 @@ def remember(record: Record, key: tuple, program: Program) -> None:
 class Step:
     """One unit of a program: how it is called, and once it has been, its plan and its launch."""
 
-    __slots__ = ("activation", "backend", "inner", "launch", "norm", "plan", "record", "unit")
+    __slots__ = ("activation", "backend", "launch", "norm", "plan", "record", "unit")
 
     def __init__(
-        self, unit: Unit, norm: nn.Module, activation: str, inner: bool, backend: str, record
+        self, unit: Unit, norm: nn.Module, activation: str, backend: str, record: Record
     ) -> None:
         self.unit, self.norm, self.record = unit, norm, record
-        self.activation, self.inner, self.backend = activation, inner, backend
+        self.activation, self.backend = activation, backend
         self.plan = self.launch = None
 
     def bind(self) -> Launch:
@@ -73,11 +76,13 @@ class Step:
             self.launch = self.plan.bind(*self.unit[1:])
         return self.launch
 
-    def _first_launch(self, x: Tensor, residual: Tensor | None, inplace: bool) -> Tensor:
-        call = fusion.call_of(self.unit, x, residual, self.activation, self.inner, self.backend)
+    def _first_launch(
+        self, x: Tensor, residual: Tensor | None, inplace: bool, finite: bool
+    ) -> Tensor:
+        call = fusion.call_of(self.unit, x, residual, self.activation, self.backend)
         self.plan = ops.plan_of(call)
         self.record.note(self.plan)
-        return self.bind()(x, residual, inplace)
+        return self.bind()(x, residual, inplace, finite)
 
 
 class Program:
@@ -118,19 +123,18 @@ class Program:
         norms = [step.norm for step in self.sequence]
         modules = [owner, *bypassed]
         tensors = [t for step in self.sequence for t in step.unit[1:-1]]
-        others = [m for m in bypassed if not isinstance(m, (nn.Conv2d, nn.ReLU)) and m not in norms]
+        others = [m for m in modules if m not in convs and m not in norms]
         looks = (
             (type, modules),
-            (_HOOKS, modules),
-            (_CONV, convs),
-            (_NORM, norms),
-            (_TRAINING, others),
+            (_CONV, list(map(vars, convs))),
+            (_NORM, list(map(vars, norms))),
+            (_OTHER, list(map(vars, others))),
             (Tensor.data_ptr, tensors),
             (_installed_forward, [owner]),
         )
         self.facts = [(look, things, list(map(look, things))) for look, things in looks]
-        # Equal lists of hook dictionaries are the same dictionaries; they must be empty as well.
-        self.hooks = [hooks for module in modules for hooks in _HOOKS(module)]
+        # Equal facts mean the same hook dictionaries; they must be empty as well.
+        self.hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         # Children, parameters and buffers by identity: a tensor's == is another thing.
         self.storage = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
         self.stored = self._identities()
@@ -151,19 +155,73 @@ class Program:
         """The launches of the steps, projection first; None if a fact differs."""
         return [step.bind() for step in self.sequence] if self.holds() else None
 
-    def run(self, launches: list[Launch], x: Tensor, owned: bool) -> Tensor:
-        """The block's result; x is channels_last, and overwritten if it may be (`owned`)."""
+    def run(self, launches: list[Launch], x: Tensor, owned: bool, finite: bool = False) -> Tensor:
+        """The block's result.
+
+        Args:
+            launches: of `bind`.
+            x: channels_last.
+            owned: x may be overwritten.
+            finite: `bound` has shown that all values are finite.
+        """
         steps = iter(launches)
         shortcut = x if self.joins else None
         if self.projection is not None:
-            shortcut, owned = next(steps)(x, None, False), True
+            shortcut, owned = next(steps)(x, None, False, finite), True
         y = x
         for _ in self.steps[1:]:
-            y = next(steps)(y, None, False)
-        y = next(steps)(y, shortcut, owned and self.joins)
+            y = next(steps)(y, None, False, finite)
+        y = next(steps)(y, shortcut, owned and self.joins, finite)
         if self.next_key is None:
             self.next_key = key_of(y)
         return y
+
+    def bound(self, launches: list[Launch], magnitude: float) -> tuple[float, float]:
+        """How large the block's values can get if x is at most `magnitude`: (any, the result).
+
+        By the growth that each launch states; NaN where one does not know.
+        """
+        steps = iter(launches)
+        shortcut = magnitude if self.joins else 0.0
+        if self.projection is not None:
+            gain, offset = next(steps).growth or _UNKNOWN
+            shortcut = gain * magnitude + offset
+        largest, y = shortcut, magnitude
+        for launch in steps:
+            gain, offset = launch.growth or _UNKNOWN
+            y = gain * y + offset
+            largest = largest + y  # more than the largest of them, and NaN if one is
+        return largest, y + shortcut
+
+
+_UNKNOWN = (math.nan, math.nan)
+# Far enough below the largest number that rounding cannot matter.
+_LIMITS = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 3e4}
+
+
+def follow(
+    program: Program, launches: list[Launch], x: Tensor, magnitude: float | None
+) -> tuple[bool, float | None]:
+    """Whether all values of a program's run on x are finite, and how large its result can be.
+
+    Bounds are followed from program to program, and x is measured only where there is none or where
+    it has grown too loose: two or three times in a ResNet-50.
+
+    Args:
+        magnitude: of x, where it is known; else None.
+
+    Returns:
+        (False, None) where nothing can be shown, or where the backend has no use for it.
+    """
+    if launches[0].growth is None:
+        return False, None
+    limit = _LIMITS.get(x.dtype, 0.0)
+    largest = math.nan
+    if magnitude is not None:
+        largest, result = program.bound(launches, magnitude)
+    if not largest < limit:
+        largest, result = program.bound(launches, ops.magnitude(x))
+    return (True, result) if largest < limit else (False, None)
 
 
 def _installed_forward(owner: nn.Module) -> object:

@@ -29,7 +29,7 @@ from resnet_fast.spec import ACTIVATIONS, ELEMENT_SIZE, ConvSpec, conv_output_si
 NAME = "conv_bn_act"
 ARGUMENTS = (
     "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, str activation='relu', "
-    "Tensor? mean=None, Tensor? var=None, float eps=1e-05, float negative_slope=0.0, "
+    "Tensor? mean=None, Tensor? var=None, float eps=1e-05, "
     "str backend='auto', bool master_weight=False"
 )
 TENSORS = "Tensor x, Tensor weight, Tensor scale, Tensor shift"
@@ -57,7 +57,6 @@ class Call(NamedTuple):
     mean: Tensor | None = None  # [K]
     var: Tensor | None = None  # [K]
     eps: float = 1e-5
-    negative_slope: float = 0.0
     backend: str = "auto"
     master_weight: bool = False  # weight is float32 beside a narrower x, as under autocast
 
@@ -213,10 +212,10 @@ def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
 def _key(call: Call) -> tuple:
     """All that check_args and the choice of a plan read: the same key needs neither again."""
     x, weight, scale, shift, residual, stride, padding, dilation, groups, activation = call[:10]
-    mean, var, slope, backend = call.mean, call.var, call.negative_slope, call.backend
+    mean, var, backend = call.mean, call.var, call.backend
     key = (
         _facts(x), _facts(weight), _facts(scale), _facts(shift), *stride, *padding, *dilation,
-        groups, activation, slope, backend, call.master_weight,
+        groups, activation, backend, call.master_weight,
         residual is not None and _facts(residual), mean is not None and _facts(mean),
         var is not None and _facts(var),
         weight.is_inference(),
@@ -241,7 +240,7 @@ def _make_plan(call: Call) -> backends.Plan:
         stride=tuple(call.stride), padding=tuple(call.padding), dilation=tuple(call.dilation),
         groups=call.groups, dtype=dtype_name(x.dtype), activation=call.activation,
         residual=residual is not None, norm=call.mean is not None,
-        precision=precision() if x.is_cuda else "ieee", negative_slope=call.negative_slope,
+        precision=precision() if x.is_cuda else "ieee",
     )  # fmt: skip
     problem = backends.Problem(
         spec=spec,
@@ -349,7 +348,6 @@ def conv_bn_act(
     mean: Tensor | None = None,  # [K]
     var: Tensor | None = None,  # [K]
     eps: float = 1e-5,
-    negative_slope: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:  # [N, P, Q, K]
     """Convolution, BatchNorm in inference, residual add and ReLU in one pass over memory.
@@ -369,7 +367,6 @@ def conv_bn_act(
         activation: "relu" or "none".
         mean, var: [K], BatchNorm's running statistics; None leaves that step out.
         eps: added to var.
-        negative_slope: slope of the activation below zero; 0 is ReLU.
         backend: "auto", or the name of the backend to use (`resnet-fast check` lists them).
 
     Returns:
@@ -389,7 +386,7 @@ def conv_bn_act(
     """
     return conv_bn_act_op(
         x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
-        activation, mean, var, eps, negative_slope, backend,
+        activation, mean, var, eps, backend,
     )  # fmt: skip
 
 
