@@ -150,7 +150,7 @@ def compare(
             if setting.agrees:
                 x = photographs.batch(batch).to(place, kind)
                 calls = {who: _call(model, x, who) for who, model in providers.items()}
-                with torch.no_grad(), _freezing(with_compile):
+                with _freezing(with_compile):
                     report = lambda text, label=label: progress(f"{label}: {text}")  # noqa: E731
                     setting.timings.update(interleaved(calls, seconds, place, report))
             found.settings.append(setting)
@@ -225,7 +225,9 @@ def _providers(theirs, ours, dtype, place, with_compile) -> dict[str, nn.Module]
 def _call(model: nn.Module, x: Tensor, provider: str) -> Callable[[], Tensor]:
     if provider != NCHW:
         x = x.contiguous(memory_format=torch.channels_last)
-    return lambda: model(x)
+    # Each at its best: what was compiled under no_grad is slower under inference_mode.
+    mode = torch.no_grad if provider == COMPILED else torch.inference_mode
+    return mode()(lambda: model(x))
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time several functions against each other so that the machine's drift hits all alike.
 
-One round calls each function once, in turn; a ratio of two medians of the same rounds is then a
-statement about the functions. Absolute times are of this machine at this hour.
+One round times each function once, in turn; a ratio of two medians of the same rounds is then a
+statement about the functions. Each timed call follows an untimed one of the same function: whoever
+serves a model serves that one, and does not find the caches as another model left them. Absolute
+times are of this machine at this hour.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def interleaved(
         rounds += 1
         progress(f"round {rounds}")
         for name, function in functions.items():
+            _time(function, device)
             times[name].append(_time(function, device))
     return {name: _summary(times[name], first[name]) for name in functions}
 

@@ -141,6 +141,35 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
     return relu_(torch.add(x, y))
 
 
+def max_pool_3x3_2(
+    x: Tensor,  # [N, H, W, C]
+) -> Tensor:  # [N, ceil(H / 2), ceil(W / 2), C]
+    """max_pool2d(x, 3, stride=2, padding=1) of finite, non-negative values.
+
+    torch's CPU max-pool writes an int64 index beside every value, for a gradient that inference
+    does not want: four times the bytes of a bfloat16 result. Here rows, then columns, are reduced by
+    element-wise maxima, on bit patterns: those of non-negative floats are ordered as integers are.
+    """
+    bits = torch.int16 if x.element_size() == 2 else torch.int32
+    rows = _halve(x.permute(0, 2, 3, 1).view(bits), 1)
+    return _halve(rows, 2).view(x.dtype).permute(0, 3, 1, 2)
+
+
+def _halve(x: Tensor, dim: int) -> Tensor:
+    """Maxima of x[2i - 1], x[2i], x[2i + 1] along a dimension, for those of them that exist."""
+    before = (slice(None),) * dim
+    even, odd = x[(*before, slice(0, None, 2))], x[(*before, slice(1, None, 2))]
+    if even.size(dim) == odd.size(dim):
+        y = torch.maximum(even, odd)
+    else:
+        y = even.clone(memory_format=torch.contiguous_format)
+        right = y.narrow(dim, 0, odd.size(dim))
+        torch.maximum(right, odd, out=right)
+    left = y.narrow(dim, 1, y.size(dim) - 1)
+    torch.maximum(left, odd.narrow(dim, 0, left.size(dim)), out=left)
+    return y
+
+
 class PackedWeight:
     """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale."""
 

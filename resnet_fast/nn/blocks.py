@@ -141,10 +141,10 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
         [N, num_classes].
     """
     x, magnitude = stem_forward(model, x, backend)
-    pool = model.maxpool
-    if type(pool) is not nn.MaxPool2d or fusion.has_hooks(pool):
-        magnitude = None
-    x = pool(x)
+    if magnitude is not None and _is_plain_pool(model.maxpool):
+        x = ops.max_pool_3x3_2(x)
+    else:
+        x, magnitude = model.maxpool(x), None
     chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         whole = type(stage) is not nn.Sequential or fusion.has_hooks(stage)
@@ -173,6 +173,14 @@ def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Te
         return model.relu(model.bn1(model.conv1(x))), None
     bypassed = [model._modules[name] for name in ("conv1", "bn1", "relu")]
     return _run_parts(model, parts, bypassed, x, False, backend), None
+
+
+def _is_plain_pool(pool: nn.Module) -> bool:
+    """Whether the module is the max-pool of ResNet's stem and nothing watches it."""
+    if type(pool) is not nn.MaxPool2d or fusion.has_hooks(pool) or pool.return_indices:
+        return False
+    shape = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+    return shape == (3, 2, 1, 1, False)
 
 
 # ---- guards

@@ -5,7 +5,7 @@ The narrow waist: above it all is ordinary PyTorch, below it kernels and pointer
 calls `dispatch`.
 """
 
-from resnet_fast.kernels.cpu import forget, magnitude, packed_bytes
+from resnet_fast.kernels.cpu import forget, magnitude, max_pool_3x3_2, packed_bytes
 from resnet_fast.ops._library import ArgumentError
 from resnet_fast.ops.add_relu import add_relu
 from resnet_fast.ops.add_relu import explain as explain_add_relu
@@ -35,6 +35,7 @@ __all__ = [
     "forget",
     "last_plan",
     "magnitude",
+    "max_pool_3x3_2",
     "packed_bytes",
     "plan_of",
     "plans",
