@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolution, BatchNorm, residual and ReLU as one implicit GEMM.
+
+    y = act((conv(x, weight) - mean) * rsqrt(var + eps) * scale + shift + residual)
+
+    x [N, H, W, C] * weight [K, R, S, C] -> y [N, P, Q, K]           (memory order)
+
+GEMM view: rows are output pixels (M = N*P*Q), columns output channels, and the products run over
+(r, s, c), the filter's own memory order. The matrix of rows times products is never formed: a
+program gathers a BLOCK_M x BLOCK_K piece of it from x at every step.
+
+                    BLOCK_K products              columns (output channels)
+                   +---------------+                  +---------+
+      BLOCK_M      | x at (r, s),  |     BLOCK_K      | weight  |
+      output       | channels c0.. |                  |         |      acc += x_tile @ weight_tile
+      pixels       +---------------+                  +---------+
+                                                        BLOCK_N
+
+ONE loop walks all steps: c0 advances by BLOCK_K, then s, then r, by comparison and never by
+division. Nested loops would drain the pipeline of loads at every filter tap.
+
+Where C is so small that BLOCK_K products would be mostly padding (the 7x7 stem has C = 3), a whole
+filter row is one tap: its S*C elements lie side by side in x as they do in the filter (MERGE_S).
+
+With SPLIT_K programs per tile, each sums a share of the steps into an fp32 workspace, and
+a second kernel adds the shares in order and finishes: the same sum at every run, no atomics.
+
+Preconditions: the channel stride of x is 1, weight and residual and y are dense, groups is 1.
+Reference: `resnet_fast/ops/conv_bn_act.py`. Implicit GEMM: Chetlur et al., "cuDNN: Efficient
+Primitives for Deep Learning", section 3, https://arxiv.org/abs/1410.0759.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from resnet_fast.kernels.launch import TRITON_TYPE, Launch
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
+
+LIMIT_32BIT = 2**31 - 2**16  # elements that 32-bit offsets reach, less one tile's overhang
+MAX_TAPS = 15  # filter height or width: a row keeps one bit for each in half an int32
+REDUCE_M, REDUCE_N = 8, 128  # tile of the split-K reduction: 16-byte loads for each of 4 warps
+
+
+@triton.jit
+def grouped_tile(m, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The (row, column) tile of this program: GROUP_M row tiles are walked together.
+
+    Programs that run at the same time then share both their rows of x and their filters in L2.
+    """
+    pid = tl.program_id(0)
+    tiles_n = tl.cdiv(k, BLOCK_N)
+    group = pid // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    group_m = tl.minimum(tl.cdiv(m, BLOCK_M) - first_m, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return first_m + within % group_m, within // group_m
+
+
+@triton.jit
+def outside_bits(
+    first,  # [BLOCK_M], position of the first tap
+    step,
+    size,
+    TAPS: tl.constexpr,
+):
+    """Bit i of a row is set where its tap i lies outside [0, size): in the padding."""
+    bits = tl.zeros_like(first)
+    for i in tl.static_range(TAPS):
+        position = first + i * step
+        bits |= tl.where((position < 0) | (position >= size), 1 << i, 0)
+    return bits
+
+
+@triton.jit
+def finish_tile(
+    acc,  # [BLOCK_M, BLOCK_N] fp32
+    rows,  # [BLOCK_M] output pixels
+    cols,  # [BLOCK_N] output channels
+    y,  # [N, P, Q, K]
+    residual,  # [N, P, Q, K] or None
+    scale,  # [K]
+    shift,  # [K]
+    mean,  # [K] or None
+    var,  # [K] or None
+    eps,
+    m,
+    k,
+    ACTIVATION: tl.constexpr,
+    INDEX64: tl.constexpr,
+):
+    """Normalise, add, activate, round once, store."""
+    in_cols = cols < k
+    factor = tl.load(scale + cols, mask=in_cols, other=0.0).to(tl.float32)
+    offset = tl.load(shift + cols, mask=in_cols, other=0.0).to(tl.float32)
+    if mean is not None:
+        variance = tl.load(var + cols, mask=in_cols, other=1.0).to(tl.float32)
+        factor *= tl.rsqrt(variance + eps)
+        offset -= tl.load(mean + cols, mask=in_cols, other=0.0).to(tl.float32) * factor
+    acc = acc * factor[None, :] + offset[None, :]
+
+    index = rows.to(tl.int64) if INDEX64 else rows
+    offsets = index[:, None] * k + cols[None, :]
+    mask = (rows < m)[:, None] & in_cols[None, :]
+    if residual is not None:
+        acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu":
+        acc = tl.where(acc < 0, 0.0, acc)  # a NaN compares false and passes, as in torch
+    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def conv_bn_act_kernel(
+    x,  # [N, H, W, C], strides (stride_n, stride_h, stride_w, 1)
+    weight,  # [K, R, S, C]
+    y,  # [N, P, Q, K]; with SPLIT_K > 1 the workspace, fp32 [SPLIT_K, N, P, Q, K]
+    residual,  # [N, P, Q, K] or None
+    scale,  # [K]
+    shift,  # [K]
+    mean,  # [K] or None
+    var,  # [K] or None
+    eps,
+    h,
+    w,
+    c,
+    k,
+    p,
+    q,
+    m,
+    stride_n,
+    stride_h,
+    stride_w,
+    conv_stride_h,
+    conv_stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    POINTWISE: tl.constexpr,  # 1x1 without padding: every tap lies inside
+    FLAT: tl.constexpr,  # pointwise, and row i of the GEMM is at i * stride_w in x
+    MERGE_S: tl.constexpr,  # a filter row of S*C elements is one tap
+    EVEN_C: tl.constexpr,  # every step is full: the channels of a tap are whole BLOCK_Ks
+    INDEX64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid_m, pid_n = grouped_tile(m, k, BLOCK_M, BLOCK_N, GROUP_M)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+
+    # rows and columns past the end compute something that is never stored: they read tile 0's
+    index = tl.where(rows < m, rows, 0)
+    if INDEX64:
+        index = index.to(tl.int64)
+    if FLAT:
+        row_offsets = index * stride_w
+    else:
+        image = index // (p * q)
+        first_h = (index // q % p) * conv_stride_h - padding_h
+        first_w = (index % q) * conv_stride_w - padding_w
+        row_offsets = image * stride_n + first_h * stride_h + first_w * stride_w
+    x_offsets = row_offsets[:, None] + ks[None, :]
+    filters = tl.where(cols < k, cols, 0)
+    if INDEX64:
+        filters = filters.to(tl.int64)
+    w_offsets = filters[None, :] * (R * S * c) + ks[:, None]
+
+    TAPS_S: tl.constexpr = 1 if MERGE_S else S
+    tap_c = S * c if MERGE_S else c
+    if not POINTWISE:
+        # bits 0..14: outside in height at tap r; bits 16..30: outside in width at tap s
+        outside = outside_bits(first_h, dilation_h, h, R)
+        if not MERGE_S:
+            outside |= outside_bits(first_w, dilation_w, w, S) << 16
+        outside = outside.to(tl.int32)
+    if MERGE_S:
+        # the row's elements left and right of the image; a row of x is w * c elements
+        x_elements = (first_w * c).to(tl.int32)[:, None] + ks[None, :]
+
+    steps_per_tap = tl.cdiv(tap_c, BLOCK_K)
+    steps = R * TAPS_S * steps_per_tap
+    first_step = 0
+    if SPLIT_K > 1:
+        share = tl.cdiv(steps, SPLIT_K)
+        first_step = tl.program_id(1) * share
+        steps = tl.minimum(share, steps - first_step)
+    tap = first_step // steps_per_tap
+    r = tap // TAPS_S
+    s = tap % TAPS_S
+    c0 = (first_step % steps_per_tap) * BLOCK_K
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(steps):
+        if POINTWISE:
+            x_tap = c0
+            w_tap = c0
+        else:
+            x_tap = r * dilation_h * stride_h + s * dilation_w * stride_w + c0
+            w_tap = (r * TAPS_S + s) * tap_c + c0
+            inside = (outside & ((1 << r) | (1 << (s + 16)))) == 0
+        x_tile_ptrs = x + x_tap + x_offsets
+        w_tile_ptrs = weight + w_tap + w_offsets
+        if EVEN_C:
+            w_tile = tl.load(w_tile_ptrs)
+        else:
+            w_tile = tl.load(w_tile_ptrs, mask=(ks < tap_c - c0)[:, None], other=0.0)
+        if POINTWISE and EVEN_C:
+            x_tile = tl.load(x_tile_ptrs)
+        elif POINTWISE:
+            x_tile = tl.load(x_tile_ptrs, mask=(ks < tap_c - c0)[None, :], other=0.0)
+        elif MERGE_S:
+            element = x_elements + c0
+            in_row = (element >= 0) & (element < w * c) & (ks < tap_c - c0)[None, :]
+            x_tile = tl.load(x_tile_ptrs, mask=inside[:, None] & in_row, other=0.0)
+        elif EVEN_C:
+            x_tile = tl.load(x_tile_ptrs, mask=inside[:, None], other=0.0)
+        else:
+            in_tap = (ks < tap_c - c0)[None, :]
+            x_tile = tl.load(x_tile_ptrs, mask=inside[:, None] & in_tap, other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+
+        c0 += BLOCK_K
+        if not POINTWISE:
+            end_of_tap = c0 >= tap_c
+            c0 = tl.where(end_of_tap, 0, c0)
+            s = tl.where(end_of_tap, s + 1, s)
+            end_of_row = s == TAPS_S
+            s = tl.where(end_of_row, 0, s)
+            r = tl.where(end_of_row, r + 1, r)
+
+    if SPLIT_K == 1:
+        finish_tile(
+            acc, rows, cols, y, residual, scale, shift, mean, var, eps, m, k, ACTIVATION, INDEX64
+        )
+    else:
+        index = (tl.program_id(1) * m + rows).to(tl.int64) if INDEX64 else tl.program_id(1) * m + rows
+        mask = (rows < m)[:, None] & (cols < k)[None, :]
+        tl.store(y + index[:, None] * k + cols[None, :], acc, mask=mask)
+
+
+@triton.jit
+def reduce_splits_kernel(
+    workspace,  # fp32 [SPLIT_K, N, P, Q, K]
+    y,  # [N, P, Q, K]
+    residual,  # [N, P, Q, K] or None
+    scale,  # [K]
+    shift,  # [K]
+    mean,  # [K] or None
+    var,  # [K] or None
+    eps,
+    m,
+    k,
+    SPLIT_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INDEX64: tl.constexpr,
+):
+    """Add the shares in order, then the same ending as the unsplit kernel."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows < m)[:, None] & (cols < k)[None, :]
+    index = rows.to(tl.int64) if INDEX64 else rows
+    offsets = index[:, None] * k + cols[None, :]
+    share = m.to(tl.int64) * k if INDEX64 else m * k
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for i in tl.static_range(SPLIT_K):
+        acc += tl.load(workspace + i * share + offsets, mask=mask, other=0.0)
+    finish_tile(
+        acc, rows, cols, y, residual, scale, shift, mean, var, eps, m, k, ACTIVATION, INDEX64
+    )
+
+
+class Operands(NamedTuple):
+    """What a launch depends on beside its `ConvSpec`: with the device, all that must key it.
+
+    Args:
+        x_strides: strides of x along (n, h, w), in elements.
+        params: the torch dtypes of scale, shift, mean and var; None for one that is absent.
+        aligned: whether x, weight, residual and out all start at a multiple of 16 bytes.
+    """
+
+    x_strides: tuple[int, int, int]
+    params: tuple[torch.dtype, torch.dtype, torch.dtype | None, torch.dtype | None]
+    aligned: bool
+
+
+def operands(x, weight, scale, shift, mean, var, residual, out) -> Operands:
+    """Read the `Operands` of a call; x is [N, C, H, W] in torch's shape."""
+    stride_n, _, stride_h, stride_w = x.stride()
+    address = x.data_ptr() | weight.data_ptr() | out.data_ptr()
+    if residual is not None:
+        address |= residual.data_ptr()
+    norm = (None, None) if mean is None else (mean.dtype, var.dtype)
+    return Operands(
+        (stride_n, stride_h, stride_w), (scale.dtype, shift.dtype, *norm), address % 16 == 0
+    )
+
+
+def refusal(spec: ConvSpec) -> str | None:
+    """Why this kernel cannot take `spec`, or None."""
+    if spec.dtype not in TRITON_TYPE:
+        return f"dtype {spec.dtype}: the Triton kernel takes {', '.join(TRITON_TYPE)}"
+    if spec.groups != 1:
+        return f"groups {spec.groups}: the Triton kernel takes 1"
+    if max(spec.r, spec.s) > MAX_TAPS:
+        return f"filter {spec.r}x{spec.s}: the Triton kernel takes at most {MAX_TAPS}x{MAX_TAPS}"
+    if spec.m > LIMIT_32BIT:
+        return f"{spec.m} output pixels: the Triton kernel counts them in 32 bits"
+    return None
+
+
+def merges_filter_rows(spec: ConvSpec, x_strides: tuple[int, int, int]) -> bool:
+    """Whether a filter row is walked as one tap of S*C elements.
+
+    It needs them side by side in x, and pays where C is no whole number of 16-byte accesses, so
+    that nothing is lost by masking single elements.
+    """
+    side_by_side = x_strides[2] == spec.c and spec.dilation[1] == 1
+    return side_by_side and spec.s > 1 and spec.c * ELEMENT_SIZE[spec.dtype] % 16 != 0
+
+
+def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Launch, ...]:
+    """The launches of one call: the implicit GEMM and, with SPLIT_K > 1, its reduction.
+
+    The leading arguments of the first are (x, weight, y or workspace, residual, scale, shift,
+    mean, var, eps), those of the second (workspace, y, residual, scale, shift, mean, var, eps).
+    """
+    element = TRITON_TYPE[spec.dtype]
+    vector = 16 // ELEMENT_SIZE[spec.dtype]
+    params = dict(zip(("scale", "shift", "mean", "var"), operands.params, strict=True))
+    ending = {"residual": f"*{element}" if spec.residual else None}
+    ending |= {
+        name: dtype and f"*{TRITON_TYPE[str(dtype).removeprefix('torch.')]}"
+        for name, dtype in params.items()
+    }
+    ending["eps"] = "fp32"
+
+    # the stride of a dimension of size one is arbitrary and never used: take the dense one
+    stride_n, stride_h, stride_w = operands.x_strides
+    stride_w = stride_w if spec.w > 1 else spec.c
+    stride_h = stride_h if spec.h > 1 else spec.w * stride_w
+    stride_n = stride_n if spec.n > 1 else spec.h * stride_h
+    extent = (spec.n - 1) * stride_n + (spec.h - 1) * stride_h + (spec.w - 1) * stride_w + spec.c
+    y_elements = spec.m * spec.k
+    index64 = max(extent, y_elements * tile.SPLIT_K, spec.k * spec.k_gemm) > LIMIT_32BIT
+
+    flat = (
+        spec.is_pointwise
+        and spec.stride == (1, 1)
+        and stride_h == spec.w * stride_w
+        and stride_n == spec.h * stride_h
+    )
+    merge_s = merges_filter_rows(spec, (stride_n, stride_h, stride_w))
+    tap_c = spec.s * spec.c if merge_s else spec.c
+    split = tile.SPLIT_K > 1
+    divisible = set()
+    if operands.aligned:
+        divisible |= {"x", "weight", "y", "residual", "workspace"}
+    strides = {"stride_n": stride_n, "stride_h": stride_h, "stride_w": stride_w}
+    sizes = {
+        "h": spec.h, "w": spec.w, "c": spec.c, "k": spec.k, "p": spec.p, "q": spec.q, "m": spec.m,
+        **strides,
+        "conv_stride_h": spec.stride[0], "conv_stride_w": spec.stride[1],
+        "padding_h": spec.padding[0], "padding_w": spec.padding[1],
+        "dilation_h": spec.dilation[0], "dilation_w": spec.dilation[1],
+    }  # fmt: skip
+    divisible |= {name for name in ("c", "k", *strides) if sizes[name] % 16 == 0}
+    y_type = "*fp32" if split else f"*{element}"
+    leading = {"x": f"*{element}", "weight": f"*{element}", "y": y_type, **ending}
+    constants = {
+        "R": spec.r,
+        "S": spec.s,
+        "POINTWISE": spec.is_pointwise,
+        "FLAT": flat,
+        "MERGE_S": merge_s,
+        "EVEN_C": tap_c % tile.BLOCK_K == 0,
+        "INDEX64": index64,
+        "PRECISION": spec.precision if spec.dtype == "float32" else "tf32",
+        "ACTIVATION": spec.activation,
+        "BLOCK_M": tile.BLOCK_M,
+        "BLOCK_N": tile.BLOCK_N,
+        "BLOCK_K": tile.BLOCK_K,
+        "SPLIT_K": tile.SPLIT_K,
+        "GROUP_M": tile.GROUP_M,
+    }
+    tiles = triton.cdiv(spec.m, tile.BLOCK_M) * triton.cdiv(spec.k, tile.BLOCK_N)
+    gemm = Launch(
+        conv_bn_act_kernel, (tiles, tile.SPLIT_K, 1), leading, sizes, constants,
+        frozenset(divisible), frozenset(strides if index64 else ()),
+        tile.NUM_WARPS, tile.NUM_STAGES,
+    )  # fmt: skip
+    if not split:
+        return (gemm,)
+    reduction = Launch(
+        reduce_splits_kernel,
+        (triton.cdiv(spec.m, REDUCE_M), triton.cdiv(spec.k, REDUCE_N), 1),
+        {"workspace": "*fp32", "y": f"*{element}", **ending},
+        {"m": spec.m, "k": spec.k},
+        {
+            "SPLIT_K": tile.SPLIT_K, "ACTIVATION": spec.activation,
+            "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N, "INDEX64": index64,
+        },
+        frozenset(divisible & {"workspace", "y", "residual", "k"}),
+    )  # fmt: skip
+    return gemm, reduction
+
+
+def build(spec: ConvSpec, tile: TileConfig, operands: Operands, *, arch: int) -> Callable[..., None]:
+    """All that can be decided before the pointers are known; returns the function that launches.
+
+    Args:
+        spec: the convolution; `refusal(spec)` is None.
+        tile: how it is cut, from `dispatch.heuristics.choose`.
+        operands: from `operands(...)` of the call at hand.
+        arch: compute capability of the current device times ten.
+
+    Returns:
+        launch(x, weight, scale, shift, mean, var, eps, residual, out): runs on the current stream
+        of the current device. It is valid as long as `spec`, `operands` and the device are the
+        same; it checks nothing.
+    """
+    gemm, *reduction = launches(spec, tile, operands)
+    run = gemm.bind(arch)
+    if not reduction:
+
+        def launch(x, weight, scale, shift, mean, var, eps, residual, out) -> None:
+            run(x, weight, out, residual, scale, shift, mean, var, eps)
+
+        return launch
+
+    reduce = reduction[0].bind(arch)
+    workspace_shape = (tile.SPLIT_K, spec.m, spec.k)
+
+    def launch_split(x, weight, scale, shift, mean, var, eps, residual, out) -> None:
+        workspace = torch.empty(workspace_shape, dtype=torch.float32, device=x.device)
+        run(x, weight, workspace, residual, scale, shift, mean, var, eps)
+        reduce(workspace, out, residual, scale, shift, mean, var, eps)
+
+    return launch_split
