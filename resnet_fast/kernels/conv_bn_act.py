@@ -92,25 +92,26 @@ def finish_tile(
     m,
     k,
     ACTIVATION: tl.constexpr,
+    PARTIAL: tl.constexpr,
     INDEX64: tl.constexpr,
 ):
-    """Normalise, add, activate, round once, store."""
+    """Normalise, add, activate, round once and store; the PARTIAL sum of a split only stores."""
     in_cols = cols < k
-    factor = tl.load(scale + cols, mask=in_cols, other=0.0).to(tl.float32)
-    offset = tl.load(shift + cols, mask=in_cols, other=0.0).to(tl.float32)
-    if mean is not None:
-        variance = tl.load(var + cols, mask=in_cols, other=1.0).to(tl.float32)
-        factor *= tl.rsqrt(variance + eps)
-        offset -= tl.load(mean + cols, mask=in_cols, other=0.0).to(tl.float32) * factor
-    acc = acc * factor[None, :] + offset[None, :]
-
     index = rows.to(tl.int64) if INDEX64 else rows
     offsets = index[:, None] * k + cols[None, :]
     mask = (rows < m)[:, None] & in_cols[None, :]
-    if residual is not None:
-        acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "relu":
-        acc = tl.where(acc < 0, 0.0, acc)  # a NaN compares false and passes, as in torch
+    if not PARTIAL:
+        factor = tl.load(scale + cols, mask=in_cols, other=0.0).to(tl.float32)
+        offset = tl.load(shift + cols, mask=in_cols, other=0.0).to(tl.float32)
+        if mean is not None:
+            variance = tl.load(var + cols, mask=in_cols, other=1.0).to(tl.float32)
+            factor *= tl.rsqrt(variance + eps)
+            offset -= tl.load(mean + cols, mask=in_cols, other=0.0).to(tl.float32) * factor
+        acc = acc * factor[None, :] + offset[None, :]
+        if residual is not None:
+            acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        if ACTIVATION == "relu":
+            acc = tl.where(acc < 0, 0.0, acc)  # a NaN compares false and passes, as in torch
     tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=mask)
 
 
@@ -241,14 +242,23 @@ def conv_bn_act_kernel(
             s = tl.where(end_of_row, 0, s)
             r = tl.where(end_of_row, r + 1, r)
 
-    if SPLIT_K == 1:
+    if SPLIT_K > 1:
+        y += tl.program_id(1).to(tl.int64) * m * k if INDEX64 else tl.program_id(1) * m * k
+    if BLOCK_N >= 128:
+        # by halves: a whole tile's residual beside its sums would not fit the registers
+        HALF: tl.constexpr = BLOCK_N // 2
+        acc, acc_right = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
+        cols = pid_n * BLOCK_N + tl.arange(0, HALF)
         finish_tile(
-            acc, rows, cols, y, residual, scale, shift, mean, var, eps, m, k, ACTIVATION, INDEX64
-        )
-    else:
-        index = (tl.program_id(1) * m + rows).to(tl.int64) if INDEX64 else tl.program_id(1) * m + rows
-        mask = (rows < m)[:, None] & (cols < k)[None, :]
-        tl.store(y + index[:, None] * k + cols[None, :], acc, mask=mask)
+            acc, rows, cols, y, residual, scale, shift, mean, var, eps, m, k,
+            ACTIVATION, SPLIT_K > 1, INDEX64,
+        )  # fmt: skip
+        acc = acc_right
+        cols += HALF
+    finish_tile(
+        acc, rows, cols, y, residual, scale, shift, mean, var, eps, m, k,
+        ACTIVATION, SPLIT_K > 1, INDEX64,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -280,8 +290,9 @@ def reduce_splits_kernel(
     for i in tl.static_range(SPLIT_K):
         acc += tl.load(workspace + i * share + offsets, mask=mask, other=0.0)
     finish_tile(
-        acc, rows, cols, y, residual, scale, shift, mean, var, eps, m, k, ACTIVATION, INDEX64
-    )
+        acc, rows, cols, y, residual, scale, shift, mean, var, eps, m, k,
+        ACTIVATION, False, INDEX64,
+    )  # fmt: skip
 
 
 class Operands(NamedTuple):
