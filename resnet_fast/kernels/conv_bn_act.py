@@ -32,6 +32,7 @@ Primitives for Deep Learning", section 3, https://arxiv.org/abs/1410.0759.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,8 +40,9 @@ import torch
 import triton
 import triton.language as tl
 
+from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.kernels.launch import TRITON_TYPE, Launch
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
+from resnet_fast.spec import ConvSpec, TileConfig
 
 LIMIT_32BIT = 2**31 - 2**16  # elements that 32-bit offsets reach, less one tile's overhang
 MAX_TAPS = 15  # filter height or width: a row keeps one bit for each in half an int32
@@ -212,8 +214,8 @@ def conv_bn_act_kernel(
             x_tap = r * dilation_h * stride_h + s * dilation_w * stride_w + c0
             w_tap = (r * TAPS_S + s) * tap_c + c0
             inside = (outside & ((1 << r) | (1 << (s + 16)))) == 0
-        x_tile_ptrs = x + x_tap + x_offsets
-        w_tile_ptrs = weight + w_tap + w_offsets
+        x_tile_ptrs = x + (x_offsets + x_tap)
+        w_tile_ptrs = weight + (w_offsets + w_tap)
         if EVEN_C:
             w_tile = tl.load(w_tile_ptrs)
         else:
@@ -223,8 +225,9 @@ def conv_bn_act_kernel(
         elif POINTWISE:
             x_tile = tl.load(x_tile_ptrs, mask=(ks < tap_c - c0)[None, :], other=0.0)
         elif MERGE_S:
-            element = x_elements + c0
-            in_row = (element >= 0) & (element < w * c) & (ks < tap_c - c0)[None, :]
+            # as unsigned numbers, the elements before the row are beyond its end
+            in_row = (x_elements + c0).to(tl.uint32) < (w * c).to(tl.uint32)
+            in_row &= (ks < tap_c - c0)[None, :]
             x_tile = tl.load(x_tile_ptrs, mask=inside[:, None] & in_row, other=0.0)
         elif EVEN_C:
             x_tile = tl.load(x_tile_ptrs, mask=inside[:, None], other=0.0)
@@ -301,7 +304,7 @@ class Operands(NamedTuple):
     Args:
         x_strides: strides of x along (n, h, w), in elements.
         params: the torch dtypes of scale, shift, mean and var; None for one that is absent.
-        aligned: whether x, weight, residual and out all start at a multiple of 16 bytes.
+        aligned: whether every tensor of the call starts at a multiple of 16 bytes.
     """
 
     x_strides: tuple[int, int, int]
@@ -312,10 +315,15 @@ class Operands(NamedTuple):
 def operands(x, weight, scale, shift, mean, var, residual, out) -> Operands:
     """Read the `Operands` of a call; x is [N, C, H, W] in torch's shape."""
     stride_n, _, stride_h, stride_w = x.stride()
-    address = x.data_ptr() | weight.data_ptr() | out.data_ptr()
+    address = (
+        x.data_ptr() | weight.data_ptr() | out.data_ptr() | scale.data_ptr() | shift.data_ptr()
+    )
+    norm = (None, None)
+    if mean is not None:
+        address |= mean.data_ptr() | var.data_ptr()
+        norm = (mean.dtype, var.dtype)
     if residual is not None:
         address |= residual.data_ptr()
-    norm = (None, None) if mean is None else (mean.dtype, var.dtype)
     return Operands(
         (stride_n, stride_h, stride_w), (scale.dtype, shift.dtype, *norm), address % 16 == 0
     )
@@ -334,16 +342,6 @@ def refusal(spec: ConvSpec) -> str | None:
     return None
 
 
-def merges_filter_rows(spec: ConvSpec, x_strides: tuple[int, int, int]) -> bool:
-    """Whether a filter row is walked as one tap of S*C elements.
-
-    It needs them side by side in x, and pays where C is no whole number of 16-byte accesses, so
-    that nothing is lost by masking single elements.
-    """
-    side_by_side = x_strides[2] == spec.c and spec.dilation[1] == 1
-    return side_by_side and spec.s > 1 and spec.c * ELEMENT_SIZE[spec.dtype] % 16 != 0
-
-
 def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Launch, ...]:
     """The launches of one call: the implicit GEMM and, with SPLIT_K > 1, its reduction.
 
@@ -351,7 +349,6 @@ def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
     mean, var, eps), those of the second (workspace, y, residual, scale, shift, mean, var, eps).
     """
     element = TRITON_TYPE[spec.dtype]
-    vector = 16 // ELEMENT_SIZE[spec.dtype]
     params = dict(zip(("scale", "shift", "mean", "var"), operands.params, strict=True))
     ending = {"residual": f"*{element}" if spec.residual else None}
     ending |= {
@@ -375,12 +372,14 @@ def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
         and stride_h == spec.w * stride_w
         and stride_n == spec.h * stride_h
     )
-    merge_s = merges_filter_rows(spec, (stride_n, stride_h, stride_w))
-    tap_c = spec.s * spec.c if merge_s else spec.c
+    walk = filter_walk(spec, stride_w)
     split = tile.SPLIT_K > 1
-    divisible = set()
+    y_type = "*fp32" if split else f"*{element}"
+    leading = {"x": f"*{element}", "weight": f"*{element}", "y": y_type, **ending}
+    divisors = {}
     if operands.aligned:
-        divisible |= {"x", "weight", "y", "residual", "workspace"}
+        divisors |= dict.fromkeys((*leading, "workspace"), 16)
+        del divisors["eps"]
     strides = {"stride_n": stride_n, "stride_h": stride_h, "stride_w": stride_w}
     sizes = {
         "h": spec.h, "w": spec.w, "c": spec.c, "k": spec.k, "p": spec.p, "q": spec.q, "m": spec.m,
@@ -389,16 +388,15 @@ def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
         "padding_h": spec.padding[0], "padding_w": spec.padding[1],
         "dilation_h": spec.dilation[0], "dilation_w": spec.dilation[1],
     }  # fmt: skip
-    divisible |= {name for name in ("c", "k", *strides) if sizes[name] % 16 == 0}
-    y_type = "*fp32" if split else f"*{element}"
-    leading = {"x": f"*{element}", "weight": f"*{element}", "y": y_type, **ending}
+    for name in ("c", "k", *strides):
+        divisors[name] = math.gcd(sizes[name], 16)
     constants = {
         "R": spec.r,
         "S": spec.s,
         "POINTWISE": spec.is_pointwise,
         "FLAT": flat,
-        "MERGE_S": merge_s,
-        "EVEN_C": tap_c % tile.BLOCK_K == 0,
+        "MERGE_S": walk.merged,
+        "EVEN_C": walk.is_even(tile.BLOCK_K),
         "INDEX64": index64,
         "PRECISION": spec.precision if spec.dtype == "float32" else "tf32",
         "ACTIVATION": spec.activation,
@@ -411,7 +409,7 @@ def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
     tiles = triton.cdiv(spec.m, tile.BLOCK_M) * triton.cdiv(spec.k, tile.BLOCK_N)
     gemm = Launch(
         conv_bn_act_kernel, (tiles, tile.SPLIT_K, 1), leading, sizes, constants,
-        frozenset(divisible), frozenset(strides if index64 else ()),
+        divisors, frozenset(strides if index64 else ()),
         tile.NUM_WARPS, tile.NUM_STAGES,
     )  # fmt: skip
     if not split:
@@ -425,12 +423,14 @@ def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
             "SPLIT_K": tile.SPLIT_K, "ACTIVATION": spec.activation,
             "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N, "INDEX64": index64,
         },
-        frozenset(divisible & {"workspace", "y", "residual", "k"}),
+        divisors,
     )  # fmt: skip
     return gemm, reduction
 
 
-def build(spec: ConvSpec, tile: TileConfig, operands: Operands, *, arch: int) -> Callable[..., None]:
+def build(
+    spec: ConvSpec, tile: TileConfig, operands: Operands, *, arch: int
+) -> Callable[..., None]:
     """All that can be decided before the pointers are known; returns the function that launches.
 
     Args:

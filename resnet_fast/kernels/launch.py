@@ -37,8 +37,8 @@ class Launch:
             order, such as `"*fp16"` or `"fp32"`; None for a pointer that this launch has not got.
         sizes: the integers that follow: sizes and strides, as 32-bit or `wide` 64-bit arguments.
         constants: the compile-time arguments, by name.
-        divisible_by_16: the arguments that the compiler may take for multiples of 16 (a pointer:
-            16 bytes), which is what lets it form 16-byte accesses.
+        divisors: what the compiler may take an argument for a multiple of (a pointer: in bytes),
+            by name; this is what lets it form 16-byte accesses. Other names are ignored.
         wide: the names in `sizes` that are passed as 64-bit integers.
         num_warps, num_stages: warps per program, and steps in flight in its pipelined loop.
     """
@@ -48,7 +48,7 @@ class Launch:
     leading: dict[str, str | None]
     sizes: dict[str, int] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
-    divisible_by_16: frozenset[str] = frozenset()
+    divisors: dict[str, int] = field(default_factory=dict)
     wide: frozenset[str] = frozenset()
     num_warps: int = 4
     num_stages: int = 1
@@ -67,11 +67,13 @@ class Launch:
         signature |= dict.fromkeys(self.constants, "constexpr")
         names = self.kernel.arg_names
         if list(signature) != names:
-            raise ValueError(f"{self.kernel.__name__} takes {names}, the launch has {list(signature)}")
+            raise ValueError(
+                f"{self.kernel.__name__} takes {names}, the launch has {list(signature)}"
+            )
         attributes = {
-            (i,): [["tt.divisibility", 16]]
+            (i,): [["tt.divisibility", self.divisors[name]]]
             for i, name in enumerate(names)
-            if name in self.divisible_by_16 and signature[name] != "constexpr"
+            if self.divisors.get(name, 1) > 1 and signature[name] != "constexpr"
         }
         return ASTSource(self.kernel, signature, constants, attributes)
 
