@@ -156,7 +156,7 @@ def opcode(instruction: str) -> str:
 
 
 def is_mma(code: str) -> bool:
-    """Whether a SASS opcode is a tensor-core multiply-add: HMMA, HGMMA (wgmma), UTCHMMA (tcgen05)."""
+    """Whether a SASS opcode is a tensor-core multiply-add, wgmma and tcgen05 included."""
     return re.match(r"(H|I|Q|O|D)?(UTC)?(H|I|Q|O|D)?G?MMA\b", code) is not None
 
 
