@@ -20,7 +20,8 @@ from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
-ROW_BYTES = 128  # of a tile in shared memory: the widest swizzle, and one full cache line
+# of a tile in shared memory: the widest swizzle and a full cache line; scalar FMAs unroll them
+ROW_BYTES = {"tensor": 128, "scalar": 64}
 ACCUMULATORS = {"tensor": 128, "scalar": 32}  # per thread; scalar FMAs keep operands there as well
 GATHERED = 16  # elements per thread and step where each needs an address of its own
 MAX_WORKSPACE = 32 * 2**20  # bytes: beyond it the shares would leave the L2 cache
@@ -42,9 +43,9 @@ SMALL = (
 K32 = (
     TileConfig(128, 128, 32, 3, 8, reason="TF32 at large batch"),
     TileConfig(128, 64, 32, 4, 8, reason="TF32, 64 channels"),
-    TileConfig(64, 64, 32, 4, 4, reason="TF32 on 14x14 maps; IEEE fp32"),
-    TileConfig(32, 64, 32, 4, 4, reason="TF32 at batch 1; IEEE fp32"),
-    TileConfig(32, 32, 32, 4, 4, reason="TF32 at batch 1 on 7x7 maps; IEEE fp32"),
+    TileConfig(64, 64, 32, 4, 4, reason="TF32 on 14x14 maps"),
+    TileConfig(32, 64, 32, 4, 4, reason="TF32 at batch 1"),
+    TileConfig(32, 32, 32, 4, 4, reason="TF32 at batch 1 on 7x7 maps"),
     TileConfig(128, 64, 32, 3, 8, reason="the 7x7 stem: 16 gathered elements a thread"),
     TileConfig(128, 32, 32, 4, 4, reason="CIFAR's 32 channels"),
 )
@@ -54,6 +55,7 @@ K16 = (
     TileConfig(128, 64, 16, 3, 8, reason="IEEE fp32 at large batch"),
     TileConfig(64, 64, 16, 3, 8, reason="IEEE fp32"),
     TileConfig(64, 32, 16, 3, 4, reason="IEEE fp32, few channels"),
+    TileConfig(32, 32, 16, 4, 4, reason="IEEE fp32 at batch 1"),
 )
 # what 99 KiB of shared memory hold (sm_86, 89, 120): fewer stages, so that two blocks fit
 COMPACT = (
@@ -165,8 +167,10 @@ def refusal(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | None:
     unit = "scalar" if is_ieee(spec) else "tensor"
     if (shared := shared_bytes(spec, tile)) > gpu.shared_per_block:
         return f"{shared} bytes of shared memory, {gpu.shared_per_block} available"
-    if tile.BLOCK_K * size > ROW_BYTES:
-        return f"BLOCK_K {tile.BLOCK_K}: {tile.BLOCK_K * size} bytes a row, {ROW_BYTES} at most"
+    if tile.BLOCK_K * size > ROW_BYTES[unit]:
+        return f"{tile.BLOCK_K * size} bytes a row, {ROW_BYTES[unit]} at most for {unit} arithmetic"
+    if tile.BLOCK_K * size < ROW_BYTES[unit] and walk.products >= 2 * tile.BLOCK_K:
+        return f"BLOCK_K {tile.BLOCK_K}: {walk.products} products a tap fill longer rows"
     if (sums := tile.BLOCK_M * tile.BLOCK_N // threads) > ACCUMULATORS[unit]:
         return f"{sums} accumulators a thread, {ACCUMULATORS[unit]} at most for {unit} arithmetic"
     if spec.c * size % 16 != 0:

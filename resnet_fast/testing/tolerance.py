@@ -7,6 +7,8 @@
 The factor two leaves room for another order of summation, the floor for a case where eager happens
 to round exactly; sqrt(K_gemm) is how the error of a random sum of K_gemm products grows, and
 the summation floor uses the accumulator's eps (fp32), the rounding floor the output's.
+Where products are TF32, "eager" is eager fp32 on operands rounded to TF32: the same rounding, in
+torch's own arithmetic, since a CPU has no TF32 of its own.
 After FlashAttention's rule: compare with a high-precision reference, not with another rounding.
 """
 
@@ -31,6 +33,13 @@ def bound(eager_error: float, dtype: torch.dtype, k_gemm: int) -> float:
     rounding = FLOOR_ULPS * torch.finfo(dtype).eps / 2
     summation = math.sqrt(k_gemm) * torch.finfo(torch.float32).eps
     return FACTOR * eager_error + rounding + summation
+
+
+def round_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """fp32 rounded to the 10 bits of TF32's mantissa: to nearest, ties away from zero."""
+    bits = x.view(torch.int32)
+    rounded = (bits + 0x1000) & ~0x1FFF
+    return torch.where(x.isfinite(), rounded.view(torch.float32), x)
 
 
 def assert_within(
