@@ -177,13 +177,8 @@ def refusal(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | None:
         gathered = max(tile.BLOCK_M, tile.BLOCK_N) * tile.BLOCK_K // threads
         if gathered > GATHERED:
             return f"C {spec.c} is gathered: {gathered} addresses a thread, {GATHERED} at most"
-    for name, block, extent, least in (
-        ("BLOCK_M", tile.BLOCK_M, spec.m, 32),
-        ("BLOCK_N", tile.BLOCK_N, spec.k, 16),
-        ("BLOCK_K", tile.BLOCK_K, walk.products, 16),
-    ):
-        if block > least and block >= 2 * extent:
-            return f"{name} {block} for {extent}: more than half would be padding"
+    if tile.BLOCK_K > 16 and 2 * walk.products <= tile.BLOCK_K:
+        return f"BLOCK_K {tile.BLOCK_K} for taps of {walk.products} products: half were padding"
     return None
 
 
