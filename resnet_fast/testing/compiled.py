@@ -161,8 +161,12 @@ def is_mma(code: str) -> bool:
 
 
 def tensor_loops(sass: str) -> list[MainLoop]:
-    """Innermost loops (a branch back to an earlier label) with tensor-core instructions."""
+    """Innermost loops (a branch back to an earlier label) with tensor-core instructions.
+
+    Only up to the kernel's exit: behind it lie the slow paths of waits, which branch back as well.
+    """
     found, labels = instructions(sass)
+    found = found[: next(i for i, code in enumerate(found) if opcode(code) == "EXIT")]
     spans = []
     for end, instruction in enumerate(found):
         target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 
 def pool(processes: int = 1) -> ProcessPoolExecutor:
@@ -28,15 +29,20 @@ def interpret_here() -> None:
     import numpy as np
     import torch
     import triton.language as tl
+    from triton._C.libtriton import ir as _ir
     from triton.runtime import interpreter
+
+    from resnet_fast.testing.tolerance import round_to_tf32
 
     torch.set_num_threads(1)
 
-    # The interpreter keeps a bfloat16 as its bits in a uint16. Triton 3.8 multiplies those bits in
-    # tl.dot, and truncates where the GPU rounds: give it the values, and torch's rounding.
+    # Where Triton 3.8 interprets other than a GPU computes, do as the GPU does. A bfloat16 is kept
+    # as its bits in a uint16: tl.dot would multiply those bits, and a conversion truncate. TF32
+    # products take whole fp32 numbers: tensor cores drop the low 13 bits, whatever they are.
     convert_float = interpreter._convert_float
     builder = interpreter.InterpreterBuilder
     dot = builder.create_dot
+    tf32 = _ir.INPUT_PRECISION.TF32
 
     def convert(data, source, target, rounding_mode):
         if (source, target) == (tl.bfloat16, tl.float32):
@@ -46,10 +52,24 @@ def interpret_here() -> None:
             return rounded.view(torch.int16).numpy().view(np.uint16)
         return convert_float(data, source, target, rounding_mode)
 
+    def truncate(t):
+        bits = np.ascontiguousarray(t.data).view(np.uint32) & np.uint32(0xFFFFE000)
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         if a.dtype.scalar == tl.bfloat16:
             a, b = (self.cast_impl(t, tl.float32) for t in (a, b))
+        elif a.dtype.scalar == tl.float32 and input_precision == tf32:
+            a, b = truncate(a), truncate(b)
         return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+    def create_inline_asm(self, asm, constraints, args, dtypes, is_pure, pack):
+        if asm != "cvt.rna.tf32.f32 $0, $1;":
+            raise NotImplementedError(f"the interpreter does not know the instruction {asm!r}")
+        rounded = round_to_tf32(torch.from_numpy(np.ascontiguousarray(args[0].data)))
+        handle = interpreter.TensorHandle(rounded.numpy(), tl.float32)
+        return SimpleNamespace(get_result=lambda _: handle)
 
     interpreter._convert_float = convert
     builder.create_dot = create_dot
+    builder.create_inline_asm = create_inline_asm
