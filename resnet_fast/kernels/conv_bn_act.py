@@ -25,7 +25,17 @@ filter row is one tap: its S*C elements lie side by side in x as they do in the 
 With SPLIT_K programs per tile, each sums a share of the steps into an fp32 workspace, and
 a second kernel adds the shares in order and finishes: the same sum at every run, no atomics.
 
-Preconditions: the channel stride of x is 1, weight and residual and y are dense, groups is 1.
+TF32 operands are rounded in registers: tensor cores only drop the low bits.
+
+Tiles come by 16-byte asynchronous copies on every architecture, not by tensor descriptors (TMA).
+A tiled descriptor cannot gather the pixels of a padded or strided tap; for pointwise convolutions,
+which it can serve, sm_90's main loop at 128x128x64 and 8 warps grows from 69 to 84 instructions
+for the same wgmma and the same registers, and encoding two descriptors costs the host more than
+the launch itself.
+
+Preconditions: the channel stride of x is 1; weight, residual and y are dense in their NHWC order
+(a residual is a whole activation of the network, and a strided one would cost two divisions
+a row in the epilogue); groups is 1.
 Reference: `resnet_fast/ops/conv_bn_act.py`. Implicit GEMM: Chetlur et al., "cuDNN: Efficient
 Primitives for Deep Learning", section 3, https://arxiv.org/abs/1410.0759.
 """
@@ -39,7 +49,15 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton import cdiv
 
+from resnet_fast.kernels.conv_tile import (
+    finish_tile,
+    grouped_tile,
+    inside_mask,
+    outside_bits,
+    round_to_tf32,
+)
 from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.kernels.launch import TRITON_TYPE, Launch
 from resnet_fast.spec import ConvSpec, TileConfig
@@ -47,82 +65,6 @@ from resnet_fast.spec import ConvSpec, TileConfig
 LIMIT_32BIT = 2**31 - 2**16  # elements that 32-bit offsets reach, less one tile's overhang
 MAX_TAPS = 15  # filter height or width: a row keeps one bit for each in half an int32
 REDUCE_M, REDUCE_N = 8, 128  # tile of the split-K reduction: 16-byte loads for each of 4 warps
-
-
-@triton.jit
-def grouped_tile(m, k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The (row, column) tile of this program: GROUP_M row tiles are walked together.
-
-    Programs that run at the same time then share both their rows of x and their filters in L2.
-    """
-    pid = tl.program_id(0)
-    tiles_n = tl.cdiv(k, BLOCK_N)
-    group = pid // (GROUP_M * tiles_n)
-    first_m = group * GROUP_M
-    group_m = tl.minimum(tl.cdiv(m, BLOCK_M) - first_m, GROUP_M)
-    within = pid % (GROUP_M * tiles_n)
-    return first_m + within % group_m, within // group_m
-
-
-@triton.jit
-def outside_bits(
-    first,  # [BLOCK_M], position of the first tap
-    step,
-    size,
-    TAPS: tl.constexpr,
-):
-    """Bit i of a row is set where its tap i lies outside [0, size): in the padding."""
-    bits = tl.zeros_like(first)
-    for i in tl.static_range(TAPS):
-        position = first + i * step
-        bits |= tl.where((position < 0) | (position >= size), 1 << i, 0)
-    return bits
-
-
-@triton.jit
-def finish_tile(
-    acc,  # [BLOCK_M, BLOCK_N] fp32
-    rows,  # [BLOCK_M] output pixels
-    cols,  # [BLOCK_N] output channels
-    y,  # [N, P, Q, K]
-    residual,  # [N, P, Q, K] or None
-    scale,  # [K]
-    shift,  # [K]
-    mean,  # [K] or None
-    var,  # [K] or None
-    eps,
-    m,
-    k,
-    ACTIVATION: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    INDEX64: tl.constexpr,
-):
-    """Normalise, add, activate, round once and store; the PARTIAL sum of a split only stores."""
-    in_cols = cols < k
-    index = rows.to(tl.int64) if INDEX64 else rows
-    offsets = index[:, None] * k + cols[None, :]
-    mask = (rows < m)[:, None] & in_cols[None, :]
-    if not PARTIAL:
-        factor = tl.load(scale + cols, mask=in_cols, other=0.0).to(tl.float32)
-        offset = tl.load(shift + cols, mask=in_cols, other=0.0).to(tl.float32)
-        if mean is not None:
-            variance = tl.load(var + cols, mask=in_cols, other=1.0).to(tl.float32)
-            factor *= tl.rsqrt(variance + eps)
-            offset -= tl.load(mean + cols, mask=in_cols, other=0.0).to(tl.float32) * factor
-        acc = acc * factor[None, :] + offset[None, :]
-        if residual is not None:
-            acc += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
-        if ACTIVATION == "relu":
-            acc = tl.where(acc < 0, 0.0, acc)  # a NaN compares false and passes, as in torch
-    tl.store(y + offsets, acc.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def round_to_tf32(x):
-    """fp32 rounded to nearest; tensor cores would truncate, which costs three times the error."""
-    return tl.inline_asm_elementwise(
-        "cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-    )
 
 
 @triton.jit
@@ -191,15 +133,15 @@ def conv_bn_act_kernel(
 
     TAPS_S: tl.constexpr = 1 if MERGE_S else S
     tap_c = S * c if MERGE_S else c
+    outside = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    x_elements = None
     if not POINTWISE:
         # bits 0..14: outside in height at tap r; bits 16..30: outside in width at tap s
-        outside = outside_bits(first_h, dilation_h, h, R)
-        if not MERGE_S:
-            outside |= outside_bits(first_w, dilation_w, w, S) << 16
-        outside = outside.to(tl.int32)
-    if MERGE_S:
-        # the row's elements left and right of the image; a row of x is w * c elements
-        x_elements = (first_w * c).to(tl.int32)[:, None] + ks[None, :]
+        outside |= outside_bits(first_h, dilation_h, h, R).to(tl.int32)
+        if MERGE_S:
+            x_elements = (first_w * c).to(tl.int32)[:, None] + ks[None, :]
+        else:
+            outside |= outside_bits(first_w, dilation_w, w, S).to(tl.int32) << 16
 
     steps_per_tap = tl.cdiv(tap_c, BLOCK_K)
     steps = R * TAPS_S * steps_per_tap
@@ -215,33 +157,17 @@ def conv_bn_act_kernel(
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(steps):
-        if POINTWISE:
-            x_tap = c0
-            w_tap = c0
-        else:
-            x_tap = r * dilation_h * stride_h + s * dilation_w * stride_w + c0
-            w_tap = (r * TAPS_S + s) * tap_c + c0
-            inside = (outside & ((1 << r) | (1 << (s + 16)))) == 0
-        x_tile_ptrs = x + (x_offsets + x_tap)
-        w_tile_ptrs = weight + (w_offsets + w_tap)
+        x_ptrs = x + (x_offsets + (r * dilation_h * stride_h + s * dilation_w * stride_w + c0))
+        w_ptrs = weight + (w_offsets + ((r * TAPS_S + s) * tap_c + c0))
         if EVEN_C:
-            w_tile = tl.load(w_tile_ptrs)
+            w_tile = tl.load(w_ptrs)
         else:
-            w_tile = tl.load(w_tile_ptrs, mask=(ks < tap_c - c0)[:, None], other=0.0)
+            w_tile = tl.load(w_ptrs, mask=(ks < tap_c - c0)[:, None], other=0.0)
         if POINTWISE and EVEN_C:
-            x_tile = tl.load(x_tile_ptrs)
-        elif POINTWISE:
-            x_tile = tl.load(x_tile_ptrs, mask=(ks < tap_c - c0)[None, :], other=0.0)
-        elif MERGE_S:
-            # as unsigned numbers, the elements before the row are beyond its end
-            in_row = (x_elements + c0).to(tl.uint32) < (w * c).to(tl.uint32)
-            in_row &= (ks < tap_c - c0)[None, :]
-            x_tile = tl.load(x_tile_ptrs, mask=inside[:, None] & in_row, other=0.0)
-        elif EVEN_C:
-            x_tile = tl.load(x_tile_ptrs, mask=inside[:, None], other=0.0)
+            x_tile = tl.load(x_ptrs)
         else:
-            in_tap = (ks < tap_c - c0)[None, :]
-            x_tile = tl.load(x_tile_ptrs, mask=inside[:, None] & in_tap, other=0.0)
+            mask = inside_mask(outside, x_elements, ks, r, s, c0, tap_c, w * c, MERGE_S, EVEN_C)
+            x_tile = tl.load(x_ptrs, mask=mask, other=0.0)
         if x_tile.dtype == tl.float32 and PRECISION == "tf32":
             x_tile, w_tile = round_to_tf32(x_tile), round_to_tf32(w_tile)
         acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
@@ -288,9 +214,9 @@ def reduce_splits_kernel(
     k,
     SPLIT_K: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    INDEX64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    INDEX64: tl.constexpr,
 ):
     """Add the shares in order, then the same ending as the unsplit kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -358,53 +284,24 @@ def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
     The leading arguments of the first are (x, weight, y or workspace, residual, scale, shift,
     mean, var, eps), those of the second (workspace, y, residual, scale, shift, mean, var, eps).
     """
-    element = TRITON_TYPE[spec.dtype]
-    params = dict(zip(("scale", "shift", "mean", "var"), operands.params, strict=True))
-    ending = {"residual": f"*{element}" if spec.residual else None}
-    ending |= {
-        name: dtype and f"*{TRITON_TYPE[str(dtype).removeprefix('torch.')]}"
-        for name, dtype in params.items()
-    }
-    ending["eps"] = "fp32"
-
-    # the stride of a dimension of size one is arbitrary and never used: take the dense one
-    stride_n, stride_h, stride_w = operands.x_strides
-    stride_w = stride_w if spec.w > 1 else spec.c
-    stride_h = stride_h if spec.h > 1 else spec.w * stride_w
-    stride_n = stride_n if spec.n > 1 else spec.h * stride_h
-    extent = (spec.n - 1) * stride_n + (spec.h - 1) * stride_h + (spec.w - 1) * stride_w + spec.c
-    y_elements = spec.m * spec.k
-    index64 = max(extent, y_elements * tile.SPLIT_K, spec.k * spec.k_gemm) > LIMIT_32BIT
-
-    flat = (
-        spec.is_pointwise
-        and spec.stride == (1, 1)
-        and stride_h == spec.w * stride_w
-        and stride_n == spec.h * stride_h
-    )
-    walk = filter_walk(spec, stride_w)
     split = tile.SPLIT_K > 1
-    y_type = "*fp32" if split else f"*{element}"
-    leading = {"x": f"*{element}", "weight": f"*{element}", "y": y_type, **ending}
-    divisors = {}
-    if operands.aligned:
-        divisors |= dict.fromkeys((*leading, "workspace"), 16)
-        del divisors["eps"]
-    strides = {"stride_n": stride_n, "stride_h": stride_h, "stride_w": stride_w}
+    element = f"*{TRITON_TYPE[spec.dtype]}"
+    stride_n, stride_h, stride_w = strides = used_strides(spec, operands.x_strides)
+    index64 = needs_64_bits(spec, tile, strides)
+    walk = filter_walk(spec, stride_w)
+    one_pitch = stride_h == spec.w * stride_w and stride_n == spec.h * stride_h
     sizes = {
         "h": spec.h, "w": spec.w, "c": spec.c, "k": spec.k, "p": spec.p, "q": spec.q, "m": spec.m,
-        **strides,
+        "stride_n": stride_n, "stride_h": stride_h, "stride_w": stride_w,
         "conv_stride_h": spec.stride[0], "conv_stride_w": spec.stride[1],
         "padding_h": spec.padding[0], "padding_w": spec.padding[1],
         "dilation_h": spec.dilation[0], "dilation_w": spec.dilation[1],
     }  # fmt: skip
-    for name in ("c", "k", *strides):
-        divisors[name] = math.gcd(sizes[name], 16)
     constants = {
         "R": spec.r,
         "S": spec.s,
         "POINTWISE": spec.is_pointwise,
-        "FLAT": flat,
+        "FLAT": spec.is_pointwise and spec.stride == (1, 1) and one_pitch,
         "MERGE_S": walk.merged,
         "EVEN_C": walk.is_even(tile.BLOCK_K),
         "INDEX64": index64,
@@ -416,26 +313,60 @@ def launches(spec: ConvSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
         "SPLIT_K": tile.SPLIT_K,
         "GROUP_M": tile.GROUP_M,
     }
-    tiles = triton.cdiv(spec.m, tile.BLOCK_M) * triton.cdiv(spec.k, tile.BLOCK_N)
+    ending = ending_types(spec, operands)
+    pointers = ("x", "weight", "y", "workspace", *ending.keys() - {"eps"})
+    divisors = dict.fromkeys(pointers, 16) if operands.aligned else {}
+    divisors |= {
+        name: math.gcd(sizes[name], 16) for name in ("c", "k", "stride_n", "stride_h", "stride_w")
+    }
     gemm = Launch(
-        conv_bn_act_kernel, (tiles, tile.SPLIT_K, 1), leading, sizes, constants,
-        divisors, frozenset(strides if index64 else ()),
-        tile.NUM_WARPS, tile.NUM_STAGES,
-    )  # fmt: skip
+        kernel=conv_bn_act_kernel,
+        grid=(cdiv(spec.m, tile.BLOCK_M) * cdiv(spec.k, tile.BLOCK_N), tile.SPLIT_K, 1),
+        leading={"x": element, "weight": element, "y": "*fp32" if split else element, **ending},
+        sizes=sizes,
+        constants=constants,
+        divisors=divisors,
+        wide=frozenset(("stride_n", "stride_h", "stride_w") if index64 else ()),
+        num_warps=tile.NUM_WARPS,
+        num_stages=tile.NUM_STAGES,
+    )
     if not split:
         return (gemm,)
+    reduced = {"BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N}
     reduction = Launch(
-        reduce_splits_kernel,
-        (triton.cdiv(spec.m, REDUCE_M), triton.cdiv(spec.k, REDUCE_N), 1),
-        {"workspace": "*fp32", "y": f"*{element}", **ending},
-        {"m": spec.m, "k": spec.k},
-        {
-            "SPLIT_K": tile.SPLIT_K, "ACTIVATION": spec.activation,
-            "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N, "INDEX64": index64,
-        },
-        divisors,
-    )  # fmt: skip
+        kernel=reduce_splits_kernel,
+        grid=(cdiv(spec.m, REDUCE_M), cdiv(spec.k, REDUCE_N), 1),
+        leading={"workspace": "*fp32", "y": element, **ending},
+        sizes={"m": spec.m, "k": spec.k},
+        constants={name: constants[name] for name in ("SPLIT_K", "ACTIVATION", "INDEX64")}
+        | reduced,
+        divisors=divisors,
+    )
     return gemm, reduction
+
+
+def ending_types(spec: ConvSpec, operands: Operands) -> dict[str, str | None]:
+    """The Triton types of what `finish_tile` reads; None for what is absent."""
+    types = {"residual": f"*{TRITON_TYPE[spec.dtype]}" if spec.residual else None}
+    for name, dtype in zip(("scale", "shift", "mean", "var"), operands.params, strict=True):
+        types[name] = dtype and f"*{TRITON_TYPE[str(dtype).removeprefix('torch.')]}"
+    return types | {"eps": "fp32"}
+
+
+def used_strides(spec: ConvSpec, x_strides: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The strides of x along (n, h, w); along an axis of size one, where any will do, the dense."""
+    stride_n, stride_h, stride_w = x_strides
+    stride_w = stride_w if spec.w > 1 else spec.c
+    stride_h = stride_h if spec.h > 1 else spec.w * stride_w
+    stride_n = stride_n if spec.n > 1 else spec.h * stride_h
+    return stride_n, stride_h, stride_w
+
+
+def needs_64_bits(spec: ConvSpec, tile: TileConfig, strides: tuple[int, int, int]) -> bool:
+    """Whether an offset into x, weight, y or the workspace may pass 32 bits."""
+    lengths = (spec.n, spec.h, spec.w)
+    extent = spec.c + sum((n - 1) * stride for n, stride in zip(lengths, strides, strict=True))
+    return max(extent, spec.m * spec.k * tile.SPLIT_K, spec.k * spec.k_gemm) > LIMIT_32BIT
 
 
 def build(

@@ -53,6 +53,11 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 1
 
+    def __post_init__(self) -> None:
+        names = [*self.leading, *self.sizes, *self.constants]
+        if names != self.kernel.arg_names:
+            raise ValueError(f"{self.kernel} takes {self.kernel.arg_names}, the launch has {names}")
+
     @property
     def trailing(self) -> tuple:
         """The values that follow the leading arguments, in the order of the kernel's signature."""
@@ -65,14 +70,9 @@ class Launch:
         signature = {name: kind or "constexpr" for name, kind in self.leading.items()}
         signature |= {name: "i64" if name in self.wide else "i32" for name in self.sizes}
         signature |= dict.fromkeys(self.constants, "constexpr")
-        names = self.kernel.arg_names
-        if list(signature) != names:
-            raise ValueError(
-                f"{self.kernel.__name__} takes {names}, the launch has {list(signature)}"
-            )
         attributes = {
             (i,): [["tt.divisibility", self.divisors[name]]]
-            for i, name in enumerate(names)
+            for i, name in enumerate(self.kernel.arg_names)
             if self.divisors.get(name, 1) > 1 and signature[name] != "constexpr"
         }
         return ASTSource(self.kernel, signature, constants, attributes)

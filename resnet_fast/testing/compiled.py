@@ -166,7 +166,7 @@ def tensor_loops(sass: str) -> list[MainLoop]:
     Only up to the kernel's exit: behind it lie the slow paths of waits, which branch back as well.
     """
     found, labels = instructions(sass)
-    found = found[: next(i for i, code in enumerate(found) if opcode(code) == "EXIT")]
+    found = found[: next(i for i, code in enumerate(found) if code.startswith("EXIT"))]
     spans = []
     for end, instruction in enumerate(found):
         target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)

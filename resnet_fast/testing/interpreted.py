@@ -26,6 +26,7 @@ def pool(processes: int = 1) -> ProcessPoolExecutor:
 def interpret_here() -> None:
     """Make this process interpret; it must not have imported Triton kernels yet."""
     os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiles are too small to share among threads
     import numpy as np
     import torch
     import triton.language as tl
