@@ -11,11 +11,12 @@ The first row that does not refuse is taken, unless one is asked for by name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ from resnet_fast.kernels import aten, cpu
 from resnet_fast.spec import ConvSpec
 
 AUTO = "auto"
+INTERPRETED_ARCH = 80  # whose tiles Triton's interpreter runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,12 @@ class Problem:
         x, weight, residual: how the tensor lies in memory: "channels_last", "channels_inner"
             (channels adjacent, the rest strided, as in a slice), "contiguous" or "strided";
             residual is "" where there is none.
+        x_strides: of x along (n, h, w), in elements.
         vectors: whether scale, shift, mean and var are contiguous.
+        vector_dtypes: of scale, shift, mean and var; None where one is not given.
         tracked: whether changes of the weight can be seen (tensors made under
             torch.inference_mode() have no version counter).
-        aligned: whether x and residual start at multiples of 16 bytes and stay there.
-        index64: whether a tensor has 2^31 elements or more.
-        vector_dtypes: dtypes of scale, shift, mean and var, None where one is not given.
+        aligned: whether every tensor starts at a multiple of 16 bytes.
     """
 
     spec: ConvSpec
@@ -53,11 +55,11 @@ class Problem:
     x: str
     weight: str
     residual: str
+    x_strides: tuple[int, int, int]
     vectors: bool
+    vector_dtypes: tuple[str | None, ...]
     tracked: bool
     aligned: bool
-    index64: bool
-    vector_dtypes: tuple[str | None, ...] = field(default=("float32", "float32", None, None))
 
 
 class Launch(Protocol):
@@ -214,13 +216,48 @@ def _triton_refusal(problem: Problem) -> str | None:
         return f"residual is {problem.residual}, not channels_last"
     if not problem.vectors:
         return "scale, shift, mean or var is not contiguous"
+    from resnet_fast.dispatch import heuristics
     from resnet_fast.kernels import conv_bn_act as kernel
 
-    return kernel.refusal(problem.spec)
+    reason = kernel.refusal(problem.spec)
+    if reason is not None:
+        return reason
+    try:
+        heuristics.choose(problem.spec, problem.arch or INTERPRETED_ARCH)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _triton_build(problem: Problem) -> Bind:
-    raise NotImplementedError
+    from resnet_fast.dispatch import heuristics
+    from resnet_fast.kernels import conv_bn_act as kernel
+
+    spec, arch = problem.spec, problem.arch or INTERPRETED_ARCH
+    operands = kernel.Operands(problem.x_strides, problem.vector_dtypes, problem.aligned)
+    run = kernel.build(spec, heuristics.choose(spec, arch), operands, arch=arch)
+    shape = (spec.n, spec.k, spec.p, spec.q)
+
+    def launch(x, residual, inplace, weight, scale, shift, mean, var, eps) -> Tensor:
+        y = (
+            residual
+            if inplace
+            else torch.empty(
+                shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+            )
+        )
+        with _on_device_of(x):
+            run(x, weight.to(x.dtype), scale, shift, mean, var, eps, residual, y)
+        return y
+
+    return lambda *tensors: Direct(launch, *tensors)
+
+
+def _on_device_of(x: Tensor):
+    """Triton launches on the current device: make it x's where it is another."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
 
 
 # ---- cpu
@@ -288,12 +325,25 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
         return aten.add_relu(x, y)
     chosen, _ = explain_add_relu(x.device.type, str(x.dtype).removeprefix("torch."))
     if chosen == "triton":
-        from resnet_fast.kernels import add_relu as kernel
-
-        out = torch.empty_like(x)
-        kernel.add_relu(x, y, out)
-        return out
+        return _triton_add_relu(x, y)
     return cpu.add_relu(x, y) if chosen == "cpu" else aten.add_relu(x, y)
+
+
+def _triton_add_relu(x: Tensor, y: Tensor) -> Tensor:
+    from resnet_fast.kernels import add_relu as kernel
+
+    out = torch.empty_like(x)
+    with _on_device_of(x):
+        _add_relu_launch(x.numel(), x.dtype, kernel.is_aligned(x, y, out), x.device)(x, y, out)
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _add_relu_launch(numel: int, dtype: torch.dtype, aligned: bool, device: torch.device):
+    from resnet_fast.kernels import add_relu as kernel
+
+    arch = _hardware.capability_of(device) if device.type == "cuda" else INTERPRETED_ARCH
+    return kernel.build(numel, dtype, aligned, arch=arch)
 
 
 @functools.cache

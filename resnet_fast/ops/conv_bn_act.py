@@ -12,7 +12,9 @@ Reading order: schema -> reference -> check_args -> fake -> implementation -> pu
 
 from __future__ import annotations
 
+import functools
 import threading
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -204,7 +206,8 @@ def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
     available = device == "cuda" and torch.cuda.is_available()
     problem = backends.Problem(
         spec, device, _hardware.capability_of(torch.device(device)) if available else 0, **layouts,
-        vectors=True, tracked=True, aligned=True, index64=False,
+        x_strides=(64 * 56 * 56, 64 * 56, 64), vectors=True,
+        vector_dtypes=("float32",) * 4, tracked=True, aligned=True,
     )  # fmt: skip
     return backends.explain(problem)
 
@@ -221,9 +224,13 @@ def _key(call: Call) -> tuple:
         weight.is_inference(),
     )  # fmt: skip
     if x.is_cuda:
-        pointers = x.data_ptr() | (0 if residual is None else residual.data_ptr())
-        key += (pointers % 16, x.dtype == torch.float32 and precision())
+        key += (_addresses(call) % 16, x.dtype == torch.float32 and precision())
     return key
+
+
+def _addresses(call: Call) -> int:
+    """The addresses of all tensors, or-ed: a multiple of 16 if all are."""
+    return functools.reduce(or_, (t.data_ptr() for t in _tensors(*call) if t is not None))
 
 
 def _facts(tensor: Tensor) -> tuple:
@@ -249,11 +256,11 @@ def _make_plan(call: Call) -> backends.Plan:
         x=_layout(x),
         weight=_layout(weight),
         residual="" if residual is None else _layout(residual),
+        x_strides=(x.stride(0), x.stride(2), x.stride(3)),
         vectors=all(v is None or v.is_contiguous() for v in vectors),
-        tracked=not weight.is_inference(),
-        aligned=all(t is None or _aligned(t) for t in (x, residual)),
-        index64=max(_span(x), spec.m * spec.k, weight.numel()) >= 2**31,
         vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
+        tracked=not weight.is_inference(),
+        aligned=_addresses(call) % 16 == 0,
     )
     plan = backends.plan(problem, call.backend)
     if spec.m * spec.k == 0:
@@ -272,18 +279,6 @@ def _layout(tensor: Tensor) -> str:
     if tensor.is_contiguous():
         return "contiguous"
     return "channels_inner" if tensor.stride(1) == 1 else "strided"
-
-
-def _aligned(tensor: Tensor) -> bool:
-    """Whether every pixel starts at a multiple of 16 bytes."""
-    strides = [stride for i, stride in enumerate(tensor.stride()) if i != 1]
-    return tensor.data_ptr() % 16 == 0 and all(s * tensor.element_size() % 16 == 0 for s in strides)
-
-
-def _span(tensor: Tensor) -> int:
-    """Elements between the first and the last that the tensor can reach, both counted."""
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    return 1 + sum((size - 1) * stride for size, stride in pairs)
 
 
 def _tensors(*args) -> tuple[Tensor | None, ...]:

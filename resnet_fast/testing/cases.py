@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The convolutions that tests and benchmarks run, and the tensors to run them on.
+
+Lists are curated and every case has an id: the distinct convolutions of real networks, at a reduced
+size where a slow interpreter runs them, and odd ones that each break a habit of thought.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+
+from resnet_fast.spec import ConvSpec
+from resnet_fast.testing.tolerance import round_to_tf32
+
+GUARD = 64  # elements around every tensor: NaN, so that a stray read shows
+
+
+def resnet_convs(depth: int, n: int = 1, size: int = 224, **options) -> dict[str, ConvSpec]:
+    """The distinct convolutions of torchvision's ResNet of `depth` 18, 34, 50, 101 or 152.
+
+    Args:
+        n, size: batch, and height and width of the images.
+        options: further fields of `ConvSpec`, such as dtype and precision.
+
+    Returns:
+        the specs by a readable id, such as "layer2-conv2-3x3/2"; each with the residual and the
+        activation it has in the network.
+    """
+    bottleneck = depth >= 50
+    convs: dict[str, ConvSpec] = {}
+
+    def add(name, size, c, k, r, stride, **extra) -> int:
+        spec = ConvSpec(
+            n, size, size, c, k, r, r, (stride, stride), (r // 2, r // 2), norm=True,
+            **{**options, **extra},
+        )  # fmt: skip
+        if spec not in convs.values():
+            convs[f"{name}-{r}x{r}/{stride}"] = spec
+        return spec.p
+
+    size = (add("stem", size, 3, 64, 7, 2) + 1) // 2  # the max-pool halves once more
+    c = 64
+    for stage, width in enumerate((64, 128, 256, 512), start=1):
+        for block, stride in enumerate((1 if stage == 1 else 2, 1)):
+            name = f"layer{stage}-{'first' if block == 0 else 'next'}"
+            out = width * 4 if bottleneck else width
+            if block == 0 and (stride != 1 or c != out):
+                add(f"{name}-downsample", size, c, out, 1, stride, activation="none")
+            if bottleneck:
+                add(f"{name}-conv1", size, c, width, 1, 1)
+                size = add(f"{name}-conv2", size, width, width, 3, stride)
+                add(f"{name}-conv3", size, width, out, 1, 1, residual=True)
+            else:
+                size = add(f"{name}-conv1", size, c, width, 3, stride)
+                add(f"{name}-conv2", size, width, width, 3, 1, residual=True)
+            c = out
+    return convs
+
+
+ODD = {
+    "height-is-not-width": ConvSpec(2, 11, 6, 64, 64, 3, 3, (1, 1), (1, 1), norm=True),
+    "three-channels": ConvSpec(2, 9, 8, 3, 16, 3, 3, (1, 1), (1, 1), norm=True),
+    "three-channels-7x7": ConvSpec(1, 18, 21, 3, 64, 7, 7, (2, 2), (3, 3), residual=True),
+    "four-channels": ConvSpec(1, 9, 9, 4, 32, 3, 3, (1, 1), (1, 1)),
+    "one-channel": ConvSpec(1, 9, 9, 1, 16, 3, 3, (1, 1), (1, 1)),
+    "k-24": ConvSpec(2, 7, 7, 64, 24, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    "k-1": ConvSpec(1, 5, 5, 16, 1, 1, 1),
+    "c-24": ConvSpec(2, 7, 7, 24, 40, 3, 3, (1, 1), (1, 1), residual=True),
+    "c-20": ConvSpec(1, 7, 7, 20, 32, 3, 3, (1, 1), (1, 1), norm=True),
+    "c-100-pointwise": ConvSpec(1, 6, 6, 100, 36, 1, 1, norm=True),
+    "c-72-uneven-steps": ConvSpec(1, 8, 8, 72, 64, 3, 3, (2, 2), (1, 1)),
+    "map-1x1": ConvSpec(3, 1, 1, 128, 64, 1, 1, residual=True),
+    "map-1x1-padded": ConvSpec(3, 1, 1, 64, 64, 3, 3, (1, 1), (1, 1)),
+    "stride-3": ConvSpec(2, 13, 11, 32, 32, 3, 3, (3, 3), (1, 1)),
+    "stride-of-axes": ConvSpec(1, 12, 12, 32, 32, 3, 3, (1, 2), (0, 1)),
+    "stride-3-pointwise": ConvSpec(2, 10, 7, 64, 64, 1, 1, (3, 3)),
+    "dilation-2": ConvSpec(1, 12, 12, 64, 64, 3, 3, (1, 1), (2, 2), (2, 2), norm=True),
+    "dilation-of-three-channels": ConvSpec(1, 12, 12, 3, 16, 3, 3, (1, 1), (2, 2), (2, 2)),
+    "padding-beyond-filter": ConvSpec(1, 5, 5, 16, 16, 3, 3, (1, 1), (4, 4)),
+    "padded-pointwise": ConvSpec(1, 6, 6, 32, 32, 1, 1, (1, 1), (1, 1)),
+    "filter-of-axes": ConvSpec(1, 9, 10, 16, 16, 1, 5, (1, 1), (0, 2)),
+    "batch-prime": ConvSpec(13, 3, 3, 32, 32, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    "no-activation": ConvSpec(1, 6, 6, 32, 32, 3, 3, (1, 1), (1, 1), activation="none"),
+}
+
+
+@dataclass
+class ConvTensors:
+    """The operands of one fused convolution, in torch's shapes with NHWC memory.
+
+    Args:
+        x: [N, C, H, W], a slice of something larger whose other elements are NaN.
+        weight: [K, C, R, S]; scale, shift, mean, var: [K]; residual, out: [N, K, P, Q].
+        out_guard: what surrounds `out` in memory: NaN, before and after.
+    """
+
+    spec: ConvSpec
+    x: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    mean: torch.Tensor | None
+    var: torch.Tensor | None
+    residual: torch.Tensor | None
+    out: torch.Tensor
+    out_guard: tuple[torch.Tensor, torch.Tensor]
+    eps: float = 1e-5
+
+    def eager(self) -> torch.Tensor:
+        """What eager torch computes at this dtype, one op after another; in TF32 where asked."""
+        x, weight = self.x, self.weight
+        if self.spec.dtype == "float32" and self.spec.precision == "tf32":
+            x, weight = round_to_tf32(x), round_to_tf32(weight)
+        return self._compute(x, weight, self.residual, x.dtype)
+
+    def reference(self) -> torch.Tensor:
+        """The same in fp64."""
+        double = [t if t is None else t.double() for t in (self.x, self.weight, self.residual)]
+        return self._compute(*double, torch.float64)
+
+    def _compute(self, x, weight, residual, dtype) -> torch.Tensor:
+        spec = self.spec
+        zeros, ones = torch.zeros_like(self.scale), torch.ones_like(self.scale)
+        norm, eps = ((zeros, ones), 0.0) if self.mean is None else ((self.mean, self.var), self.eps)
+        y = F.conv2d(x, weight, None, spec.stride, spec.padding, spec.dilation, spec.groups)
+        mean, var, scale, shift = (t.to(dtype) for t in (*norm, self.scale, self.shift))
+        y = F.batch_norm(y, mean, var, scale, shift, eps=eps)
+        if residual is not None:
+            y = y + residual
+        return F.relu(y) if spec.activation == "relu" else y
+
+
+def conv_tensors(
+    spec: ConvSpec,
+    *,
+    seed: int = 0,
+    params: torch.dtype = torch.float32,
+    sliced: bool = False,
+    misaligned: bool = False,
+) -> ConvTensors:
+    """Random operands of `spec` on the CPU, each surrounded by NaN; `out` is NaN itself.
+
+    Args:
+        params: dtype of scale, shift, mean and var.
+        sliced: x is a slice of a larger [N, H, W, C] along all of H, W and C.
+        misaligned: x, weight and residual start at addresses that are no multiple of 16 bytes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, spec.dtype)
+    start = GUARD + (1 if misaligned else 0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def guarded(values):  # [A, B, C, D] in memory order
+        buffer = torch.full((values.numel() + 2 * start,), float("nan"), dtype=dtype)
+        inner = buffer[start : start + values.numel()].view(values.shape)
+        inner.copy_(values)
+        return inner.permute(0, 3, 1, 2)
+
+    if sliced:
+        shape = (spec.n, spec.h + 2, spec.w + 3, spec.c + 16)
+        larger = torch.full(shape, float("nan"), dtype=dtype)
+        x = larger[:, 1 : 1 + spec.h, 2 : 2 + spec.w, 8 : 8 + spec.c].permute(0, 3, 1, 2)
+        x.copy_(normal(*x.shape))
+    else:
+        x = guarded(normal(spec.n, spec.h, spec.w, spec.c))
+    gain = (2 / spec.k_gemm) ** 0.5
+    weight = guarded(normal(spec.k, spec.r, spec.s, spec.c) * gain)
+    residual = guarded(normal(spec.n, spec.p, spec.q, spec.k)) if spec.residual else None
+    scale, shift = normal(spec.k).abs() + 0.5, normal(spec.k)
+    mean, var = (normal(spec.k), normal(spec.k).abs() + 0.5) if spec.norm else (None, None)
+    out = guarded(torch.full((spec.n, spec.p, spec.q, spec.k), float("nan")))
+    memory = out.as_strided((out.numel() + 2 * start,), (1,), 0)
+    vectors = (t if t is None else t.to(params) for t in (scale, shift, mean, var))
+    return ConvTensors(spec, x, weight, *vectors, residual, out, (memory[:start], memory[-start:]))
+
+
+def with_dtype(specs: dict[str, ConvSpec], dtype: str, precision: str = "tf32") -> dict:
+    """The same cases at another dtype."""
+    return {name: replace(s, dtype=dtype, precision=precision) for name, s in specs.items()}

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures: a process that interprets the kernels, and processes that compile them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from resnet_fast.testing import interpreted
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="session")
+def interpret():
+    """interpret(check, *args): run a function of `checks` where kernels are interpreted."""
+    with interpreted.pool(1) as pool:
+        yield lambda check, *args, **options: pool.submit(check, *args, **options).result()
+
+
+@pytest.fixture(scope="session")
+def compile_pool(tmp_path_factory):
+    """Processes that compile, with a cache of their own: what passes was compiled just now."""
+    processes = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    cache = str(tmp_path_factory.mktemp("triton_cache"))
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, compile_here, (cache,)) as pool:
+        yield pool
+
+
+def compile_here(cache: str) -> None:
+    """Make this process compile into `cache`."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    os.environ.pop("TRITON_INTERPRET", None)

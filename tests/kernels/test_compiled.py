@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler makes of the kernels, for every architecture and without a GPU.
+
+Each test compiles in worker processes and collects what is wrong as readable lines, so that one
+failure names every tile that has it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from resnet_fast import _hardware
+from resnet_fast.dispatch import heuristics
+from resnet_fast.kernels import add_relu, conv_bn_act
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
+from resnet_fast.testing import compiled
+
+FP32_PARAMS = (torch.float32,) * 4
+# The most demanding form: taps with a mask, normalisation, residual, activation. A tile is compiled
+# for the first of these that it is meant for.
+DEMANDING = (
+    ConvSpec(8, 28, 28, 264, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    ConvSpec(8, 28, 28, 40, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    ConvSpec(8, 28, 28, 24, 16, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    ConvSpec(8, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), residual=True, norm=True),
+)
+# Scalar products need the most registers, then those that are rounded to TF32 there.
+KINDS = (("float32", "ieee"), ("float32", "tf32"), ("float16", "tf32"))
+
+
+def operands_of(spec: ConvSpec) -> conv_bn_act.Operands:
+    params = FP32_PARAMS if spec.norm else (*FP32_PARAMS[:2], None, None)
+    return conv_bn_act.Operands((spec.h * spec.w * spec.c, spec.w * spec.c, spec.c), params, True)
+
+
+def compile_conv(spec: ConvSpec, tile: TileConfig, arch: int) -> list[compiled.CompiledKernel]:
+    launches = conv_bn_act.launches(spec, tile, operands_of(spec))
+    return [compiled.compile_launch(launch, arch) for launch in launches]
+
+
+def table_jobs(arch: int) -> list[tuple[ConvSpec, TileConfig, int]]:
+    """Each tile of the table with the most demanding arithmetic that it is meant for."""
+    gpu = _hardware.GPUS[arch]
+    jobs = []
+    for tile in heuristics.TILES[arch]:
+        specs = [
+            replace(spec, dtype=dtype, precision=precision)
+            for dtype, precision in KINDS
+            for spec in DEMANDING
+        ]
+        fitting = [spec for spec in specs if heuristics.refusal(spec, tile, gpu) is None]
+        jobs += [(spec, tile, arch) for spec in fitting[:1]]
+    return jobs
+
+
+def faults_of(job: tuple[ConvSpec, TileConfig, int]) -> list[str]:
+    """What is wrong with one tile, as lines; runs in a worker process."""
+    spec, tile, arch = job
+    gpu = _hardware.GPUS[arch]
+    (kernel,) = compile_conv(spec, tile, arch)
+    used, codes, loops = kernel.resources(), kernel.opcodes(), kernel.main_loops()
+    tensor_cores = not heuristics.is_ieee(spec)
+    # where a step of x or of weight has fewer vectors than there are threads, each takes less
+    smaller = min(tile.BLOCK_M, tile.BLOCK_N) * tile.BLOCK_K * ELEMENT_SIZE[spec.dtype]
+    vectors = spec.c % 8 == 0 and smaller >= 16 * used.threads
+    faults = {
+        f"spills {used.spill_bytes} bytes": used.spill_bytes > 0,
+        f"{used.shared_bytes} bytes shared": used.shared_bytes > gpu.shared_per_block,
+        "more shared memory than the heuristic counts": used.shared_bytes
+        > heuristics.shared_bytes(spec, tile) + 2048,
+        "does not fit an SM": used.blocks_per_sm(gpu) < 1,
+        f"{len(loops)} tensor loops": tensor_cores and len(loops) != 1,
+        "divides in its main loop": any(divides(loop.opcodes) for loop in loops),
+        "no 16-byte loads": vectors and not any(is_16_byte_load(code) for code in codes),
+        "narrow copies to shared memory": vectors and any(is_narrow_copy(code) for code in codes),
+        "no 16-byte stores": not any(re.match(r"STG.*\.128", code) for code in codes),
+        "narrow stores": any(re.match(r"STG(?!.*\.128)", code) for code in codes),
+    }
+    return [f"{spec}, {tile}: {fault}" for fault, present in faults.items() if present]
+
+
+def divides(opcodes: dict[str, int]) -> bool:
+    """An integer division is a reciprocal and a conversion, whichever way it is compiled."""
+    return any(re.match(r"MUFU\.RCP|I2F", code) for code in opcodes)
+
+
+def is_16_byte_load(code: str) -> bool:
+    return re.match(r"LDG(STS)?\b.*\.128", code) is not None or code.startswith("UTMALDG")
+
+
+def is_narrow_copy(code: str) -> bool:
+    return re.match(r"LDGSTS(?!.*\.128)", code) is not None
+
+
+@pytest.mark.parametrize("arch", heuristics.TILES)
+def test_every_tile_of_the_table(compile_pool, arch):
+    faults = [line for lines in compile_pool.map(faults_of, table_jobs(arch)) for line in lines]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("arch", heuristics.TILES)
+def test_every_tile_is_meant_for_something(arch):
+    meant = {tile for _, tile, _ in table_jobs(arch)}
+    assert [tile for tile in heuristics.TILES[arch] if tile not in meant] == []
+    assert all(tile.reason for tile in heuristics.TILES[arch])
+
+
+def main_loop(spec: ConvSpec, tile: TileConfig, arch: int) -> compiled.MainLoop:
+    """The one main loop of a kernel; runs in a worker process."""
+    (loop,) = compile_conv(spec, tile, arch)[0].main_loops()
+    return loop
+
+
+@pytest.mark.parametrize(
+    "spec, at_most",
+    [
+        (ConvSpec(8, 14, 14, 256, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True), 2.7),
+        (ConvSpec(8, 14, 14, 256, 256, 1, 1, residual=True, norm=True), 2.4),
+        (ConvSpec(8, 14, 14, 256, 256, 1, 1, (2, 2), residual=True, norm=True), 2.4),
+    ],
+    ids=["3x3", "pointwise", "pointwise/2"],
+)
+def test_instructions_per_mma(compile_pool, spec, at_most):
+    """On sm_80, at 128x128x64 and 4 warps; hand-written CUTLASS has 3.06 at 128x128x32."""
+    loop = compile_pool.submit(main_loop, spec, TileConfig(128, 128, 64, 3, 4), 80).result()
+    assert loop.mma == 128
+    assert loop.per_mma <= at_most, loop
+
+
+def stem_faults(arch: int) -> list[str]:
+    """What is wrong with the 7x7 stem, at the tile that is chosen for it."""
+    specs = [replace(DEMANDING[3], residual=False, dtype=dtype) for dtype in ("float16", "float32")]
+    return [line for s in specs for line in faults_of((s, heuristics.choose(s, arch), arch))]
+
+
+@pytest.mark.parametrize("arch", heuristics.TILES)
+def test_stem(compile_pool, arch):
+    faults = compile_pool.submit(stem_faults, arch).result()
+    assert not faults, "\n".join(faults)
+
+
+def split_resources(arch: int) -> list[compiled.Resources]:
+    spec = replace(DEMANDING[0], n=1, h=7, w=7, c=512, dtype="bfloat16")
+    kernels = compile_conv(spec, TileConfig(64, 64, 64, 3, 4, SPLIT_K=4), arch)
+    return [kernel.resources() for kernel in kernels]
+
+
+def wide_index_resources(arch: int) -> list[compiled.Resources]:
+    spec = replace(DEMANDING[0], n=2**14)
+    return [kernel.resources() for kernel in compile_conv(spec, TileConfig(64, 64, 64, 3, 4), arch)]
+
+
+def half_params_resources(arch: int) -> list[compiled.Resources]:
+    spec = replace(DEMANDING[0], dtype="bfloat16")
+    operands = operands_of(spec)._replace(params=(torch.bfloat16,) * 4, aligned=False)
+    launches = conv_bn_act.launches(spec, TileConfig(64, 64, 64, 3, 4), operands)
+    return [compiled.compile_launch(launch, arch).resources() for launch in launches]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("form", [split_resources, wide_index_resources, half_params_resources])
+def test_other_forms_compile(compile_pool, form, arch):
+    """Split products, 64-bit offsets, half-precision parameters at unaligned addresses."""
+    for used in compile_pool.submit(form, arch).result():
+        assert used.spill_bytes == 0
+
+
+def add_relu_kernel(arch: int, dtype: torch.dtype) -> compiled.CompiledKernel:
+    (launch,) = add_relu.launches(2**20, dtype, True)
+    return compiled.compile_launch(launch, arch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", heuristics.TILES)
+def test_add_relu_moves_16_bytes_at_a_time(compile_pool, arch, dtype):
+    kernel = compile_pool.submit(add_relu_kernel, arch, dtype).result()
+    memory = {code for code in kernel.opcodes() if re.match(r"LDG|STG", code)}
+    assert memory and all(".128" in code or ".256" in code for code in memory), memory
+    assert kernel.resources().spill_bytes == 0
