@@ -147,8 +147,8 @@ def max_pool_3x3_2(
     """max_pool2d(x, 3, stride=2, padding=1) of finite, non-negative values.
 
     torch's CPU max-pool writes an int64 index beside every value, for a gradient that inference
-    does not want: four times the bytes of a bfloat16 result. Here rows, then columns, are reduced by
-    element-wise maxima, on bit patterns: those of non-negative floats are ordered as integers are.
+    does not want: four times the bytes of a bfloat16 result. Here rows, then columns, are reduced
+    by element-wise maxima, on bit patterns: those of non-negative floats are ordered as integers are.
     """
     bits = torch.int16 if x.element_size() == 2 else torch.int32
     rows = _halve(x.permute(0, 2, 3, 1).view(bits), 1)
