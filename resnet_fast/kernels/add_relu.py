@@ -50,9 +50,8 @@ def add_relu_kernel(
     mask = index < numel
     # Neighbouring threads take neighbouring vectors: `numel` and the pointers are declared to be
     # multiples of 16 where they are, and the compiler then forms 16-byte accesses by itself.
-    total = tl.load(x + index, mask=mask).to(tl.float32) + tl.load(y + index, mask=mask).to(
-        tl.float32
-    )
+    total = tl.load(x + index, mask=mask).to(tl.float32)
+    total += tl.load(y + index, mask=mask).to(tl.float32)
     # Not tl.maximum: it would turn NaN into 0, and torch's relu does not.
     total = tl.where(total < 0, 0.0, total)
     # fp32 until here: one rounding, at the store.

@@ -30,8 +30,8 @@ TF32 operands are rounded in registers: tensor cores only drop the low bits.
 Tiles come by 16-byte asynchronous copies on every architecture, not by tensor descriptors (TMA).
 A tiled descriptor cannot gather the pixels of a padded or strided tap; for pointwise convolutions,
 which it can serve, sm_90's main loop at 128x128x64 and 8 warps grows from 69 to 84 instructions
-for the same wgmma and the same registers, and encoding two descriptors costs the host more than
-the launch itself.
+for the same wgmma, and the host would have to encode two descriptors at every launch. Both are
+read from what the compiler makes; a measurement on a GPU may overrule them.
 
 Preconditions: the channel stride of x is 1; weight, residual and y are dense in their NHWC order
 (a residual is a whole activation of the network, and a strided one would cost two divisions
@@ -383,7 +383,7 @@ def build(
     Returns:
         launch(x, weight, scale, shift, mean, var, eps, residual, out): runs on the current stream
         of the current device. It is valid as long as `spec`, `operands` and the device are the
-        same; it checks nothing.
+        same; it checks nothing. eps is a float even where there is no variance.
     """
     gemm, *reduction = launches(spec, tile, operands)
     run = gemm.bind(arch)
