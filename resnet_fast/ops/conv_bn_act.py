@@ -284,7 +284,9 @@ def _under_autocast(op, device: str):
     """The op under autocast: x and residual in autocast's dtype, BatchNorm's vectors in fp32.
 
     `torch.library.register_autocast` would round the vectors too, and the weight anew in each call.
+    A residual that is written to is not cast, as y would be lost with the copy: the op rejects it.
     """
+    read_only = op is conv_bn_act_op
 
     def cast(*args) -> Tensor | None:
         call = Call(*args)
@@ -293,11 +295,14 @@ def _under_autocast(op, device: str):
             if call.x.dtype == torch.float64:  # autocast leaves float64 alone
                 return op(*call)
             master = call.weight.dtype == torch.float32 != dtype
+            residual = call.residual
+            if read_only and residual is not None:
+                residual = residual.to(dtype)
             return op(
                 *call._replace(
                     x=call.x.to(dtype),
                     weight=call.weight if master else call.weight.to(dtype),
-                    residual=None if call.residual is None else call.residual.to(dtype),
+                    residual=residual,
                     master_weight=master,
                 )
             )
