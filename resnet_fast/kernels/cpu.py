@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast.spec import ConvSpec
@@ -68,14 +69,16 @@ def build(spec: ConvSpec) -> Callable[..., BoundConv]:
     geometry = (spec.padding, spec.stride, spec.dilation, spec.groups)
     problem = (*geometry, (spec.n, spec.c, spec.h, spec.w))
     relu = spec.activation == "relu"
-    slope = spec.negative_slope if relu and not spec.residual else 0.0
-    activation = ("leaky_relu", [slope], "") if slope else ("none", [], "")
+    slope = spec.negative_slope if relu else 0.0
+    fused = slope and not spec.residual  # torch's binding of the sum has no leaky ReLU
+    activation = ("leaky_relu", [slope], "") if fused else ("none", [], "")
+    after = slope if relu and not fused else None
     dtype = getattr(torch, spec.dtype)
 
     def bind(weight, scale, shift, mean, var, eps) -> BoundConv:
         vectors = (scale, shift, mean, var)
         packed, entry = packed_weight(weight, vectors, eps, dtype, problem)
-        return BoundConv(packed, entry, geometry, activation, relu and not slope)
+        return BoundConv(packed, entry, geometry, activation, after)
 
     return bind
 
@@ -86,13 +89,13 @@ class BoundConv:
     y is [N, P, Q, K] in memory; with `inplace` it is written over residual.
     """
 
-    __slots__ = ("added", "entry", "plain", "relu_after")
+    __slots__ = ("added", "entry", "plain", "slope_after")
 
-    def __init__(self, packed, entry, geometry, activation, relu_after) -> None:
+    def __init__(self, packed, entry, geometry, activation, slope_after) -> None:
         self.entry = entry
         self.plain = (packed, entry.bias, *geometry, *activation)
         self.added = (packed, entry.narrow_bias, *geometry, "add", 1.0, None, [], None)
-        self.relu_after = relu_after
+        self.slope_after = slope_after  # of the activation still to come; None for none
 
     def __call__(self, x: Tensor, residual: Tensor | None, inplace: bool = False) -> Tensor:
         if residual is None:
@@ -101,7 +104,9 @@ class BoundConv:
             y = _added_inplace(residual, x, *self.added)
         else:
             y = _added(x, residual, *self.added)
-        return relu_(y) if self.relu_after else y
+        if self.slope_after is None:
+            return y
+        return F.leaky_relu_(y, self.slope_after) if self.slope_after else relu_(y)
 
     def fresh(self, weight: Tensor) -> bool:
         """Whether tensors that are still where they were also still hold what was packed."""
