@@ -185,7 +185,11 @@ def _implementation(*args, **kwargs) -> Tensor:
 
 
 def _implementation_inplace(*args, **kwargs) -> None:
-    _run(Call(*args, **kwargs), inplace=True)
+    call = Call(*args, **kwargs)
+    if torch._C._is_alias_of(call.x, call.residual):  # a kernel reads x after it has written y
+        call.residual.copy_(_run(call, inplace=False))
+    else:
+        _run(call, inplace=True)
 
 
 def last_plan() -> backends.Plan:
