@@ -15,6 +15,7 @@ from torch import Tensor
 NAMESPACE = "resnet_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # needs_fixed_stride_order: under torch.compile the op is given the layout it had in eager.
+NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
@@ -64,6 +65,8 @@ def register(
     LIBRARY.define(schema, tags=TAGS)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
+    for key in NOT_DENSE:  # only the checks: they reject these layouts in the ops' own words
+        LIBRARY.impl(name, fake, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
