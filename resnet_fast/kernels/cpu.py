@@ -191,11 +191,10 @@ def packed_weight(weight, vectors, eps, dtype, problem) -> tuple[Tensor, PackedW
 
 def forget(weights=None) -> None:
     """Drop the packed copies of `weights`, or of all weights: the next call packs again."""
-    if weights is None:
-        _cache.clear()
-        return
-    for weight in weights:
-        _cache.pop(id(weight), None)
+    for key in list(_cache) if weights is None else map(id, weights):
+        found = _cache.pop(key, None)
+        if found is not None:
+            found[1].version = None  # no weight's: whoever still holds the copy sees it is stale
 
 
 def packed_bytes(weights) -> int:
