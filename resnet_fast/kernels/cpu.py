@@ -77,8 +77,9 @@ def build(spec: ConvSpec) -> Callable[..., BoundConv]:
 
     def bind(weight, scale, shift, mean, var, eps) -> BoundConv:
         vectors = (scale, shift, mean, var)
-        packed, entry = packed_weight(weight, vectors, eps, dtype, problem)
-        return BoundConv(packed, entry, geometry, activation, after)
+        views = _views(weight, vectors)
+        packed, entry = packed_weight(weight, vectors, views, eps, dtype, problem)
+        return BoundConv(packed, entry, views, geometry, activation, after)
 
     return bind
 
@@ -89,10 +90,10 @@ class BoundConv:
     y is [N, P, Q, K] in memory; with `inplace` it is written over residual.
     """
 
-    __slots__ = ("added", "entry", "plain", "slope_after")
+    __slots__ = ("added", "entry", "plain", "slope_after", "views")
 
-    def __init__(self, packed, entry, geometry, activation, slope_after) -> None:
-        self.entry = entry
+    def __init__(self, packed, entry, views, geometry, activation, slope_after) -> None:
+        self.entry, self.views = entry, views
         self.plain = (packed, entry.bias, *geometry, *activation)
         self.added = (packed, entry.narrow_bias, *geometry, "add", 1.0, None, [], None)
         self.slope_after = slope_after  # of the activation still to come; None for none
@@ -110,7 +111,7 @@ class BoundConv:
 
     def fresh(self, weight: Tensor) -> bool:
         """Whether tensors that are still where they were also still hold what was packed."""
-        return self.entry.fresh(weight)
+        return self.entry.holds(weight, self.views)
 
 
 def relu_(y: Tensor) -> Tensor:
@@ -132,30 +133,29 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
 
 
 class PackedWeight:
-    """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale."""
+    """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale.
 
-    __slots__ = ("before", "bias", "narrow_bias", "origin", "packed", "version", "views")
+    It may serve several layers (a weight beside two BatchNorms that are equal, for now), so where
+    to look is not kept here: each caller brings the views of its own tensors.
+    """
 
-    def __init__(self, weight, vectors, eps, dtype) -> None:
+    __slots__ = ("before", "bias", "narrow_bias", "origin", "packed", "version")
+
+    def __init__(self, weight, vectors, views, eps, dtype) -> None:
         self.origin = _origin(weight, vectors, eps, dtype)
         self.version = weight._version
-        self.views = _views(weight, vectors)
-        self.before = [view.raw for view in self.views]
+        self.before = [view.raw for view in views]
         self.bias = fold(*vectors, eps)[1]
         self.narrow_bias = self.bias.to(dtype)  # with a residual, oneDNN's binding takes no other
         self.packed: dict[tuple, Tensor] = {}  # by problem: the layout may depend on x's size
 
-    def matches(self, weight, vectors, eps, dtype) -> bool:
+    def matches(self, weight, vectors, views, eps, dtype) -> bool:
         """Whether the tensors hold what this was packed from; the vectors may have moved."""
-        if _origin(weight, vectors, eps, dtype) != self.origin:
-            return False
-        self.views = _views(weight, vectors)
-        return self.fresh(weight)
+        return _origin(weight, vectors, eps, dtype) == self.origin and self.holds(weight, views)
 
-    def fresh(self, weight: Tensor) -> bool:
+    def holds(self, weight: Tensor, views: list[ctypes.Array]) -> bool:
         """`matches` for tensors that are known to be where they were."""
-        same = weight._version == self.version
-        return same and [view.raw for view in self.views] == self.before
+        return weight._version == self.version and [view.raw for view in views] == self.before
 
     def pack(self, weight, vectors, eps, problem) -> Tensor:
         """The folded weight in the layout that oneDNN prefers for `problem`."""
@@ -175,12 +175,12 @@ class PackedWeight:
 _cache: dict[int, tuple[weakref.ref, PackedWeight]] = {}
 
 
-def packed_weight(weight, vectors, eps, dtype, problem) -> tuple[Tensor, PackedWeight]:
+def packed_weight(weight, vectors, views, eps, dtype, problem) -> tuple[Tensor, PackedWeight]:
     """The packed weight for these tensors and its entry, made anew if any of them changed."""
     key = id(weight)
     found = _cache.get(key)
-    if found is None or not found[1].matches(weight, vectors, eps, dtype):
-        entry = PackedWeight(weight, vectors, eps, dtype)
+    if found is None or not found[1].matches(weight, vectors, views, eps, dtype):
+        entry = PackedWeight(weight, vectors, views, eps, dtype)
         found = _cache[key] = (weakref.ref(weight, lambda _: _cache.pop(key, None)), entry)
     entry = found[1]
     packed = entry.packed.get(problem)
