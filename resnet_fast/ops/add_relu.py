@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fast.dispatch import backends
 from resnet_fast.kernels import aten
 from resnet_fast.ops import _library
+from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
 
 NAME = "add_relu"
@@ -57,7 +57,7 @@ def _implementation(x: Tensor, y: Tensor) -> Tensor:
 _op = _library.register(NAME, SCHEMA, _implementation, _fake, lambda x, y: (x, y))
 
 
-@register_flop_formula(torch.ops.resnet_fast.add_relu)
+@flop_formula(torch.ops.resnet_fast.add_relu)
 def _flops(*_, **__) -> int:
     """torch counts the operations of products only; an addition counts none."""
     return 0

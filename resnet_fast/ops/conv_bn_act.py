@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from resnet_fast import _hardware
 from resnet_fast.dispatch import backends
 from resnet_fast.kernels import aten
 from resnet_fast.ops import _library
+from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
 from resnet_fast.spec import ACTIVATIONS, ELEMENT_SIZE, ConvSpec, conv_output_size
 
@@ -325,9 +325,12 @@ for _device in ("cpu", "cuda"):
         _library.LIBRARY.impl(_name, _cast, f"Autocast{_device.upper()}")
 
 
-@register_flop_formula([torch.ops.resnet_fast.conv_bn_act, torch.ops.resnet_fast.conv_bn_act_])
+@flop_formula(torch.ops.resnet_fast.conv_bn_act)
+@flop_formula(torch.ops.resnet_fast.conv_bn_act_)
 def _flops(x_shape, weight_shape, _scale, _shift, residual_shape=None, *_, out_shape=None, **__):
     """Two operations a multiply-add, as torch counts a convolution; the epilogue adds none."""
+    from torch.utils.flop_counter import conv_flop_count
+
     return conv_flop_count(x_shape, weight_shape, out_shape or residual_shape)
 
 
