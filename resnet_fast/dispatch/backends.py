@@ -136,8 +136,7 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     Raises:
         ValueError: an unknown backend, or one asked for by argument that refuses.
     """
-    if backend != AUTO:
-        check_name(backend)
+    check_name(backend)
     wanted = backend if backend != AUTO else _env.backend()
     rows = sorted(BACKENDS, key=lambda row: row.name != wanted)
     refusals: dict[str, str] = {}
@@ -152,11 +151,15 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     raise AssertionError("aten refuses nothing")
 
 
+def names() -> list[str]:
+    """What the `backend` argument may be."""
+    return [AUTO, *(row.name for row in BACKENDS)]
+
+
 def check_name(backend: str) -> None:
     """Raise ValueError unless `backend` is a backend's name or "auto"."""
-    known = [row.name for row in BACKENDS]
-    if backend != AUTO and backend not in known:
-        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {known} and 'auto'")
+    if backend not in names():
+        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
 
 
 def _refusal(row: Backend, problem: Problem) -> str | None:

@@ -23,10 +23,9 @@ class ArgumentError(ValueError):
     """An op was given something it cannot take: the text says what, and what to do."""
 
 
-def reject(op: str, argument: str, expected: str, got: object, remedy: str = "") -> None:
+def reject(op: str, argument: str, expected: str, got: object, remedy: str) -> None:
     """Raise the one form of error that the ops use."""
-    text = f"{NAMESPACE}::{op}: {argument} must be {expected}, got {got}"
-    raise ArgumentError(f"{text}; {remedy}" if remedy else text)
+    raise ArgumentError(f"{NAMESPACE}::{op}: {argument} must be {expected}, got {got}; {remedy}")
 
 
 def describe(tensor: Tensor) -> str:

@@ -30,7 +30,7 @@ def check_args(x: Tensor, y: Tensor) -> None:
     """Raise ArgumentError unless x and y are dense, alike in shape and dtype, and in one place."""
     for name, tensor in (("x", x), ("y", y)):
         if not tensor.is_floating_point():
-            reject(NAME, name, "of a floating dtype", describe(tensor))
+            reject(NAME, name, "of a floating dtype", describe(tensor), "call .float()")
         if tensor.layout != torch.strided:
             reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
     if y.shape != x.shape:

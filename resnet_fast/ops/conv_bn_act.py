@@ -78,17 +78,23 @@ def check_args(call: Call) -> tuple[int, int]:
         value = getattr(call, name)
         if len(value) != 2 or any(v < least for v in value):
             expected = f"two integers of at least {least} (height, width)"
-            remedy = "for another padding call torch.nn.functional.pad" if name == "padding" else ""
+            remedy = "give one integer, or one for height and one for width"
+            if name == "padding":
+                remedy = "for another padding call torch.nn.functional.pad"
             reject(NAME, name, expected, list(value), remedy)
-    if call.activation not in ACTIVATIONS:
-        reject(NAME, "activation", f"one of {list(ACTIVATIONS)}", repr(call.activation))
-    backends.check_name(call.backend)
+    for name, known in (("activation", ACTIVATIONS), ("backend", backends.names())):
+        value = getattr(call, name)
+        if value not in known:
+            remedy = "take another function of 'none'" if name == "activation" else "give 'auto'"
+            reject(NAME, name, f"one of {list(known)}", repr(value), remedy)
     channels, filters = x.shape[1], weight.shape[0]
     if call.groups < 1 or filters % call.groups or channels % call.groups:
-        reject(NAME, "groups", f"a divisor of C = {channels} and K = {filters}", call.groups)
+        expected = f"a divisor of C = {channels} and K = {filters}"
+        reject(NAME, "groups", expected, call.groups, "give the groups that weight was made for")
     if weight.shape[1] * call.groups != channels:
         expected = f"[K, C / groups, R, S] with C / groups = {channels} / {call.groups}"
-        reject(NAME, "weight", expected, describe(weight))
+        remedy = f"x must have {weight.shape[1] * call.groups} channels for this weight"
+        reject(NAME, "weight", expected, describe(weight), remedy)
     p, q = (
         conv_output_size(
             x.shape[2 + i], weight.shape[2 + i], call.stride[i], call.padding[i], call.dilation[i]
@@ -100,14 +106,16 @@ def check_args(call: Call) -> tuple[int, int]:
         reject(NAME, "x", expected, f"{describe(x)}, which leaves no output", "add padding")
     if call.residual is not None and call.residual.shape != (x.shape[0], filters, p, q):
         expected = f"of y's shape {[x.shape[0], filters, p, q]}"
-        reject(NAME, "residual", expected, describe(call.residual))
+        remedy = "project it by a convolution, or call .expand for a constant"
+        reject(NAME, "residual", expected, describe(call.residual), remedy)
     return p, q
 
 
 def _check_tensors(call: Call) -> None:
     x = call.x
     if dtype_name(x.dtype) not in DTYPES:
-        reject(NAME, "x", f"of a floating dtype, one of {list(DTYPES)}", describe(x))
+        expected = f"of a floating dtype, one of {list(DTYPES)}"
+        reject(NAME, "x", expected, describe(x), "call .float()")
     for name in ("x", "weight", "residual"):
         tensor = getattr(call, name)
         if tensor is None:
@@ -116,14 +124,16 @@ def _check_tensors(call: Call) -> None:
             reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
         if tensor.dim() != 4:
             expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
-            reject(NAME, name, expected, describe(tensor))
+            reject(NAME, name, expected, describe(tensor), "add the missing dimensions")
         master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
         if tensor.dtype != x.dtype and not master:
             dtype = dtype_name(x.dtype)
             remedy = f"call .to(torch.{dtype})"
             reject(NAME, name, f"of x's dtype {dtype}", describe(tensor), remedy)
     if (call.mean is None) != (call.var is None):
-        reject(NAME, "mean and var", "both given or both left out", "one of them")
+        given = "only mean" if call.var is None else "only var"
+        remedy = "give running_mean and running_var, or fold them into scale and shift"
+        reject(NAME, "mean and var", "both given or both left out", given, remedy)
     for name in ("weight", "residual", "scale", "shift", "mean", "var"):
         tensor = getattr(call, name)
         if tensor is None:
@@ -134,7 +144,8 @@ def _check_tensors(call: Call) -> None:
         if name in ("weight", "residual"):
             continue
         if tensor.dim() != 1 or tensor.shape[0] != call.weight.shape[0]:
-            reject(NAME, name, f"[K] with K = {call.weight.shape[0]}", describe(tensor))
+            remedy = "give one value for each filter of weight"
+            reject(NAME, name, f"[K] with K = {call.weight.shape[0]}", describe(tensor), remedy)
         if tensor.dtype not in (torch.float32, x.dtype):
             expected = f"float32 or {dtype_name(x.dtype)}"
             reject(NAME, name, expected, describe(tensor), "call .float()")
