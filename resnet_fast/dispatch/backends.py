@@ -134,10 +134,10 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
         backend: a backend's name, or "auto" for RESNET_FAST_BACKEND or else the table's order.
 
     Raises:
-        ValueError: an unknown backend, or one asked for by argument that refuses.
+        ValueError: an unknown backend, of either kind, or one asked for by argument that refuses.
     """
-    check_name(backend)
-    wanted = backend if backend != AUTO else _env.backend()
+    wanted = backend if backend != AUTO else _env.backend() or AUTO
+    check_name(wanted)
     rows = sorted(BACKENDS, key=lambda row: row.name != wanted)
     refusals: dict[str, str] = {}
     for row in rows:
