@@ -222,7 +222,7 @@ def _key(call: Call) -> tuple:
         groups, activation, slope, backend, call.master_weight,
         residual is not None and _facts(residual), mean is not None and _facts(mean),
         var is not None and _facts(var),
-        weight.is_inference(),
+        weight.is_inference(), torch._C._get_mkldnn_enabled(),
     )  # fmt: skip
     if x.is_cuda:
         pointers = x.data_ptr() | (0 if residual is None else residual.data_ptr())
