@@ -125,6 +125,9 @@ def _check_tensors(call: Call) -> None:
         if tensor.dim() != 4:
             expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
             reject(NAME, name, expected, describe(tensor), "add the missing dimensions")
+        if any(size < 1 for size in tensor.shape[1:]) and name != "residual":
+            remedy = "only N, and K of weight, may be 0"
+            reject(NAME, name, "without empty dimensions", describe(tensor), remedy)
         master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
         if tensor.dtype != x.dtype and not master:
             dtype = dtype_name(x.dtype)
