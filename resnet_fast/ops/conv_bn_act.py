@@ -38,6 +38,7 @@ SCHEMA = f"conv_bn_act({TENSORS}, Tensor? residual=None, {ARGUMENTS}) -> Tensor"
 SCHEMA_INPLACE = f"conv_bn_act_({TENSORS}, Tensor(a!) residual, {ARGUMENTS}) -> ()"
 
 DTYPES = tuple(ELEMENT_SIZE)
+VECTORS = ("scale", "shift", "mean", "var")
 MAX_PLANS = 4096  # distinct problems remembered; past that they are planned anew
 
 
@@ -106,7 +107,7 @@ def check_args(call: Call) -> tuple[int, int]:
         reject(NAME, "x", expected, f"{describe(x)}, which leaves no output", "add padding")
     if call.residual is not None and call.residual.shape != (x.shape[0], filters, p, q):
         expected = f"of y's shape {[x.shape[0], filters, p, q]}"
-        remedy = "project it by a convolution, or call .expand for a constant"
+        remedy = "project it with a 1x1 convolution"
         reject(NAME, "residual", expected, describe(call.residual), remedy)
     return p, q
 
@@ -116,42 +117,47 @@ def _check_tensors(call: Call) -> None:
     if dtype_name(x.dtype) not in DTYPES:
         expected = f"of a floating dtype, one of {list(DTYPES)}"
         reject(NAME, "x", expected, describe(x), "call .float()")
-    for name in ("x", "weight", "residual"):
+    for name in ("x", "weight", "residual", *VECTORS):
         tensor = getattr(call, name)
         if tensor is None:
             continue
         if tensor.layout != torch.strided:
             reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
-        if tensor.dim() != 4:
-            expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
-            reject(NAME, name, expected, describe(tensor), "add the missing dimensions")
-        if any(size < 1 for size in tensor.shape[1:]) and name != "residual":
-            remedy = "only N, and K of weight, may be 0"
-            reject(NAME, name, "without empty dimensions", describe(tensor), remedy)
-        master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
-        if tensor.dtype != x.dtype and not master:
-            dtype = dtype_name(x.dtype)
-            remedy = f"call .to(torch.{dtype})"
-            reject(NAME, name, f"of x's dtype {dtype}", describe(tensor), remedy)
+        if tensor.device != x.device:
+            remedy = f"call .to('{x.device}')"
+            reject(NAME, name, f"on x's device {x.device}", describe(tensor), remedy)
+        if name in VECTORS:
+            _check_vector(name, tensor, call)
+        else:
+            _check_map(name, tensor, call)
     if (call.mean is None) != (call.var is None):
         given = "only mean" if call.var is None else "only var"
         remedy = "give running_mean and running_var, or fold them into scale and shift"
         reject(NAME, "mean and var", "both given or both left out", given, remedy)
-    for name in ("weight", "residual", "scale", "shift", "mean", "var"):
-        tensor = getattr(call, name)
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            remedy = f"call .to('{x.device}')"
-            reject(NAME, name, f"on x's device {x.device}", describe(tensor), remedy)
-        if name in ("weight", "residual"):
-            continue
-        if tensor.dim() != 1 or tensor.shape[0] != call.weight.shape[0]:
-            remedy = "give one value for each filter of weight"
-            reject(NAME, name, f"[K] with K = {call.weight.shape[0]}", describe(tensor), remedy)
-        if tensor.dtype not in (torch.float32, x.dtype):
-            expected = f"float32 or {dtype_name(x.dtype)}"
-            reject(NAME, name, expected, describe(tensor), "call .float()")
+
+
+def _check_map(name: str, tensor: Tensor, call: Call) -> None:
+    if tensor.dim() != 4:
+        expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
+        reject(NAME, name, expected, describe(tensor), "add the missing dimensions")
+    if name != "residual" and any(size < 1 for size in tensor.shape[1:]):
+        remedy = "only N, and K of weight, may be 0"
+        reject(NAME, name, "without empty dimensions", describe(tensor), remedy)
+    master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
+    if tensor.dtype != call.x.dtype and not master:
+        dtype = dtype_name(call.x.dtype)
+        remedy = f"call .to(torch.{dtype})"
+        reject(NAME, name, f"of x's dtype {dtype}", describe(tensor), remedy)
+
+
+def _check_vector(name: str, tensor: Tensor, call: Call) -> None:
+    filters = call.weight.shape[0]
+    if tensor.dim() != 1 or tensor.shape[0] != filters:
+        remedy = "give one value for each filter of weight"
+        reject(NAME, name, f"[K] with K = {filters}", describe(tensor), remedy)
+    if tensor.dtype not in (torch.float32, call.x.dtype):
+        expected = f"float32 or {dtype_name(call.x.dtype)}"
+        reject(NAME, name, expected, describe(tensor), "call .float()")
 
 
 def _new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, K]
