@@ -152,11 +152,10 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
         backend: a backend's name, or "auto" for RESNET_FAST_BACKEND or else the table's order.
 
     Raises:
-        ValueError: an unknown backend, or one asked for by argument that refuses.
+        ValueError: an unknown backend, of either kind, or one asked for by argument that refuses.
     """
-    if backend != AUTO:
-        check_name(backend)
-    wanted = backend if backend != AUTO else _env.backend()
+    wanted = backend if backend != AUTO else _env.backend() or AUTO
+    check_name(wanted)
     rows = sorted(BACKENDS, key=lambda row: row.name != wanted)
     refusals: dict[str, str] = {}
     for row in rows:
@@ -175,11 +174,15 @@ def explain(problem: Problem) -> tuple[str, dict[str, str]]:
     return _first({row.name: _refusal(row, problem) for row in BACKENDS})
 
 
+def names() -> list[str]:
+    """What the `backend` argument may be."""
+    return [AUTO, *(row.name for row in BACKENDS)]
+
+
 def check_name(backend: str) -> None:
     """Raise ValueError unless `backend` is a backend's name or "auto"."""
-    known = [row.name for row in BACKENDS]
-    if backend != AUTO and backend not in known:
-        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {known} and 'auto'")
+    if backend not in names():
+        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
 
 
 def _refusal(row: Backend, problem: Problem) -> str | None:

@@ -32,7 +32,10 @@ def conv_bn_act(
     if mean is None or var is None:
         y = torch.addcmul(per_channel(shift), y, per_channel(scale)).to(x.dtype)
     else:
-        y = F.batch_norm(y, mean, var, scale, shift, False, 0.0, eps)
+        vectors = (mean, var, scale, shift)
+        if any(v.dtype != x.dtype for v in vectors):  # torch takes x's dtype or fp32, not a mixture
+            vectors = [v.to(torch.promote_types(x.dtype, torch.float32)) for v in vectors]
+        y = F.batch_norm(y, *vectors, False, 0.0, eps)
     if residual is not None:
         y = y + residual
     if activation == "relu":

@@ -74,8 +74,9 @@ def build(spec: ConvSpec) -> Callable[..., BoundConv]:
 
     def bind(weight, scale, shift, mean, var, eps) -> BoundConv:
         vectors = (scale, shift, mean, var)
-        packed, entry = packed_weight(weight, vectors, eps, dtype, problem)
-        return BoundConv(packed, entry, geometry, relu)
+        views = _views(weight, vectors)
+        packed, entry = packed_weight(weight, vectors, views, eps, dtype, problem)
+        return BoundConv(packed, entry, views, geometry, relu)
 
     return bind
 
@@ -87,10 +88,10 @@ class BoundConv:
     y is written over residual; with `finite` the caller vouches that all values are.
     """
 
-    __slots__ = ("added", "added_relu", "entry", "growth", "plain", "plain_relu", "relu")
+    __slots__ = ("added", "added_relu", "entry", "growth", "plain", "plain_relu", "relu", "views")
 
-    def __init__(self, packed: Tensor, entry: PackedWeight, geometry: tuple, relu: bool) -> None:
-        self.entry, self.relu, self.growth = entry, relu, entry.growth
+    def __init__(self, packed, entry: PackedWeight, views, geometry, relu: bool) -> None:
+        self.entry, self.views, self.growth, self.relu = entry, views, entry.growth, relu
         self.plain = (packed, entry.bias, *geometry, "none", [], "")
         self.plain_relu = (packed, entry.bias, *geometry, "relu", [], "")
         added = (packed, entry.narrow_bias, *geometry, "add", 1.0)
@@ -105,16 +106,13 @@ class BoundConv:
             y = _plain(x, *(self.plain_relu if fused else self.plain))
         else:
             arguments = self.added_relu if fused else self.added
-            y = (
-                _added_inplace(residual, x, *arguments)
-                if inplace
-                else _added(x, residual, *arguments)
-            )
+            added = (residual, x) if inplace else (x, residual)
+            y = (_added_inplace if inplace else _added)(*added, *arguments)
         return relu_(y) if self.relu and not fused else y
 
     def fresh(self, weight: Tensor) -> bool:
         """Whether tensors that are still where they were also still hold what was packed."""
-        return self.entry.fresh(weight)
+        return self.entry.holds(weight, self.views)
 
 
 def magnitude(x: Tensor) -> float:
@@ -148,7 +146,7 @@ def max_pool_3x3_2(
 
     torch's CPU max-pool writes an int64 index beside every value, for a gradient that inference
     does not want: four times the bytes of a bfloat16 result. Here rows, then columns, are reduced
-    by element-wise maxima, on bit patterns: those of non-negative floats are ordered as integers are.
+    by element-wise maxima of bit patterns: as integers, non-negative floats keep their order.
     """
     bits = torch.int16 if x.element_size() == 2 else torch.int32
     rows = _halve(x.permute(0, 2, 3, 1).view(bits), 1)
@@ -171,31 +169,31 @@ def _halve(x: Tensor, dim: int) -> Tensor:
 
 
 class PackedWeight:
-    """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale."""
+    """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale.
 
-    __slots__ = ("before", "bias", "growth", "narrow_bias", "origin", "packed", "version", "views")
 
-    def __init__(self, weight, vectors, eps, dtype) -> None:
+    It may serve several layers (a weight beside two BatchNorms that are equal, for now), so where
+    to look is not kept here: each caller brings the views of its own tensors.
+    """
+
+    __slots__ = ("before", "bias", "growth", "narrow_bias", "origin", "packed", "version")
+
+    def __init__(self, weight, vectors, views, eps, dtype) -> None:
         self.origin = _origin(weight, vectors, eps, dtype)
         self.version = weight._version
-        self.views = _views(weight, vectors)
-        self.before = [view.raw for view in self.views]
+        self.before = [view.raw for view in views]
         self.bias = fold(*vectors, eps)[1]
         self.narrow_bias = self.bias.to(dtype)  # with a residual, oneDNN's binding takes no other
         self.packed: dict[tuple, Tensor] = {}  # by problem: the layout may depend on x's size
         self.growth = (math.nan, math.nan)  # (gain, offset), known once packed
 
-    def matches(self, weight, vectors, eps, dtype) -> bool:
+    def matches(self, weight, vectors, views, eps, dtype) -> bool:
         """Whether the tensors hold what this was packed from; the vectors may have moved."""
-        if _origin(weight, vectors, eps, dtype) != self.origin:
-            return False
-        self.views = _views(weight, vectors)
-        return self.fresh(weight)
+        return _origin(weight, vectors, eps, dtype) == self.origin and self.holds(weight, views)
 
-    def fresh(self, weight: Tensor) -> bool:
+    def holds(self, weight: Tensor, views: list[ctypes.Array]) -> bool:
         """`matches` for tensors that are known to be where they were."""
-        same = weight._version == self.version
-        return same and [view.raw for view in self.views] == self.before
+        return weight._version == self.version and [view.raw for view in views] == self.before
 
     def pack(self, weight, vectors, eps, problem) -> Tensor:
         """The folded weight in the layout that oneDNN prefers for `problem`."""
@@ -217,12 +215,12 @@ class PackedWeight:
 _cache: dict[int, tuple[weakref.ref, PackedWeight]] = {}
 
 
-def packed_weight(weight, vectors, eps, dtype, problem) -> tuple[Tensor, PackedWeight]:
+def packed_weight(weight, vectors, views, eps, dtype, problem) -> tuple[Tensor, PackedWeight]:
     """The packed weight for these tensors and its entry, made anew if any of them changed."""
     key = id(weight)
     found = _cache.get(key)
-    if found is None or not found[1].matches(weight, vectors, eps, dtype):
-        entry = PackedWeight(weight, vectors, eps, dtype)
+    if found is None or not found[1].matches(weight, vectors, views, eps, dtype):
+        entry = PackedWeight(weight, vectors, views, eps, dtype)
         found = _cache[key] = (weakref.ref(weight, lambda _: _cache.pop(key, None)), entry)
     entry = found[1]
     packed = entry.packed.get(problem)
@@ -233,11 +231,10 @@ def packed_weight(weight, vectors, eps, dtype, problem) -> tuple[Tensor, PackedW
 
 def forget(weights=None) -> None:
     """Drop the packed copies of `weights`, or of all weights: the next call packs again."""
-    if weights is None:
-        _cache.clear()
-        return
-    for weight in weights:
-        _cache.pop(id(weight), None)
+    for key in list(_cache) if weights is None else map(id, weights):
+        found = _cache.pop(key, None)
+        if found is not None:
+            found[1].version = None  # no weight's: whoever still holds the copy sees it is stale
 
 
 def packed_bytes(weights) -> int:

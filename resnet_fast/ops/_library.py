@@ -15,6 +15,7 @@ from torch import Tensor
 NAMESPACE = "resnet_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # needs_fixed_stride_order: under torch.compile the op is given the layout it had in eager.
+NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
@@ -22,10 +23,9 @@ class ArgumentError(ValueError):
     """An op was given something it cannot take: the text says what, and what to do."""
 
 
-def reject(op: str, argument: str, expected: str, got: object, remedy: str = "") -> None:
+def reject(op: str, argument: str, expected: str, got: object, remedy: str) -> None:
     """Raise the one form of error that the ops use."""
-    text = f"{NAMESPACE}::{op}: {argument} must be {expected}, got {got}"
-    raise ArgumentError(f"{text}; {remedy}" if remedy else text)
+    raise ArgumentError(f"{NAMESPACE}::{op}: {argument} must be {expected}, got {got}; {remedy}")
 
 
 def describe(tensor: Tensor) -> str:
@@ -64,6 +64,8 @@ def register(
     LIBRARY.define(schema, tags=TAGS)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, key)
+    for key in NOT_DENSE:  # only the checks: they reject these layouts in the ops' own words
+        LIBRARY.impl(name, fake, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from resnet_fast.dispatch import backends
 from resnet_fast.kernels import aten
 from resnet_fast.ops import _library
+from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
 
 NAME = "add_relu"
@@ -30,7 +30,7 @@ def check_args(x: Tensor, y: Tensor) -> None:
     """Raise ArgumentError unless x and y are dense, alike in shape and dtype, and in one place."""
     for name, tensor in (("x", x), ("y", y)):
         if not tensor.is_floating_point():
-            reject(NAME, name, "of a floating dtype", describe(tensor))
+            reject(NAME, name, "of a floating dtype", describe(tensor), "call .float()")
         if tensor.layout != torch.strided:
             reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
     if y.shape != x.shape:
@@ -62,7 +62,7 @@ def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
 _op = _library.register(NAME, SCHEMA, _implementation, _fake, lambda x, y: (x, y))
 
 
-@register_flop_formula(torch.ops.resnet_fast.add_relu)
+@flop_formula(torch.ops.resnet_fast.add_relu)
 def _flops(*_, **__) -> int:
     """torch counts the operations of products only; an addition counts none."""
     return 0

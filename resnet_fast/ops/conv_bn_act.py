@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from resnet_fast import _hardware
 from resnet_fast.dispatch import backends
 from resnet_fast.kernels import aten
 from resnet_fast.ops import _library
+from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
 from resnet_fast.spec import ACTIVATIONS, ELEMENT_SIZE, ConvSpec, conv_output_size
 
@@ -40,6 +40,7 @@ SCHEMA = f"conv_bn_act({TENSORS}, Tensor? residual=None, {ARGUMENTS}) -> Tensor"
 SCHEMA_INPLACE = f"conv_bn_act_({TENSORS}, Tensor(a!) residual, {ARGUMENTS}) -> ()"
 
 DTYPES = tuple(ELEMENT_SIZE)
+VECTORS = ("scale", "shift", "mean", "var")
 MAX_PLANS = 4096  # distinct problems remembered; past that they are planned anew
 
 
@@ -79,17 +80,23 @@ def check_args(call: Call) -> tuple[int, int]:
         value = getattr(call, name)
         if len(value) != 2 or any(v < least for v in value):
             expected = f"two integers of at least {least} (height, width)"
-            remedy = "for another padding call torch.nn.functional.pad" if name == "padding" else ""
+            remedy = "give one integer, or one for height and one for width"
+            if name == "padding":
+                remedy = "for another padding call torch.nn.functional.pad"
             reject(NAME, name, expected, list(value), remedy)
-    if call.activation not in ACTIVATIONS:
-        reject(NAME, "activation", f"one of {list(ACTIVATIONS)}", repr(call.activation))
-    backends.check_name(call.backend)
+    for name, known in (("activation", ACTIVATIONS), ("backend", backends.names())):
+        value = getattr(call, name)
+        if value not in known:
+            remedy = "take another function of 'none'" if name == "activation" else "give 'auto'"
+            reject(NAME, name, f"one of {list(known)}", repr(value), remedy)
     channels, filters = x.shape[1], weight.shape[0]
     if call.groups < 1 or filters % call.groups or channels % call.groups:
-        reject(NAME, "groups", f"a divisor of C = {channels} and K = {filters}", call.groups)
+        expected = f"a divisor of C = {channels} and K = {filters}"
+        reject(NAME, "groups", expected, call.groups, "give the groups that weight was made for")
     if weight.shape[1] * call.groups != channels:
         expected = f"[K, C / groups, R, S] with C / groups = {channels} / {call.groups}"
-        reject(NAME, "weight", expected, describe(weight))
+        remedy = f"x must have {weight.shape[1] * call.groups} channels for this weight"
+        reject(NAME, "weight", expected, describe(weight), remedy)
     p, q = (
         conv_output_size(
             x.shape[2 + i], weight.shape[2 + i], call.stride[i], call.padding[i], call.dilation[i]
@@ -101,44 +108,57 @@ def check_args(call: Call) -> tuple[int, int]:
         reject(NAME, "x", expected, f"{describe(x)}, which leaves no output", "add padding")
     if call.residual is not None and call.residual.shape != (x.shape[0], filters, p, q):
         expected = f"of y's shape {[x.shape[0], filters, p, q]}"
-        reject(NAME, "residual", expected, describe(call.residual))
+        remedy = "project it with a 1x1 convolution"
+        reject(NAME, "residual", expected, describe(call.residual), remedy)
     return p, q
 
 
 def _check_tensors(call: Call) -> None:
     x = call.x
     if dtype_name(x.dtype) not in DTYPES:
-        reject(NAME, "x", f"of a floating dtype, one of {list(DTYPES)}", describe(x))
-    for name in ("x", "weight", "residual"):
+        expected = f"of a floating dtype, one of {list(DTYPES)}"
+        reject(NAME, "x", expected, describe(x), "call .float()")
+    for name in ("x", "weight", "residual", *VECTORS):
         tensor = getattr(call, name)
         if tensor is None:
             continue
         if tensor.layout != torch.strided:
             reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
-        if tensor.dim() != 4:
-            expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
-            reject(NAME, name, expected, describe(tensor))
-        master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
-        if tensor.dtype != x.dtype and not master:
-            dtype = dtype_name(x.dtype)
-            remedy = f"call .to(torch.{dtype})"
-            reject(NAME, name, f"of x's dtype {dtype}", describe(tensor), remedy)
-    if (call.mean is None) != (call.var is None):
-        reject(NAME, "mean and var", "both given or both left out", "one of them")
-    for name in ("weight", "residual", "scale", "shift", "mean", "var"):
-        tensor = getattr(call, name)
-        if tensor is None:
-            continue
         if tensor.device != x.device:
             remedy = f"call .to('{x.device}')"
             reject(NAME, name, f"on x's device {x.device}", describe(tensor), remedy)
-        if name in ("weight", "residual"):
-            continue
-        if tensor.dim() != 1 or tensor.shape[0] != call.weight.shape[0]:
-            reject(NAME, name, f"[K] with K = {call.weight.shape[0]}", describe(tensor))
-        if tensor.dtype not in (torch.float32, x.dtype):
-            expected = f"float32 or {dtype_name(x.dtype)}"
-            reject(NAME, name, expected, describe(tensor), "call .float()")
+        if name in VECTORS:
+            _check_vector(name, tensor, call)
+        else:
+            _check_map(name, tensor, call)
+    if (call.mean is None) != (call.var is None):
+        given = "only mean" if call.var is None else "only var"
+        remedy = "give running_mean and running_var, or fold them into scale and shift"
+        reject(NAME, "mean and var", "both given or both left out", given, remedy)
+
+
+def _check_map(name: str, tensor: Tensor, call: Call) -> None:
+    if tensor.dim() != 4:
+        expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
+        reject(NAME, name, expected, describe(tensor), "add the missing dimensions")
+    if name != "residual" and any(size < 1 for size in tensor.shape[1:]):
+        remedy = "only N, and K of weight, may be 0"
+        reject(NAME, name, "without empty dimensions", describe(tensor), remedy)
+    master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
+    if tensor.dtype != call.x.dtype and not master:
+        dtype = dtype_name(call.x.dtype)
+        remedy = f"call .to(torch.{dtype})"
+        reject(NAME, name, f"of x's dtype {dtype}", describe(tensor), remedy)
+
+
+def _check_vector(name: str, tensor: Tensor, call: Call) -> None:
+    filters = call.weight.shape[0]
+    if tensor.dim() != 1 or tensor.shape[0] != filters:
+        remedy = "give one value for each filter of weight"
+        reject(NAME, name, f"[K] with K = {filters}", describe(tensor), remedy)
+    if tensor.dtype not in (torch.float32, call.x.dtype):
+        expected = f"float32 or {dtype_name(call.x.dtype)}"
+        reject(NAME, name, expected, describe(tensor), "call .float()")
 
 
 def _new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, K]
@@ -186,7 +206,11 @@ def _implementation(*args, **kwargs) -> Tensor:
 
 
 def _implementation_inplace(*args, **kwargs) -> None:
-    _run(Call(*args, **kwargs), inplace=True)
+    call = Call(*args, **kwargs)
+    if torch._C._is_alias_of(call.x, call.residual):  # a kernel reads x after it has written y
+        call.residual.copy_(_run(call, inplace=False))
+    else:
+        _run(call, inplace=True)
 
 
 def last_plan() -> backends.Plan:
@@ -221,7 +245,7 @@ def _key(call: Call) -> tuple:
         groups, activation, backend, call.master_weight,
         residual is not None and _facts(residual), mean is not None and _facts(mean),
         var is not None and _facts(var),
-        weight.is_inference(),
+        weight.is_inference(), torch._C._get_mkldnn_enabled(),
     )  # fmt: skip
     if x.is_cuda:
         key += (_addresses(call) % 16, x.dtype == torch.float32 and precision())
@@ -290,7 +314,9 @@ def _under_autocast(op, device: str):
     """The op under autocast: x and residual in autocast's dtype, BatchNorm's vectors in fp32.
 
     `torch.library.register_autocast` would round the vectors too, and the weight anew in each call.
+    A residual that is written to is not cast, as y would be lost with the copy: the op rejects it.
     """
+    read_only = op is conv_bn_act_op
 
     def cast(*args) -> Tensor | None:
         call = Call(*args)
@@ -299,11 +325,14 @@ def _under_autocast(op, device: str):
             if call.x.dtype == torch.float64:  # autocast leaves float64 alone
                 return op(*call)
             master = call.weight.dtype == torch.float32 != dtype
+            residual = call.residual
+            if read_only and residual is not None:
+                residual = residual.to(dtype)
             return op(
                 *call._replace(
                     x=call.x.to(dtype),
                     weight=call.weight if master else call.weight.to(dtype),
-                    residual=None if call.residual is None else call.residual.to(dtype),
+                    residual=residual,
                     master_weight=master,
                 )
             )
@@ -322,9 +351,12 @@ for _device in ("cpu", "cuda"):
         _library.LIBRARY.impl(_name, _cast, f"Autocast{_device.upper()}")
 
 
-@register_flop_formula([torch.ops.resnet_fast.conv_bn_act, torch.ops.resnet_fast.conv_bn_act_])
+@flop_formula(torch.ops.resnet_fast.conv_bn_act)
+@flop_formula(torch.ops.resnet_fast.conv_bn_act_)
 def _flops(x_shape, weight_shape, _scale, _shift, residual_shape=None, *_, out_shape=None, **__):
     """Two operations a multiply-add, as torch counts a convolution; the epilogue adds none."""
+    from torch.utils.flop_counter import conv_flop_count
+
     return conv_flop_count(x_shape, weight_shape, out_shape or residual_shape)
 
 
