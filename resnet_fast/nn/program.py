@@ -13,6 +13,7 @@ first of them is launched: between two convolutions the caches forget the interp
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
@@ -25,6 +26,7 @@ from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
 
 _HOOKS = attrgetter("_forward_hooks", "_forward_pre_hooks")  # no gradient: others cannot fire
+_CALLED = attrgetter("forward", "_compiled_call_impl")  # bound methods are equal if all in them is
 _CONV = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _NORM = attrgetter("training", "eps")
 _TRAINING = attrgetter("training")
@@ -32,6 +34,7 @@ _TRAINING = attrgetter("training")
 MAX_PROGRAMS = 16  # input sizes remembered per block
 
 Launch = Callable[..., Tensor]  # (x, residual, inplace) -> y
+Bound = tuple["Program", list[Launch]]  # of its steps, projection first
 
 
 def key_of(x: Tensor) -> tuple:
@@ -43,6 +46,22 @@ def key_of(x: Tensor) -> tuple:
 def may_keep(x: Tensor) -> bool:
     """Whether programs apply to this call: nothing listens, and no gradient could be needed."""
     return not torch.is_grad_enabled() and not fusion.listened_to(x)
+
+
+def recall(record: Record | None, key: tuple | None, owner: nn.Module) -> Bound | None:
+    """The program kept for this key and its launches, or None.
+
+    If its facts hold no more, all of the owner's programs are dropped: they would keep alive the
+    tensors that were replaced.
+    """
+    program = record and record.programs.get(key)
+    if not program:
+        return None
+    if not program.holds(owner):
+        record.programs.clear()
+        return None
+    record.count_fused()
+    return program, [step.bind() for step in program.sequence]
 
 
 def remember(record: Record, key: tuple, program: Program) -> None:
@@ -77,11 +96,14 @@ class Step:
         call = fusion.call_of(self.unit, x, residual, self.activation, self.inner, self.backend)
         self.plan = ops.plan_of(call)
         self.record.note(self.plan)
+        self.record = None  # it holds the program: no cycle, so that both go with their module
         return self.bind()(x, residual, inplace)
 
 
 class Program:
     """A block's (or stem's) steps for one input size.
+
+    A program is kept in its owner's `Record`, and must not keep its owner alive from there.
 
     Args:
         owner: the block, or the model whose stem this is.
@@ -93,9 +115,11 @@ class Program:
 
     __slots__ = (
         "facts",
+        "forward",
         "hooks",
         "joins",
         "next_key",
+        "owner_facts",
         "projection",
         "sequence",
         "steps",
@@ -116,19 +140,22 @@ class Program:
         self.next_key: tuple | None = None
         convs = [step.unit.conv for step in self.sequence]
         norms = [step.norm for step in self.sequence]
-        modules = [owner, *bypassed]
         tensors = [t for step in self.sequence for t in step.unit[1:-1]]
         others = [m for m in bypassed if not isinstance(m, (nn.Conv2d, nn.ReLU)) and m not in norms]
         looks = (
-            (type, modules),
-            (_HOOKS, modules),
+            (type, bypassed),
+            (_HOOKS, bypassed),
+            (_CALLED, bypassed),
             (_CONV, convs),
             (_NORM, norms),
             (_TRAINING, others),
             (Tensor.data_ptr, tensors),
-            (_installed_forward, [owner]),
         )
         self.facts = [(look, things, list(map(look, things))) for look, things in looks]
+        self.owner_facts = _owner_facts(owner)
+        forward = owner.__dict__.get("forward")
+        self.forward = forward and weakref.ref(forward)  # one that `optimize` installed
+        modules = [owner, *bypassed]
         # Equal lists of hook dictionaries are the same dictionaries; they must be empty as well.
         self.hooks = [hooks for module in modules for hooks in _HOOKS(module)]
         # Children, parameters and buffers by identity: a tensor's == is another thing.
@@ -138,18 +165,18 @@ class Program:
     def _identities(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(dict.values, self.storage))))
 
-    def holds(self) -> bool:
+    def holds(self, owner: nn.Module) -> bool:
         """Whether every fact is still as it was."""
         if any(self.hooks) or self._identities() != self.stored:
+            return False
+        if _owner_facts(owner) != self.owner_facts:
+            return False
+        if owner.__dict__.get("forward") is not (self.forward and self.forward()):
             return False
         for look, things, before in self.facts:  # noqa: SIM110 (a generator costs a third more)
             if list(map(look, things)) != before:
                 return False
         return True
-
-    def bind(self) -> list[Launch] | None:
-        """The launches of the steps, projection first; None if a fact differs."""
-        return [step.bind() for step in self.sequence] if self.holds() else None
 
     def run(self, launches: list[Launch], x: Tensor, owned: bool) -> Tensor:
         """The block's result; x is channels_last, and overwritten if it may be (`owned`)."""
@@ -166,5 +193,7 @@ class Program:
         return y
 
 
-def _installed_forward(owner: nn.Module) -> object:
-    return owner.__dict__.get("forward")
+def _owner_facts(owner: nn.Module) -> tuple:
+    # A block without projection has the plain attribute None, which may become anything callable.
+    shortcut = owner.__dict__.get("downsample")
+    return type(owner), _HOOKS(owner), owner._compiled_call_impl, shortcut
