@@ -49,6 +49,8 @@ class BlockForward(FusedForward):
 class StageForward(FusedForward):
     """An nn.Sequential of residual blocks."""
 
+    runs_chain = True
+
     def __call__(self, input: Tensor) -> Tensor:
         if fusion.is_symbolic(input):
             return self.__wrapped__(input)
@@ -61,14 +63,14 @@ class ModelForward(FusedForward):
     fuses_stem = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        if fusion.is_symbolic(x):
+        if fusion.is_symbolic(x) or "_forward_impl" in self.module.__dict__:
             return self.__wrapped__(x)
         return blocks.resnet_forward(self.module, x, self.backend)
 
 
 def install(forward: FusedForward) -> None:
-    """Make `forward` the forward of its module; without effect where one is installed already."""
-    if not isinstance(forward.module.__dict__.get("forward"), FusedForward):
+    """Make `forward` its module's, unless that instance has one of its own: ours or a user's."""
+    if "forward" not in forward.module.__dict__:
         forward.module.forward = forward
 
 

@@ -100,7 +100,7 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
         found = blocks.fusable(module)
         if found is not None:
             rows.append(_row(name, module, _examine(found.recipe)))
-        elif recipes.recipe_for(module) is not None:
+        elif recipes.recipe_for(module) is not None and "forward" not in module.__dict__:
             rows.append(_untouched(name, module))
         elif recipes.resembles_block(module):
             reason = f"{type(module).__name__}.forward is not one that is known"

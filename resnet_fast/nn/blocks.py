@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
-from resnet_fast.nn.program import Launch, Program, Step, follow, key_of, may_keep, remember
+from resnet_fast.nn.program import Bound, Program, Step, follow, key_of, may_keep, recall, remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,12 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     kept = _run_kept([block], x)
     if kept:
         return kept[1]
-    # A subclass may override forward and come here through super().
-    found = fusable(block) or Fusable(type(block).recipe, "auto", block._forward_plain)
+    found = fusable(block)
+    if found is None:
+        # A subclass overrides forward and came here through super(). Nothing is kept: a stage
+        # would take it for all that calling the block does.
+        found = Fusable(type(block).recipe, "auto", block._forward_plain)
+        return _run(block, found, x, owned=False, keep=False)[0]
     return _run(block, found, x, owned=False)[0]
 
 
@@ -147,10 +151,17 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
         x, magnitude = model.maxpool(x), None
     chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        whole = type(stage) is not nn.Sequential or fusion.has_hooks(stage)
-        chain += [stage] if whole else stage._modules.values()
+        chain += stage._modules.values() if _is_chain(stage) else [stage]
     x = _run_chain(chain, x, magnitude)
     return model.fc(torch.flatten(model.avgpool(x), 1))
+
+
+def _is_chain(stage: nn.Module) -> bool:
+    """Whether calling `stage` runs its children one after the other and nothing else."""
+    if type(stage) is not nn.Sequential or fusion.has_hooks(stage):
+        return False
+    forward = stage.__dict__.get("forward")
+    return forward is None or getattr(forward, "runs_chain", False)
 
 
 def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Tensor, float | None]:
@@ -160,11 +171,10 @@ def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Te
         The result, and how large it can be if that is known.
     """
     if fusion.context_refusal(x) is None and may_keep(x):
-        record, given = record_of(model), fusion.to_channels_last(x)
-        program = record.programs.get(key_of(given))
-        launches = program and program.bind()
-        if launches:
-            record.fused += 1
+        given = fusion.to_channels_last(x)
+        kept = recall(_records.get(model), key_of(given), model)
+        if kept is not None:
+            program, launches = kept
             finite, magnitude = follow(program, launches, given, None)
             return program.run(launches, given, False, finite), magnitude
     parts = stem_of(model, x)
@@ -177,7 +187,7 @@ def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Te
 
 def _is_plain_pool(pool: nn.Module) -> bool:
     """Whether the module is the max-pool of ResNet's stem and nothing watches it."""
-    if type(pool) is not nn.MaxPool2d or fusion.has_hooks(pool) or pool.return_indices:
+    if type(pool) is not nn.MaxPool2d or fusion.call_refusal(pool) or pool.return_indices:
         return False
     shape = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
     return shape == (3, 2, 1, 1, False)
@@ -193,7 +203,7 @@ def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
         return reason
     modules = block._modules
     for name in recipe.absent:
-        module = modules.get(name)
+        module = getattr(block, name, None)  # not always a module, as `downsample` below
         if module is not None and not _is_identity(module):
             return f"{name} is a {type(module).__name__}"
     for name in recipe.activations:
@@ -206,7 +216,7 @@ def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
         if isinstance(unit, str):
             return f"{conv}: {unit}"
         units.append((unit, modules[norm]))
-    projection = _projection(modules.get("downsample"), x)
+    projection = _projection(getattr(block, "downsample", None), x)
     return projection if isinstance(projection, str) else Parts(units, projection, joins=True)
 
 
@@ -218,11 +228,11 @@ def stem_of(model: nn.Module, x: Tensor) -> Parts | str:
     return unit if isinstance(unit, str) else Parts([(unit, modules["bn1"])], None, joins=False)
 
 
-def _is_identity(module: nn.Module) -> bool:
-    """Whether the module returns its input and nothing watches it: Identity, or a drop in eval."""
+def _is_identity(module: object) -> bool:
+    """Whether it returns its input and nothing watches it: Identity, or a drop in evaluation."""
     kind = type(module)
     drops = kind.__name__ in ("DropPath", "DropBlock2d") and not module.training
-    return (kind is nn.Identity or drops) and not fusion.has_hooks(module)
+    return (kind is nn.Identity or drops) and fusion.call_refusal(module) is None
 
 
 def _projection(downsample: nn.Module | None, x: Tensor) -> tuple[Unit, nn.Module] | str | None:
@@ -230,8 +240,9 @@ def _projection(downsample: nn.Module | None, x: Tensor) -> tuple[Unit, nn.Modul
         return None
     if type(downsample) is not nn.Sequential or len(downsample) != 2:
         return f"downsample: {type(downsample).__name__} is not Sequential(conv, norm)"
-    if fusion.has_hooks(downsample):
-        return "downsample: a hook is registered on it"
+    reason = fusion.call_refusal(downsample)
+    if reason is not None:
+        return f"downsample: {reason}"
     conv, norm = downsample._modules.values()
     unit = fusion.unit_of(conv, norm, x)
     return f"downsample: {unit}" if isinstance(unit, str) else (unit, norm)
@@ -258,17 +269,14 @@ def _run_kept(
     if not chain or fusion.context_refusal(x) is not None or not may_keep(x):
         return None
     y = fusion.to_channels_last(x)
-    bound: list[tuple[Program, list[Launch]]] = []
+    bound: list[Bound] = []
     key = key_of(y)
     for block in chain:
-        record = _records.get(block)
-        program = record and record.programs.get(key)
-        launches = program and program.bind()
-        if not launches:
+        kept = recall(_records.get(block), key, block)
+        if kept is None:
             break
-        record.fused += 1
-        bound.append((program, launches))
-        key = program.next_key
+        bound.append(kept)
+        key = kept[0].next_key
     owned = y is not x
     for program, launches in bound:
         finite, magnitude = follow(program, launches, y, magnitude)
@@ -276,18 +284,26 @@ def _run_kept(
     return (len(bound), y, owned) if bound else None
 
 
-def _run(block: nn.Module, found: Fusable, x: Tensor, owned: bool) -> tuple[Tensor, bool]:
+def _run(
+    block: nn.Module, found: Fusable, x: Tensor, owned: bool, keep: bool = True
+) -> tuple[Tensor, bool]:
     """Run one block, fused if the guards allow; the result, and whether we may overwrite it."""
     parts = parts_of(block, found.recipe, x)
     if isinstance(parts, str):
         _note(block, parts)
         return found.plain(x), False
     bypassed = list(block.modules())[1:]
-    return _run_parts(block, parts, bypassed, x, owned, found.backend), True
+    return _run_parts(block, parts, bypassed, x, owned, found.backend, keep), True
 
 
 def _run_parts(
-    owner: nn.Module, parts: Parts, bypassed: list[nn.Module], x: Tensor, owned: bool, backend: str
+    owner: nn.Module,
+    parts: Parts,
+    bypassed: list[nn.Module],
+    x: Tensor,
+    owned: bool,
+    backend: str,
+    keep: bool = True,
 ) -> Tensor:
     y = fusion.to_channels_last(x)
     if fusion.listened_to(x):
@@ -299,7 +315,8 @@ def _run_parts(
     program = Program(owner, steps, projection, parts.joins, bypassed)
     key = key_of(y)
     y = program.run([step.bind() for step in program.sequence], y, owned or y is not x)
-    remember(record, key, program)  # now that each step has its plan
+    if keep:  # only now that each step has its plan: another thread might meet it before
+        remember(record, key, program)
     _note(owner, None)
     return y
 
@@ -322,8 +339,8 @@ def _note(module: nn.Module, reason: str | None) -> None:
     if torch.compiler.is_compiling():
         return
     record = record_of(module)
-    record.reason = reason
     if reason is None:
-        record.fused += 1
+        record.count_fused()
     else:
         record.plain += 1
+        record.reason = reason

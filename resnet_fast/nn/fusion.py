@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from resnet_fast import _env, ops
@@ -44,6 +45,11 @@ class Record:
     backends: dict[str, str] = field(default_factory=dict)  # name -> why no fused kernel took it
     reason: str | None = None
     programs: dict[tuple, Any] = field(default_factory=dict)  # see program.py
+
+    def count_fused(self) -> None:
+        """One more call ran fused: what spoke against it before does no longer."""
+        self.fused += 1
+        self.reason = None
 
     def note(self, plan) -> None:
         """Remember the backend of an op's `Plan`, and why a better one refused if any did."""
@@ -98,6 +104,10 @@ def context_refusal(x: Tensor) -> str | None:
         return "a global module hook is registered"
     if type(x) not in _TENSOR_TYPES and not _is_traced(x):
         return f"x is a {type(x).__name__}"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on the {x.device.type} device"
+    if forward_ad._current_level >= 0:
+        return "inside torch.autograd.forward_ad"  # which no_grad() does not switch off
     return None
 
 
@@ -123,7 +133,15 @@ def has_hooks(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or module._compiled_call_impl is not None  # module.compile()
     )
+
+
+def call_refusal(module: nn.Module) -> str | None:
+    """Why `module` has to be called: more would run than its class's forward; None if not."""
+    if has_hooks(module):
+        return "a hook is registered on it, or it is compiled"
+    return "its forward was replaced" if "forward" in module.__dict__ else None
 
 
 def unit_of(conv: nn.Module | None, norm: nn.Module | None, x: Tensor) -> Unit | str:
@@ -133,8 +151,9 @@ def unit_of(conv: nn.Module | None, norm: nn.Module | None, x: Tensor) -> Unit |
     vectors = norm_vectors(norm)
     if isinstance(vectors, str):
         return vectors
-    if has_hooks(conv) or has_hooks(norm):
-        return "a hook is registered on the convolution or its norm"
+    reason = call_refusal(conv) or call_refusal(norm)
+    if reason is not None:
+        return reason
     parameters = conv._parameters
     weight = parameters.get("weight")
     if weight is None:
@@ -143,6 +162,10 @@ def unit_of(conv: nn.Module | None, norm: nn.Module | None, x: Tensor) -> Unit |
         return "the convolution has a bias of its own"
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return f"padding is {conv.padding_mode} {conv.padding}"
+    for name in ("stride", "padding", "dilation"):
+        value = getattr(conv, name)
+        if type(value) is not tuple or len(value) != 2:  # a list could change unseen
+            return f"{name} is {value}, not a pair"
     return _tensors_refusal(weight, vectors, x) or Unit(conv, weight, *vectors, norm.eps)
 
 
@@ -184,6 +207,9 @@ def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> 
         return f"BatchNorm is {vectors[0].dtype} beside {dtype}"
     if weight.device != x.device:
         return f"x is on {x.device}, the weight on {weight.device}"
+    for tensor in (weight, *vectors):
+        if type(tensor) not in _TENSOR_TYPES and not _is_traced(tensor):
+            return f"a weight is a {type(tensor).__name__}"
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or any(v.requires_grad for v in vectors)
     ):
@@ -208,10 +234,10 @@ def listened_to(x: Tensor) -> bool:
 
 
 def activation_refusal(activation: nn.Module) -> str | None:
-    """Why the activation may not run inside the op; None if it is a ReLU without hooks."""
+    """Why the activation may not run inside the op; None if it is a ReLU and nothing else."""
     if type(activation) is not nn.ReLU:
         return f"{type(activation).__name__} is not a ReLU"
-    return "a hook is registered on the ReLU" if has_hooks(activation) else None
+    return call_refusal(activation)
 
 
 def call_of(

@@ -14,6 +14,7 @@ first of them is launched: between two convolutions the caches forget the interp
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import itemgetter
@@ -35,6 +36,7 @@ _OTHER = itemgetter("training", *_HOOKS)
 MAX_PROGRAMS = 16  # input sizes remembered per block
 
 Launch = Callable[..., Tensor]  # see dispatch/backends.py
+Bound = tuple["Program", list[Launch]]  # of its steps, projection first
 
 
 def key_of(x: Tensor) -> tuple:
@@ -45,7 +47,25 @@ def key_of(x: Tensor) -> tuple:
 
 def may_keep(x: Tensor) -> bool:
     """Whether programs apply to this call: nothing listens, and no gradient could be needed."""
+    if x.device.type == "cpu" and not torch._C._get_mkldnn_enabled():
+        return False
     return not torch.is_grad_enabled() and not fusion.listened_to(x)
+
+
+def recall(record: Record | None, key: tuple | None, owner: nn.Module) -> Bound | None:
+    """The program kept for this key and its launches, or None.
+
+    If its facts hold no more, all of the owner's programs are dropped: they would keep alive the
+    tensors that were replaced.
+    """
+    program = record and record.programs.get(key)
+    if not program:
+        return None
+    if not program.holds(owner):
+        record.programs.clear()
+        return None
+    record.count_fused()
+    return program, [step.bind() for step in program.sequence]
 
 
 def remember(record: Record, key: tuple, program: Program) -> None:
@@ -82,11 +102,14 @@ class Step:
         call = fusion.call_of(self.unit, x, residual, self.activation, self.backend)
         self.plan = ops.plan_of(call)
         self.record.note(self.plan)
+        self.record = None  # it holds the program: no cycle, so that both go with their module
         return self.bind()(x, residual, inplace, finite)
 
 
 class Program:
     """A block's (or stem's) steps for one input size.
+
+    A program is kept in its owner's `Record`, and must not keep its owner alive from there.
 
     Args:
         owner: the block, or the model whose stem this is.
@@ -98,9 +121,11 @@ class Program:
 
     __slots__ = (
         "facts",
+        "forward",
         "hooks",
         "joins",
         "next_key",
+        "owner_facts",
         "projection",
         "sequence",
         "steps",
@@ -121,18 +146,21 @@ class Program:
         self.next_key: tuple | None = None
         convs = [step.unit.conv for step in self.sequence]
         norms = [step.norm for step in self.sequence]
-        modules = [owner, *bypassed]
         tensors = [t for step in self.sequence for t in step.unit[1:-1]]
-        others = [m for m in modules if m not in convs and m not in norms]
+        others = [m for m in bypassed if m not in convs and m not in norms]
         looks = (
-            (type, modules),
+            (type, bypassed),
+            (len, list(map(vars, bypassed))),  # a forward of its own, a compiled call, ...
             (_CONV, list(map(vars, convs))),
             (_NORM, list(map(vars, norms))),
             (_OTHER, list(map(vars, others))),
             (Tensor.data_ptr, tensors),
-            (_installed_forward, [owner]),
         )
         self.facts = [(look, things, list(map(look, things))) for look, things in looks]
+        self.owner_facts = _owner_facts(owner)
+        forward = owner.__dict__.get("forward")
+        self.forward = forward and weakref.ref(forward)  # one that `optimize` installed
+        modules = [owner, *bypassed]
         # Equal facts mean the same hook dictionaries; they must be empty as well.
         self.hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         # Children, parameters and buffers by identity: a tensor's == is another thing.
@@ -142,18 +170,18 @@ class Program:
     def _identities(self) -> list[int]:
         return list(map(id, chain.from_iterable(map(dict.values, self.storage))))
 
-    def holds(self) -> bool:
+    def holds(self, owner: nn.Module) -> bool:
         """Whether every fact is still as it was."""
         if any(self.hooks) or self._identities() != self.stored:
+            return False
+        if _owner_facts(owner) != self.owner_facts:
+            return False
+        if owner.__dict__.get("forward") is not (self.forward and self.forward()):
             return False
         for look, things, before in self.facts:  # noqa: SIM110 (a generator costs a third more)
             if list(map(look, things)) != before:
                 return False
         return True
-
-    def bind(self) -> list[Launch] | None:
-        """The launches of the steps, projection first; None if a fact differs."""
-        return [step.bind() for step in self.sequence] if self.holds() else None
 
     def run(self, launches: list[Launch], x: Tensor, owned: bool, finite: bool = False) -> Tensor:
         """The block's result.
@@ -224,5 +252,7 @@ def follow(
     return (True, result) if largest < limit else (False, None)
 
 
-def _installed_forward(owner: nn.Module) -> object:
-    return owner.__dict__.get("forward")
+def _owner_facts(owner: nn.Module) -> tuple:
+    attributes = owner.__dict__
+    # A block without projection has the plain attribute None, which may become anything callable.
+    return type(owner), len(attributes), _OTHER(attributes), attributes.get("downsample")
