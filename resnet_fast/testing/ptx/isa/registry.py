@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""name -> how to bind an instruction to a batch.
+
+A builder takes (batch, instruction) and returns run(m), which executes the instruction for the
+threads m and returns None to go on with the next one, an index to jump to, or SPLIT when it has
+itself set the state and counter of every thread in m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import PtxError
+from ..syntax import Address, Instruction, registers_of
+
+SPLIT = -1
+
+
+@dataclass(frozen=True)
+class Spec:
+    build: Callable
+    kind: str  # class in the counters
+    writes: tuple[int, ...]  # operands that are destinations
+    control: bool  # may jump, wait or exit
+
+
+_specs: dict[str, Spec] = {}
+
+
+def instruction(*names: str, kind: str, writes: tuple[int, ...] = (0,), control: bool = False):
+    """Register a builder for every opcode that begins with one of these dotted names."""
+
+    def register(build):
+        for name in names:
+            _specs[name] = Spec(build, kind, writes, control)
+        return build
+
+    return register
+
+
+def find(opcode: str) -> Spec | None:
+    """The spec of the longest registered name that the opcode begins with."""
+    parts = opcode.split(".")
+    for n in range(len(parts), 0, -1):
+        spec = _specs.get(".".join(parts[:n]))
+        if spec:
+            return spec
+    return None
+
+
+def reads_and_writes(ins: Instruction):
+    """(registers read, registers written); an address is read even where it stands first."""
+    spec = find(ins.opcode)
+    reads, writes = [], []
+    for i, operand in enumerate(ins.operands):
+        target = writes if i in spec.writes and not isinstance(operand, Address) else reads
+        target.extend(registers_of(operand))
+    return reads, writes
+
+
+def compile_instruction(batch, ins: Instruction, index: int):
+    """run(m) with the guard applied."""
+    spec = find(ins.opcode)
+    if spec is None:
+        raise PtxError(f"unknown instruction {ins.opcode}", ins.line)
+    try:
+        run = spec.build(batch, ins)
+    except PtxError as error:
+        if error.line is None:
+            raise PtxError(f"{ins.opcode}: {error.reason}", ins.line) from None
+        raise
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
+        raise PtxError(f"unsupported form of {ins.opcode} ({error!r})", ins.line) from error
+    if ins.guard is None:
+        return run
+    guard = batch.predicate(ins.guard, ins.line)
+
+    def guarded(m):
+        take = guard(m)
+        if take.all():
+            return run(m)
+        if not take.any():
+            return None
+        chosen = np.flatnonzero(take) if m is None else m[take]
+        if not spec.control:
+            return run(chosen)
+        batch.pc[batch.indices(m)[~take]] = index + 1
+        target = run(chosen)
+        if target != SPLIT:
+            batch.pc[chosen] = index + 1 if target is None else target
+        return SPLIT
+
+    return guarded
+
+
+def only(ins: Instruction, known: set[str]) -> None:
+    """Refuse modifiers that the builder does not know: nothing is ignored silently."""
+    for modifier in ins.modifiers:
+        if modifier not in known:
+            raise PtxError(f"unknown modifier .{modifier} of {ins.opcode}", ins.line)
+
+
+def put(row, m, values) -> None:
+    if m is None:
+        row[...] = values
+    else:
+        row[m] = values
+
+
+def at(row, m):
+    return row if m is None else row[m]
