@@ -41,7 +41,9 @@ def assert_within(
     label: str = "",
 ) -> None:
     """Raise AssertionError unless y is within `bound` of the reference and has no stray NaN."""
-    assert y.shape == reference.shape, f"{label}: shape {tuple(y.shape)}, not {tuple(reference.shape)}"
+    assert y.shape == reference.shape, (
+        f"{label}: shape {tuple(y.shape)}, not {tuple(reference.shape)}"
+    )
     assert not torch.isnan(y).any() or torch.isnan(reference).any(), f"{label}: NaN was left in y"
     ours, theirs = error(y, reference), error(eager, reference)
     limit = bound(theirs, y.dtype, k_gemm)

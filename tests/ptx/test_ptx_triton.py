@@ -65,7 +65,11 @@ def test_matmul(arch, dtype):
     block_n = 64 if dtype == np.float32 else 128
     launch = bound(
         *("matmul", arch, POINTERS[dtype], ("n", "k")),
-        BLOCK_M=128, BLOCK_N=block_n, BLOCK_K=32, GROUP=8, NUM_STAGES=3,
+        BLOCK_M=128,
+        BLOCK_N=block_n,
+        BLOCK_K=32,
+        GROUP=8,
+        NUM_STAGES=3,
     )
     run = launch(-(-m // 128) * -(-n // block_n), [a, b, out, m, n, k])
     if dtype == np.float32:  # the tensor cores ignore the low 13 bits of tf32
@@ -85,7 +89,12 @@ def test_conv(arch, stride):
     _, p, q, _ = y.shape
     launch = bound(
         *("conv", arch, "*fp16", ("c", "k")),
-        R=3, S=3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, NUM_STAGES=3,
+        R=3,
+        S=3,
+        BLOCK_M=128,
+        BLOCK_N=128,
+        BLOCK_K=64,
+        NUM_STAGES=3,
     )
     run = launch(-(-n * p * q // 128), [x, weight, y, n, h, w, c, k, p, q, stride, 1])
     assert_close(y, reference, EPSILON[np.float16], 9 * c)

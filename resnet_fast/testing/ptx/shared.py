@@ -100,7 +100,6 @@ class SharedMemory:
 
     def check_read(self, at, threads, size: int, what: str, view: int = GENERIC, record=True):
         """A read must see finished writes that happened before it; returns its granules."""
-        self._check_written(at, threads, size, what)
         pieces = self.granules(at, size)
         if self.landing[pieces].any():
             self._raise(
@@ -109,6 +108,7 @@ class SharedMemory:
                 at,
                 f"{what} of bytes that an asynchronous copy is still writing: its wait is missing",
             )
+        self._check_written(at, threads, size, what)
         warp = (threads >> 5)[:, None]
         writer, time = self.writer[pieces], self.write_time[pieces]
         unseen = time > self.clocks.known[warp, GENERIC, writer]
