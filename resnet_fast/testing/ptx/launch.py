@@ -37,10 +37,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished launch."""
+    """A finished launch. `lines`: PTX line -> warp instructions issued there, where not 0."""
 
     counters: Counters
     blocks: int
+    lines: dict[int, int]
 
 
 class Module:
@@ -213,7 +214,11 @@ class Kernel:
             issued += executor.issued
         memory.finish()
         self._classify(issued, counters)
-        return Run(counters, len(todo))
+        lines: dict[int, int] = {}
+        for ins, n in zip(self.function.body, issued, strict=True):
+            if n:
+                lines[ins.line] = lines.get(ins.line, 0) + int(n)
+        return Run(counters, len(todo), lines)
 
     def _check_block(self, block) -> None:
         required = self.function.directives.get(".reqntid")
