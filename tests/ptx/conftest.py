@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import numpy as np
+import ptx_gpu
 import pytest
 from ptx_helpers import conv64
 
@@ -53,3 +54,12 @@ def cutlass_conv(tmp_path_factory) -> CutlassConv:
         capture_output=True,
     )
     return CutlassConv((folder / "cutlass_conv.ptx").read_text(), folder / "host")
+
+
+@pytest.fixture(params=["machine", pytest.param("gpu", marks=pytest.mark.gpu)])
+def place(request, monkeypatch):
+    """Where a test's kernels run: on the machine, or the same text and data on a real GPU."""
+    if request.param == "gpu":
+        if not ptx_gpu.available():
+            pytest.skip("no NVIDIA GPU")
+        monkeypatch.setattr(ptx.Kernel, "launch", ptx_gpu.launch)

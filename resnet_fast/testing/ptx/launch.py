@@ -54,7 +54,7 @@ class Module:
 
     def __init__(self, text: str, strict: bool = True):
         parser = Parser(text)
-        self.target = parser.target
+        self.text, self.target = text, parser.target
         self.functions, self.variables = parser.functions, parser.variables
         self._storage = {
             v.name: np.frombuffer(bytearray((v.initial or b"").ljust(v.size, b"\0")), np.uint8)

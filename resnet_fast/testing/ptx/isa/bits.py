@@ -147,7 +147,7 @@ def prmt(batch, ins):
             return [np.maximum(s, i) for i in range(4)]
         if mode == "ecr":
             return [np.minimum(s, i) for i in range(4)]
-        return [(s & 2) + (i & 1) for i in range(4)]  # rc16
+        return [2 * (s & 1) + (i & 1) for i in range(4)]  # rc16
 
     def run(m):
         pool = np.stack([at(a, m), at(b, m)], axis=1).view(np.uint8)

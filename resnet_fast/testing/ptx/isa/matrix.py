@@ -109,11 +109,11 @@ def mma(batch, ins):
         left = gather(a, pick, (m_size, k), a_type, "A")
         right = gather(b, pick, (k, n), b_type, "B")
         total = np.matmul(left, right)
-        old = np.stack([x if m is None else x[lanes] for x in c], axis=-1)
+        threads = slice(None) if m is None else lanes.reshape(-1)
+        old = np.stack([x[threads] for x in c], axis=1)
         old = old.reshape(len(lanes), -1)[:, order].reshape(total.shape)
         result = finish(total, old, d_type, saturate).reshape(len(lanes), -1)[:, place]
         result = result.reshape(len(lanes) * 32, len(d) * per)
-        threads = slice(None) if m is None else lanes.reshape(-1)
         for i, row in enumerate(d):
             if per == 2:
                 row[threads] = result[:, 2 * i : 2 * i + 2]
