@@ -43,10 +43,11 @@ class Clocks:
         self.known[:] = np.broadcast_to(joined, shape).reshape(self.known.shape)
         self.tick(np.arange(self.blocks * self.warps))
 
-    def join(self, rows: np.ndarray) -> None:
-        """A barrier among some warps of one block."""
-        self.known[rows] = self.known[rows].max(axis=0)
-        self.tick(rows)
+    def join(self, givers: np.ndarray, takers: np.ndarray) -> None:
+        """A barrier of one block: some warps only arrive, others also wait and see it all."""
+        joined = self.known[givers].max(axis=0)
+        self.known[takers] = np.maximum(self.known[takers], joined)
+        self.tick(givers)
 
     def release(self, row: int, into: np.ndarray) -> np.ndarray:
         """What the warp knows, added to a barrier object's knowledge; both are [2, slots]."""

@@ -54,10 +54,13 @@ class Barriers:
             )
         if self.arrived[key] < count:
             return False
-        for group in self.waiting.pop(key, []):
+        waiting = self.waiting.pop(key, [])
+        for group in waiting:
             batch.state[group] = RUNNING
             batch.pc[group] += 1
-        batch.clocks.join(block * batch.warps + np.flatnonzero(self.warps[block, barrier]))
+        takers = np.unique(np.concatenate(waiting) >> 5) if waiting else np.array([], np.int64)
+        givers = block * batch.warps + np.flatnonzero(self.warps[block, barrier])
+        batch.clocks.join(givers, takers)
         self.arrived[key] = 0
         self.warps[block, barrier] = False
         batch.counters.barriers += 1
@@ -220,7 +223,9 @@ def cluster_arrive(batch, ins):
             if cluster["arrived"][block] == batch.real_threads:
                 cluster["arrived"][block] = 0
                 cluster["phase"][block] += 1
-                batch.clocks.join(block * batch.warps + np.arange(batch.warps))
+                rows = block * batch.warps + np.arange(batch.warps)
+                cluster["known"][block] = batch.clocks.known[rows].max(axis=0)
+                batch.clocks.tick(rows)
                 batch.counters.barriers += 1
                 inside = batch.all[batch.block_of == block]
                 batch.state[inside[cluster["waiting"][inside]]] = RUNNING
@@ -238,10 +243,14 @@ def cluster_wait(batch, ins):
         threads = batch.indices(m)
         early = cluster["phase"][batch.block_of[threads]] < cluster["target"][threads]
         if not early.any():
+            for block in np.unique(batch.block_of[threads]):
+                rows = np.unique(threads[batch.block_of[threads] == block] >> 5)
+                batch.clocks.acquire(rows, cluster["known"][block])
             return None
-        batch.pc[threads] = np.where(early, index, index + 1)
-        batch.state[threads[early]] = AT_BARRIER
-        cluster["waiting"][threads[early]] = True
+        batch.pc[threads] = index  # all come again, and those that may then go on
+        threads = threads[early]
+        batch.state[threads] = AT_BARRIER
+        cluster["waiting"][threads] = True
         return SPLIT
 
     return run
@@ -254,5 +263,6 @@ def _cluster(batch) -> dict:
             "phase": np.zeros(batch.count, np.int64),
             "target": np.zeros(batch.size, np.int64),
             "waiting": np.zeros(batch.size, bool),
+            "known": {},
         }
     return batch.devices["cluster"]

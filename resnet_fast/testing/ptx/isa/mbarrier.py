@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """mbarrier objects: phases completed by arrivals and by the bytes of asynchronous copies.
 
-A thread whose wait fails sleeps until the phase completes. Copies that complete bytes on an
+A wait that fails may return false at once, and does so the first time; the same wait again sleeps
+until the phase completes. Copies that complete bytes on an
 mbarrier land only when nothing else in the batch can run.
 """
 
@@ -28,6 +29,11 @@ class Mbarrier:
         self.done = self.gathered  # knowledge of the last complete phase
         self.copies: list = []  # land() of copies that will complete bytes or arrive here
         self.async_arrivals = 0  # of them, how many arrive
+
+    @property
+    def ticket(self) -> int:
+        """Tells the phases of all objects of a block apart."""
+        return (self.phase + 1) << 16 | self.slot
 
     def visible_to(self, threads) -> None:
         """Who uses an mbarrier must be ordered after its initialization."""
@@ -95,6 +101,7 @@ class Mbarriers:
     def __init__(self, batch):
         self.batch, self.objects, self.agents = batch, {}, {}
         self.sleeping: dict[tuple[int, int], list] = {}
+        self.failed = np.zeros(batch.size, np.int64)  # ticket of each thread's last failed wait
         batch.last_resort.append(self.land)
 
     @classmethod
@@ -238,6 +245,9 @@ def wait(batch, ins):
                 rows = np.unique(mine[done] >> 5)
                 batch.clocks.acquire(rows, barrier.done)
             late = mine[~done & ~batch.expired[mine]]
+            again = barriers.failed[late] == barrier.ticket
+            barriers.failed[late] = barrier.ticket
+            late = late[again]
             if sleeps and len(late):
                 barriers.sleeping.setdefault(barrier.key, []).append(late)
                 asleep.append(late)
