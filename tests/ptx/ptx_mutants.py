@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants of PTX text: one synchronization deleted, one shared offset moved, one bound off by one."""
+"""Mutants of PTX text: a synchronization deleted, a shared offset moved, a bound off by one."""
 
 from __future__ import annotations
 

@@ -145,7 +145,9 @@ def test_warp_specialized_ring_of_bulk_copies():
     ids=["no empty wait", "no full wait", "no release", "too many bytes", "wrong parity"],
 )
 def test_broken_rings_are_reported(match, old, new):
-    text = RING.replace(old, new).replace("mov.u32 %r20, 0;", "mov.u32 %r20, 0; setp.ne.u32 %p9, 0, 0;")
+    text = RING.replace(old, new).replace(
+        "mov.u32 %r20, 0;", "mov.u32 %r20, 0; setp.ne.u32 %p9, 0, 0;"
+    )
     x, out = np.zeros((7, 128), np.uint32), np.zeros(128, np.uint32)
     with pytest.raises(ptx.PtxError, match=match):
         kernel(text, ("out", "x"), TILE).launch(1, 256, [out, x])
@@ -233,9 +235,11 @@ def test_im2col_load(stride):
 @pytest.mark.parametrize("operation", ["", "add"])
 def test_tensor_store(operation):
     out = np.full((10, 24), 5, np.float32)
-    name = f"cp.reduce.async.bulk.tensor.2d.global.shared::cta.{operation}.tile.bulk_group" if (
-        operation
-    ) else "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group"
+    name = (
+        f"cp.reduce.async.bulk.tensor.2d.global.shared::cta.{operation}.tile.bulk_group"
+        if (operation)
+        else "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group"
+    )
     text = f"""{HEAD}{TILE}
     .visible .entry k(.param .align 64 .b8 map[128]) {{
     .reg .b32 %r<64>; .reg .b64 %rd<64>; .reg .pred %p<16>; .reg .f32 %f<4>;

@@ -65,10 +65,16 @@ def test_unique_sectors_over_blocks_and_arrays():
 
 
 def shared(step, size, offset="0"):
-    wide = {2: ("u16", "%h1"), 4: ("u32", "%r9"), 8: ("u64", "%rd9"), 16: ("v2.u64", "{%rd9, %rd9}")}[size]
+    wide = {
+        2: ("u16", "%h1"),
+        4: ("u32", "%r9"),
+        8: ("u64", "%rd9"),
+        16: ("v2.u64", "{%rd9, %rd9}"),
+    }[size]
     return (
         "mov.u32 %r9, 0; mov.u64 %rd9, 0; mov.u16 %h1, 0; mov.u32 %r1, tile;"
-        f"mad.lo.u32 %r2, %r0, {step}, %r1; add.u32 %r2, %r2, {offset}; st.shared.{wide[0]} [%r2], {wide[1]};"
+        f"mad.lo.u32 %r2, %r0, {step}, %r1;"
+        f"add.u32 %r2, %r2, {offset}; st.shared.{wide[0]} [%r2], {wide[1]};"
     )
 
 
@@ -104,10 +110,15 @@ def test_a_broadcast_is_one_wavefront():
 @pytest.mark.parametrize(("step", "wavefronts"), [(16, 1), (32, 2), (128, 8), (144, 1)])
 def test_ldmatrix_wavefronts(step, wavefronts):
     """One 8x8 matrix: eight rows of 16 bytes, `step` apart."""
-    body = shared(16, 16) + shared(16, 16, "512") + shared(16, 16, "1024") + f"""
+    body = (
+        shared(16, 16)
+        + shared(16, 16, "512")
+        + shared(16, 16, "1024")
+        + f"""
     bar.warp.sync 0xffffffff; and.b32 %r3, %r0, 7; mad.lo.u32 %r3, %r3, {step}, %r1;
     ldmatrix.sync.aligned.m8n8.x1.shared.b16 {{%r4}}, [%r3];
     """
+    )
     assert count(body).shared_wavefronts["load"] == wavefronts
 
 

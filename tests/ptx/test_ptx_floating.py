@@ -190,7 +190,10 @@ def test_minimum_and_maximum():
     nan = float("nan")
     a = np.float32([0.0, -0.0, nan, 1.0, nan, -2.0])
     b = np.float32([-0.0, 0.0, 1.0, nan, nan, 5.0])
-    bits = lambda text: elementwise(text, [a, b], np.uint32, ["b32"] * 2, "b32").tolist()  # noqa: E731
+
+    def bits(text):
+        return elementwise(text, [a, b], np.uint32, ["b32"] * 2, "b32").tolist()
+
     zero, minus, one, two, five = 0, 1 << 31, 0x3F800000, 0xC0000000, 0x40A00000
     not_a_number = 0x7FFFFFFF
     assert bits("min.f32 %d, %a, %b;") == [minus, minus, one, one, not_a_number, two]
@@ -255,10 +258,11 @@ def test_approximate_functions(name):
 
 
 def test_division():
-    (a, x), (b, y) = numbers("f32", 1), numbers("f32", 2)
+    (a, _), (b, _) = numbers("f32", 1), numbers("f32", 2)
     b = np.where(b == 0, np.float32(3), b)
     got = compute("div.rn.f32 %d, %a, %b;", [a, b], "f32")
-    assert got.tolist() == [rounded(Fraction(p) / Fraction(float(q)), "f32") for p, q in zip(x, b)]  # noqa: B905
+    for g, p, q in zip(got, a, b, strict=True):
+        assert g == rounded(Fraction(float(p)) / Fraction(float(q)), "f32")
     np.testing.assert_allclose(
         compute("div.full.f32 %d, %a, %b;", [a, b], "f32"), got, rtol=2.0**-22
     )

@@ -148,10 +148,7 @@ def test_bfe(dtype):
     def expected(a, b, c):
         pos, length = b & 0xFF, c & 0xFF
         a &= (1 << bits) - 1
-        if not sign or length == 0:
-            top = 0
-        else:
-            top = a >> min(pos + length - 1, msb) & 1
+        top = a >> min(pos + length - 1, msb) & 1 if sign and length else 0
         d = 0
         for i in range(bits):
             inside = i < length and pos + i <= msb

@@ -260,6 +260,10 @@ def test_wgmma(case, n):
 
     d = ", ".join(f"%r{32 + i}" for i in range(registers))
     options = "1" if integer else "1, 1, 1" + (f", {a_major}, {b_major}" if size == 2 else "")
+    product = (
+        f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d_type}.{kind}.{kind} {{{d}}}, %rd20, %rd21,"
+        f"{options};"
+    )
     text = f"""
     mov.u32 %r1, tile; mov.u32 %r2, 0;
     copy: mad.lo.u32 %r3, %r2, 128, %r0; shl.b32 %r3, %r3, 4; add.u32 %r4, %r1, %r3;
@@ -270,8 +274,7 @@ def test_wgmma(case, n):
     {descriptor("%rd20", 0, lead_a, stride_a)} {descriptor("%rd21", 16384, lead_b, stride_b)}
     {"".join(f"mov.b32 %r{32 + i}, 0;" for i in range(registers))}
     wgmma.fence.sync.aligned;
-    wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d_type}.{kind}.{kind} {{{d}}}, %rd20, %rd21, {options};
-    wgmma.mma_async.sync.aligned.m64n{n}k{k}.{d_type}.{kind}.{kind} {{{d}}}, %rd20, %rd21, {options};
+    {product} {product}
     wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
     mad.wide.u32 %rd10, %r0, {4 * registers}, %rd0;
     {"".join(f"st.global.b32 [%rd10+{4 * i}], %r{32 + i};" for i in range(registers))}

@@ -143,7 +143,8 @@ cp.async.commit_group;
         ("race: shared load of bytes that warp . wrote",
          "cp.async.wait_all; FAULT{bar.sync 0;} ld.shared.u32 %r4, [%r3];"),
         ("asynchronous copy is still writing",
-         "cp.async.ca.shared.global [%r1+256], [%rd1], 4; cp.async.commit_group; cp.async.wait_group 1;"
+         "cp.async.ca.shared.global [%r1+256], [%rd1], 4; cp.async.commit_group;"
+         "cp.async.wait_group 1;"
          "FAULT{cp.async.wait_group 0;} ld.shared.u32 %r4, [%r1+256];"),
         ("cp.async write over bytes that warp . may still read",
          "cp.async.wait_all; bar.sync 0; ld.shared.u32 %r4, [%r3]; FAULT{bar.sync 0;}"
@@ -195,8 +196,8 @@ def test_bulk_copies():
         out,
     )
     refill = "FENCE @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 256;" + (
-        "@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd0], 256, [%r2];"
-        + WAIT.replace(", 0;", ", 1;").replace("again", "more")
+        "@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes"
+        " [%r1], [%rd0], 256, [%r2];" + WAIT.replace(", 0;", ", 1;").replace("again", "more")
     )
     run(bulk(AGAIN=refill.replace("FENCE", "bar.sync 0;")), x, out)
     fails(
@@ -255,7 +256,8 @@ st.global.v4.f32 [%rd1], {%f0, %f1, %f2, %f3};
     [
         ("without a fence.proxy.async", {"PROXY": ""}),
         ("race: wgmma read of bytes that warp", {"bar.sync 0;": ""}),
-        ("written after the last wgmma.fence", {"ORDER": "wgmma.fence.sync.aligned; mov.f32 %f2, %f0;"}),
+        ("written after the last wgmma.fence",
+         {"ORDER": "wgmma.fence.sync.aligned; mov.f32 %f2, %f0;"}),
         ("no wgmma.fence before the first|written after the last", {"ORDER": ""}),
         ("still reads: its wait is missing", {"EARLY": "st.shared.u32 [%r3], %r4;"}),
         ("%f1 belongs to a wgmma that was not waited", {"EARLY": "add.f32 %f4, %f1, %f1;"}),
@@ -302,7 +304,8 @@ def test_wgmma(match, parts):
          "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xffffffff; skip:"),
         ("its own member mask leaves out", "vote.sync.any.pred %p1, 1, 0xffff;"),
         ("reads a lane that takes no part",
-         "setp.ge.u32 %p1, %r0, 16; @%p1 bra skip; shfl.sync.idx.b32 %r1, %r0, 20, 31, 0xffff; skip:"),
+         "setp.ge.u32 %p1, %r0, 16; @%p1 bra skip;"
+         "shfl.sync.idx.b32 %r1, %r0, 20, 31, 0xffff; skip:"),
         ("ldmatrix.*partial warp",
          "setp.eq.u32 %p1, %r0, 3; @!%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [tile];"),
         ("wgmma.fence|partial warp", "setp.eq.u32 %p1, %r0, 3; @!%p1 wgmma.fence.sync.aligned;"),

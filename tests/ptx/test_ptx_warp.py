@@ -29,7 +29,9 @@ def test_shuffles(amount, width):
         "idx": (segment + amount % width, LANE >= 0, clamp),
     }
     for mode, (source, inside, c) in moved.items():
-        text = f"mul.lo.u32 %r2, %r0, 3; shfl.sync.{mode}.b32 %r1|%p1, %r2, {amount}, {c}, 0xffffffff;"
+        text = (
+            f"mul.lo.u32 %r2, %r0, 3; shfl.sync.{mode}.b32 %r1|%p1, %r2, {amount}, {c}, 0xffffffff;"
+        )
         values = run(text + STORE)
         np.testing.assert_array_equal(values, 3 * np.where(inside, source, LANE), mode)
         flags = run(text + "selp.u32 %r1, 1, 0, %p1;" + STORE)
@@ -56,7 +58,13 @@ def test_match_redux_elect_activemask():
     text = "match.all.sync.b32 %r3|%p1, %r2, 0xffffffff; selp.u32 %r1, 1, %r3, %p1;"
     assert set(run("mov.u32 %r2, 7;" + text + STORE)) == {1}
     assert set(run("mov.u32 %r2, %r0;" + text + STORE)) == {0}
-    for text, want in {"add.u32": 496, "max.u32": 31, "and.b32": 0, "or.b32": 31, "xor.b32": 0}.items():
+    for text, want in {
+        "add.u32": 496,
+        "max.u32": 31,
+        "and.b32": 0,
+        "or.b32": 31,
+        "xor.b32": 0,
+    }.items():
         assert set(run(f"redux.sync.{text} %r1, %r0, 0xffffffff;" + STORE)) == {want}
     elected = run("elect.sync %r2|%p1, 0xffffffff; selp.u32 %r1, 1, 0, %p1;" + STORE)
     assert elected.sum() == 1  # which lane it is, the ISA leaves open
@@ -134,13 +142,17 @@ def test_generic_addresses_reach_every_space():
 
 
 def test_module_variables_and_narrow_memory():
-    table = ".const .align 4 .b32 table[4] = {10, 20, 30, 40}; .global .align 4 .b8 text[4] = {1, 2, 255, 4};"
-    body = """
+    table = ".const .align 4 .b32 table[4] = {10, 20, 30, 40};"
+    table += ".global .align 4 .b8 text[4] = {1, 2, 255, 4};"
+    body = (
+        """
     and.b32 %r2, %r0, 3; mul.wide.u32 %rd1, %r2, 4; mov.u64 %rd2, table; add.u64 %rd1, %rd1, %rd2;
     ld.const.u32 %r1, [%rd1];
     mov.u64 %rd3, text; cvt.u64.u32 %rd4, %r2; add.u64 %rd3, %rd3, %rd4;
     ld.global.s8 %r3, [%rd3]; add.s32 %r1, %r1, %r3;
-    """ + STORE
+    """
+        + STORE
+    )
     want = np.array([10, 20, 30, 40])[LANE & 3] + np.array([1, 2, -1, 4])[LANE & 3]
     np.testing.assert_array_equal(run(body, shared=table), want)
 

@@ -240,7 +240,7 @@ class GlobalMemory:
         # Allocations lie below 2^45, sectors below 2^40: the warp fits above them in 63 bits.
         keys = np.unique(sector | (warp << 41))
         requests = np.count_nonzero(np.diff(keys >> 41)) + 1
-        self.counters.global_access(kind, len(address) * size, requests, len(keys))
+        self.counters.global_access(kind, len(address) * size, int(requests), len(keys))
         self.mark(kind, keys & ((1 << 41) - 1))
 
     def mark(self, kind: str, sectors: np.ndarray) -> None:
