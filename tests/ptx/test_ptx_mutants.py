@@ -132,6 +132,17 @@ class Cutlass:
 
     def check(self, text, shape):
         y, reference, run, _ = self.conv.run(shape, text)
+        assert_close(y, np.maximum(reference, 0), 2.0**-10, shape[3] * 9)
+        return run
+
+
+class CutlassSm90(Cutlass):
+    """Two tiles, nine steps through three stages."""
+
+    shapes = ((1, 12, 11, 64, 96, 3, 3, 1, 1),)
+
+    def check(self, text, shape):
+        y, reference, run, _ = self.conv.run(shape, text)
         assert_close(y, reference, 2.0**-10, shape[3] * 9)
         return run
 
@@ -143,6 +154,7 @@ CASES = {
     "softmax sm_80": lambda: TritonSoftmax(80),
     "softmax sm_90": lambda: TritonSoftmax(90),
     "cutlass sm_80": Cutlass,
+    "cutlass sm_90": CutlassSm90,
 }
 
 
@@ -157,8 +169,8 @@ def survives(case, text: str) -> bool:
 
 @pytest.mark.parametrize("name", CASES)
 def test_mutants_are_caught(name, request):
-    arguments = [request.getfixturevalue("cutlass_conv")] if name.startswith("cutlass") else []
-    case = CASES[name](*arguments)
+    fixture = {"cutlass sm_80": "cutlass_conv", "cutlass sm_90": "cutlass_conv_sm90"}.get(name)
+    case = CASES[name](*([request.getfixturevalue(fixture)] if fixture else []))
     executed = {line for shape in case.shapes for line in case.check(case.text, shape).lines}
     made = caught = idle = 0
     unexplained = []

@@ -289,7 +289,7 @@ def test_wgmma(match, parts):
     [
         ("wait at a barrier that the others do not reach",
          "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;"),
-        ("bar.sync by a partial warp|barrier",
+        ("bar.sync.*by a partial warp: 16 lanes",
          "setp.lt.u32 %p1, %r0, 16; @%p1 bra skip; bar.sync 0; skip:"),
         ("0 wait at a barrier.*64 wait for an mbarrier",
          "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [tile], 2; bar.sync 0;"
@@ -307,7 +307,8 @@ def test_wgmma(match, parts):
          "setp.ge.u32 %p1, %r0, 16; @%p1 bra skip;"
          "shfl.sync.idx.b32 %r1, %r0, 20, 31, 0xffff; skip:"),
         ("ldmatrix.*partial warp",
-         "setp.eq.u32 %p1, %r0, 3; @!%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [tile];"),
+         "and.b32 %r9, %r0, 31; setp.eq.u32 %p1, %r9, 3;"
+         "@!%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [tile];"),
         ("wgmma.fence|partial warp", "setp.eq.u32 %p1, %r0, 3; @!%p1 wgmma.fence.sync.aligned;"),
         ("no multiple of a warp", "bar.sync 1, 48;"),
         ("is used for 64 and 32 threads at once|for 32",

@@ -29,7 +29,7 @@ from .syntax import (
 )
 from .values import DTYPES, PACKED
 
-RUNNING, AT_BARRIER, AT_MBARRIER, EXITED = range(4)
+RUNNING, AT_BARRIER, AT_MBARRIER, AT_COLLECTIVE, EXITED = range(5)
 NEVER_WRITTEN, WRITTEN, IN_FLIGHT, BEING_READ = range(4)  # the last two by a wgmma
 
 

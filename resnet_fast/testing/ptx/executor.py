@@ -12,6 +12,7 @@ import numpy as np
 
 from .batch import (
     AT_BARRIER,
+    AT_COLLECTIVE,
     AT_MBARRIER,
     BEING_READ,
     EXITED,
@@ -221,6 +222,15 @@ class Executor:
 
     def _deadlock(self) -> None:
         batch = self.batch
+        partial = np.flatnonzero(batch.state == AT_COLLECTIVE)
+        if len(partial):
+            thread = int(partial[0])
+            self.at = int(batch.pc[thread])
+            mates = partial[partial // 32 == thread // 32]
+            raise Fault(
+                f"by a partial warp: {len(mates)} lanes wait for others that do not come",
+                thread,
+            )
         stuck = np.flatnonzero((batch.state == AT_BARRIER) | (batch.state == AT_MBARRIER))
         thread = int(stuck[0])
         self.at = int(batch.pc[thread])

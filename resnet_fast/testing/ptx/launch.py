@@ -113,6 +113,8 @@ class Kernel:
                 layout.shared = -(-layout.shared // v.align) * v.align
                 layout.symbols[v.name] = ("shared", BASE + layout.shared)
                 layout.shared += v.size
+            elif v.space == "param":  # of a call
+                layout.symbols[v.name] = ("param", 0)
             elif v.space == "local":
                 layout.local = -(-layout.local // v.align) * v.align
                 layout.symbols[v.name] = ("local", layout.local)

@@ -105,14 +105,10 @@ def _arrivals(batch, m, ids, counts, what: str):
 
 
 @instruction(
-    "bar.sync",
-    "bar.cta.sync",
-    "barrier.sync",
-    "barrier.cta.sync",
-    kind="barrier",
-    writes=(),
-    control=True,
+    *("bar.sync", "bar.cta.sync", "barrier.sync.aligned", "barrier.cta.sync.aligned"),
+    kind="barrier", writes=(), together="warp", control=True,
 )
+@instruction("barrier.sync", "barrier.cta.sync", kind="barrier", writes=(), control=True)
 def sync(batch, ins):
     ids, counts = _parse(batch, ins, 0)
     barriers = Barriers.of(batch)
@@ -136,13 +132,10 @@ def sync(batch, ins):
 
 
 @instruction(
-    "bar.arrive",
-    "bar.cta.arrive",
-    "barrier.arrive",
-    "barrier.cta.arrive",
-    kind="barrier",
-    writes=(),
+    *("bar.arrive", "bar.cta.arrive", "barrier.arrive.aligned", "barrier.cta.arrive.aligned"),
+    kind="barrier", writes=(), together="warp",
 )
+@instruction("barrier.arrive", "barrier.cta.arrive", kind="barrier", writes=())
 def arrive(batch, ins):
     ids, counts = _parse(batch, ins, 0)
     barriers = Barriers.of(batch)
@@ -156,7 +149,8 @@ def arrive(batch, ins):
 
 
 @instruction(
-    "bar.red", "bar.cta.red", "barrier.red", "barrier.cta.red", kind="barrier", control=True
+    *("bar.red", "bar.cta.red", "barrier.red", "barrier.cta.red"),
+    kind="barrier", control=True, together="warp",
 )
 def reduce(batch, ins):
     """A barrier that also counts, or combines, a predicate over the threads that arrive."""
@@ -186,7 +180,7 @@ def reduce(batch, ins):
     return run
 
 
-@instruction("bar.warp.sync", kind="barrier", writes=())
+@instruction("bar.warp.sync", kind="barrier", writes=(), together="mask")
 def warp_sync(batch, ins):
     """Lanes of a warp run together here: only the member mask is checked."""
     mask = batch.read(ins.operands[0], "b32", ins.line)

@@ -298,8 +298,7 @@ def tensor_reduce(batch, ins):
 
 def _tensor_store(batch, ins, operation: str | None):
     """[map, {coordinates}], [shared]."""
-    if any(x.startswith("im2col") for x in ins.modifiers):
-        raise PtxError(f"unsupported form {ins.opcode}", ins.line)
+    im2col = "im2col_no_offs" in ins.modifiers
     operands = _operands(ins)
     _, map_at = batch.address(operands[0], ins.line)
     coordinates = _coordinates(batch, operands[0], ins.line)
@@ -314,7 +313,9 @@ def _tensor_store(batch, ins, operation: str | None):
             pieces = shared.check_read(at, owner, 16, "tensor copy", ASYNC, record=False).ravel()
             shared.reading[pieces] += 1
             data = np.ascontiguousarray(shared.bytes.reshape(-1, 16)[at // 16]).reshape(-1)
-            addresses, inside = map_.elements([c[thread] for c in coordinates])
+            if map_.im2col != im2col or len(map_.shape) != len(coordinates):
+                raise Fault(f"{ins.opcode} with a tensor map of another kind", thread)
+            addresses, inside = map_.elements([c[thread] for c in coordinates], (0, 0))
             view, _ = _in_view(batch, map_, thread)
             if not map_.interval.writable:
                 raise Fault("tensor copy into a read-only array", thread)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..batch import EXITED
-from ..errors import Fault
+from ..errors import Fault, PtxError
+from ..syntax import Symbol
 from .registry import SPLIT, instruction
 
 
@@ -39,13 +40,26 @@ def trap(batch, ins):
     return run
 
 
+@instruction("call", kind="branch", writes=(), control=True)
+def call(batch, ins):
+    """Only the call that a failed device assertion makes; its arguments are not looked at."""
+    callee = next(o.name for o in ins.operands if isinstance(o, Symbol))
+    if callee != "__assertfail":
+        raise PtxError(f"a call of {callee} is not supported", ins.line)
+
+    def run(m):
+        raise Fault("a device assertion failed", int(batch.indices(m)[0]))
+
+    return run
+
+
 @instruction("griddepcontrol", kind="branch", writes=())
 def grid_dependency(batch, ins):
     """Launches run one after the other: every earlier grid is complete and visible."""
     return lambda m: None
 
 
-@instruction("setmaxnreg", kind="branch", writes=())
+@instruction("setmaxnreg", kind="branch", writes=(), together="warp")
 def set_max_registers(batch, ins):
     """Registers are not allocated here; the count must be one that the ISA allows."""
     count = int(ins.operands[0].text)

@@ -60,6 +60,9 @@ def load(batch, ins):
 @instruction("st", kind="store", writes=())
 def store(batch, ins):
     space, _, kind = parse(ins)
+    base = ins.operands[0].base
+    if space == "param" and isinstance(base, Symbol) and base.name in batch.function.variables:
+        return lambda m: None  # an argument of a call
     _, address = batch.address(ins.operands[0], ins.line)
     unit = SIZES[kind]
     items = operand_items(ins.operands[1])

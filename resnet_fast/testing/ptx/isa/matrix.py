@@ -75,7 +75,7 @@ def gather(rows_of: list, lanes, shape: tuple[int, int], kind: str, which: str) 
     return numbers.reshape(warps, -1)[:, order].reshape(warps, *shape)
 
 
-@instruction("mma.sync", kind="mma")
+@instruction("mma.sync", kind="mma", together="warp")
 def mma(batch, ins):
     found = re.search(r"\.m(\d+)n(\d+)k(\d+)\.", ins.opcode + ".")
     m_size, n, k = (int(x) for x in found.groups())
@@ -158,7 +158,7 @@ def _matrices(ins) -> tuple[int, bool]:
     return count, "trans" in mods
 
 
-@instruction("ldmatrix", kind="load matrix")
+@instruction("ldmatrix", kind="load matrix", together="warp")
 def load_matrix(batch, ins):
     """Lanes 8i .. 8i+7 give the rows of matrix i; lane l gets row l/4, columns 2(l%4) and next."""
     count, transpose = _matrices(ins)
@@ -181,7 +181,7 @@ def load_matrix(batch, ins):
     return run
 
 
-@instruction("stmatrix", kind="store matrix", writes=())
+@instruction("stmatrix", kind="store matrix", writes=(), together="warp")
 def store_matrix(batch, ins):
     count, transpose = _matrices(ins)
     operand = ins.operands[1]
@@ -202,7 +202,7 @@ def store_matrix(batch, ins):
     return run
 
 
-@instruction("movmatrix", kind="shuffle")
+@instruction("movmatrix", kind="shuffle", together="warp")
 def move_matrix(batch, ins):
     out = batch.write(ins.operands[0], "b32", ins.line)
     a = batch.read(ins.operands[1], "b32", ins.line)

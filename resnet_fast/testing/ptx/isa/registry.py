@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..batch import AT_COLLECTIVE, EXITED, RUNNING
 from ..errors import PtxError
 from ..syntax import Address, Instruction, registers_of
 
@@ -25,17 +26,18 @@ class Spec:
     kind: str  # class in the counters
     writes: tuple[int, ...]  # operands that are destinations
     control: bool  # may jump, wait or exit
+    together: str  # who must come together: "", "warp", "warpgroup", or "mask", the last operand
 
 
 _specs: dict[str, Spec] = {}
 
 
-def instruction(*names: str, kind: str, writes: tuple[int, ...] = (0,), control: bool = False):
+def instruction(*names, kind, writes: tuple[int, ...] = (0,), control=False, together=""):
     """Register a builder for every opcode that begins with one of these dotted names."""
 
     def register(build):
         for name in names:
-            _specs[name] = Spec(build, kind, writes, control)
+            _specs[name] = Spec(build, kind, writes, control, together)
         return build
 
     return register
@@ -74,6 +76,8 @@ def compile_instruction(batch, ins: Instruction, index: int):
         raise
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise PtxError(f"unsupported form of {ins.opcode} ({error!r})", ins.line) from error
+    if spec.together:
+        run = gathered(batch, ins, index, spec.together, run)
     if ins.guard is None:
         return run
     guard = batch.predicate(ins.guard, ins.line)
@@ -85,7 +89,7 @@ def compile_instruction(batch, ins: Instruction, index: int):
         if not take.any():
             return None
         chosen = np.flatnonzero(take) if m is None else m[take]
-        if not spec.control:
+        if not (spec.control or spec.together):
             return run(chosen)
         batch.pc[batch.indices(m)[~take]] = index + 1
         target = run(chosen)
@@ -112,3 +116,52 @@ def put(row, m, values) -> None:
 
 def at(row, m):
     return row if m is None else row[m]
+
+
+def gathered(batch, ins, index: int, together: str, run):
+    """run(m) once the lanes that must execute together are all there; the early ones wait.
+
+    Lanes of a warp may come apart, as where one alone waits for an mbarrier; the hardware lets
+    the others wait for it at the next collective. Who never comes makes a deadlock.
+    """
+    unit = 128 if together == "warpgroup" else 32
+    mask = batch.read(ins.operands[-1], "b32", ins.line) if together == "mask" else None
+    bit = np.uint32(1) << (batch.all & 31).astype(np.uint32)
+    waiting = np.zeros(batch.size, bool)
+
+    def gather(m):
+        if m is None or (len(m) % unit == 0 and _whole(m, unit)):
+            return run(m)
+        here = waiting.copy()
+        here[m] = True
+        # A last block of padded warps may be no whole warpgroup: the instruction itself objects.
+        units = np.unique(m // unit)
+        rows = np.minimum(units[:, None] * unit + np.arange(unit), batch.size - 1)
+        if mask is None:
+            wanted = batch.state[rows] != EXITED
+        else:
+            union = np.bitwise_or.reduce(np.where(here[rows], mask[rows], 0), axis=1)
+            wanted = (union[:, None] & bit[rows]) != 0
+            wanted &= batch.state[rows] != EXITED
+        complete = (here[rows] | ~wanted).all(axis=1)
+        ready = np.unique(rows[complete])
+        ready = ready[here[ready]]
+        late = np.setdiff1d(m, ready)
+        resumed = ready[waiting[ready]]
+        if not len(late) and not len(resumed):
+            return run(m)
+        waiting[late], waiting[ready] = True, False
+        batch.pc[late], batch.state[late] = index, AT_COLLECTIVE
+        batch.state[resumed] = RUNNING
+        if len(ready):
+            target = run(ready)
+            if target != SPLIT:
+                batch.pc[ready] = index + 1 if target is None else target
+        return SPLIT
+
+    return gather
+
+
+def _whole(m, unit: int) -> bool:
+    rows = m.reshape(-1, unit)
+    return bool(((rows[:, 0] % unit == 0) & (rows[:, -1] - rows[:, 0] == unit - 1)).all())

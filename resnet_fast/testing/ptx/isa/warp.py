@@ -43,7 +43,7 @@ def members(batch, m, mask, what: str):
     return rows, active
 
 
-@instruction("shfl.sync", kind="shuffle")
+@instruction("shfl.sync", kind="shuffle", together="mask")
 def shuffle(batch, ins):
     mode = ins.modifiers[1]
     target = ins.operands[0]
@@ -85,7 +85,7 @@ def shuffle(batch, ins):
     return run
 
 
-@instruction("vote.sync", kind="vote")
+@instruction("vote.sync", kind="vote", together="mask")
 def vote(batch, ins):
     mode = ins.modifiers[1]
     out = batch.write(ins.operands[0], "b32" if mode == "ballot" else "pred", ins.line)
@@ -109,7 +109,7 @@ def vote(batch, ins):
     return run
 
 
-@instruction("match", kind="vote")
+@instruction("match", kind="vote", together="mask")
 def match(batch, ins):
     kind, everyone = ins.modifiers[-1], ins.modifiers[0] == "all"
     target = ins.operands[0]
@@ -142,7 +142,7 @@ _REDUCTIONS = {
 }
 
 
-@instruction("redux.sync", kind="shuffle")
+@instruction("redux.sync", kind="shuffle", together="mask")
 def reduce_warp(batch, ins):
     function, kind = _REDUCTIONS[ins.modifiers[1]], ins.modifiers[-1]
     out, a = (
@@ -172,7 +172,7 @@ def active_mask(batch, ins):
     return run
 
 
-@instruction("elect.sync", kind="vote")
+@instruction("elect.sync", kind="vote", together="mask")
 def elect(batch, ins):
     """The lowest lane of the member mask is the leader."""
     target = ins.operands[0]

@@ -141,7 +141,7 @@ class Warpgroups:
         batch.valid[list(key), lanes] = WRITTEN
 
 
-@instruction("wgmma.fence", kind="wgmma order", writes=())
+@instruction("wgmma.fence", kind="wgmma order", writes=(), together="warpgroup")
 def fence(batch, ins):
     state = Warpgroups.of(batch)
 
@@ -153,7 +153,7 @@ def fence(batch, ins):
     return run
 
 
-@instruction("wgmma.commit_group", kind="wgmma order", writes=())
+@instruction("wgmma.commit_group", kind="wgmma order", writes=(), together="warpgroup")
 def commit(batch, ins):
     state = Warpgroups.of(batch)
 
@@ -165,7 +165,7 @@ def commit(batch, ins):
     return run
 
 
-@instruction("wgmma.wait_group", kind="wgmma order", writes=())
+@instruction("wgmma.wait_group", kind="wgmma order", writes=(), together="warpgroup")
 def wait(batch, ins):
     state = Warpgroups.of(batch)
     keep = immediate_bits(ins.operands[0].text, "b32")
@@ -178,7 +178,7 @@ def wait(batch, ins):
     return run
 
 
-@instruction("wgmma.mma_async", kind="wgmma", writes=())
+@instruction("wgmma.mma_async", kind="wgmma", writes=(), together="warpgroup")
 def mma(batch, ins):
     state = Warpgroups.of(batch)
     m_size, n, k = (int(x) for x in re.search(r"\.m(\d+)n(\d+)k(\d+)\.", ins.opcode).groups())
