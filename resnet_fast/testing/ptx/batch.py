@@ -12,7 +12,7 @@ import numpy as np
 
 from . import memory
 from .errors import Fault, PtxError
-from .parser import immediate_bits
+from .immediates import immediate_bits
 from .shared import SharedMemory
 from .syntax import (
     SIZES,

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import bisect
 import re
-import struct
 
 from .errors import PtxError
+from .immediates import NUMBER, initial_bytes
 from .syntax import (
     SIZES,
     Address,
@@ -32,9 +32,6 @@ from .syntax import (
 _COMMENT = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.S)
 _LABEL = re.compile(r"[A-Za-z_$%][\w$]*\s*:(?!:)")
 _NAME = re.compile(r"[A-Za-z_$%][\w$]*")
-_NUMBER = re.compile(
-    r"[-+]?(0[xX][\da-fA-F]+U?|0[fF][\da-fA-F]{8}|0[dD][\da-fA-F]{16}|\d[\d.eE+-]*U?)$"
-)
 _LINE_DIRECTIVES = (".loc", ".file", ".version", ".target", ".address_size")
 _LINKING = (".visible", ".extern", ".weak", ".common", ".entry", ".func")
 _SPACES = (".global", ".const", ".shared", ".local", ".param")
@@ -186,7 +183,7 @@ class Parser:
         for d in dims:
             size *= d
         name = name.split("[")[0].strip()
-        data = _initial_bytes(initial, kind, size, line) if initial else None
+        data = initial_bytes(initial, kind, size, line) if initial else None
         return Variable(name, space, align or SIZES[kind] * lanes, size, kind, data, extern)
 
     def _function_head(self, text: str, start: int) -> None:
@@ -261,7 +258,7 @@ class Parser:
             return Pair(self._operand(first, line), self._operand(second, line))
         if text.startswith("!"):
             return Not(self._operand(text[1:], line))
-        if _NUMBER.match(text):
+        if NUMBER.match(text):
             return Immediate(text)
         if _SPECIAL.match(text):
             return Special(text)
@@ -317,38 +314,3 @@ def _split(text: str) -> list[str]:
         else:
             current += c
     return [p for p in (*parts, current) if p.strip()]
-
-
-def _initial_bytes(text: str, kind: str, size: int, line: int) -> bytes:
-    values = _split(text.strip().strip("{}"))
-    out = b""
-    for value in values:
-        value = value.strip()
-        if not _NUMBER.match(value):
-            raise PtxError(f"initial value {value!r} is not a number", line)
-        out += immediate_bits(value, kind).to_bytes(SIZES[kind], "little")
-    return out.ljust(size, b"\0")
-
-
-def immediate_bits(text: str, kind: str) -> int:
-    """The bit pattern of an immediate, as the type `kind` of the instruction reads it."""
-    bits = 8 * SIZES[kind]
-    lowered = text.lower().rstrip("u")
-    if lowered.startswith("0f") and len(lowered) == 10:
-        value = int(lowered[2:], 16)
-        if kind == "f64":
-            return struct.unpack(
-                "<Q", struct.pack("<d", struct.unpack("<f", value.to_bytes(4, "little"))[0])
-            )[0]
-        return value
-    if lowered.startswith("0d") and len(lowered) == 18:
-        value = int(lowered[2:], 16)
-        if kind == "f32":
-            return struct.unpack(
-                "<I", struct.pack("<f", struct.unpack("<d", value.to_bytes(8, "little"))[0])
-            )[0]
-        return value
-    if any(c in lowered for c in ".e") and not lowered.startswith(("0x", "-0x")):
-        code, whole = ("d", "Q") if kind == "f64" else ("f", "I")
-        return struct.unpack(f"<{whole}", struct.pack(f"<{code}", float(lowered)))[0]
-    return int(lowered, 0) & ((1 << bits) - 1)

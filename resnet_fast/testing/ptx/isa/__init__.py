@@ -15,6 +15,7 @@ from . import (  # noqa: F401
     logic,
     matrix,
     mbarrier,
+    tensor_copy,
     wgmma,
 )
 from . import warp as warp

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import Fault, PtxError
-from ..parser import immediate_bits
+from ..immediates import immediate_bits
 from ..syntax import Immediate, Register
 from .registry import at, instruction
 

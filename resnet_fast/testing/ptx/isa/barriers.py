@@ -106,7 +106,10 @@ def _arrivals(batch, m, ids, counts, what: str):
 
 @instruction(
     *("bar.sync", "bar.cta.sync", "barrier.sync.aligned", "barrier.cta.sync.aligned"),
-    kind="barrier", writes=(), together="warp", control=True,
+    kind="barrier",
+    writes=(),
+    together="warp",
+    control=True,
 )
 @instruction("barrier.sync", "barrier.cta.sync", kind="barrier", writes=(), control=True)
 def sync(batch, ins):
@@ -133,7 +136,9 @@ def sync(batch, ins):
 
 @instruction(
     *("bar.arrive", "bar.cta.arrive", "barrier.arrive.aligned", "barrier.cta.arrive.aligned"),
-    kind="barrier", writes=(), together="warp",
+    kind="barrier",
+    writes=(),
+    together="warp",
 )
 @instruction("barrier.arrive", "barrier.cta.arrive", kind="barrier", writes=())
 def arrive(batch, ins):
@@ -150,7 +155,9 @@ def arrive(batch, ins):
 
 @instruction(
     *("bar.red", "bar.cta.red", "barrier.red", "barrier.cta.red"),
-    kind="barrier", control=True, together="warp",
+    kind="barrier",
+    control=True,
+    together="warp",
 )
 def reduce(batch, ins):
     """A barrier that also counts, or combines, a predicate over the threads that arrive."""

@@ -16,7 +16,7 @@ import numpy as np
 from ..batch import BEING_READ, IN_FLIGHT, NEVER_WRITTEN, WRITTEN
 from ..clocks import ASYNC, GENERIC
 from ..errors import Fault, PtxError
-from ..parser import immediate_bits
+from ..immediates import immediate_bits
 from ..syntax import SIZES, Vector
 from .matrix import ELEMENTS, element_values, finish, gather
 from .registry import instruction
