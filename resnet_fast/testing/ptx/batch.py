@@ -197,7 +197,6 @@ class Batch:
             "nsmid": 1,
             "smid": 0,
             "gridid": 0,
-            "warpid": None,
             "nwarpid": self.warps,
             "cluster_ctarank": 0,
             "cluster_nctarank": 1,

@@ -11,6 +11,7 @@ from ..values import (
     DTYPES,
     MAX_FINITE,
     PACKED,
+    canonical_nan,
     f32_to_tf32,
     flush,
     from_f64,
@@ -79,7 +80,7 @@ def _float_to_float(mods, target, source):
     plain = not mods & {"ftz", "sat", "relu", "satfinite"} and whole is None and mode == "rn"
     if plain and (source, target) in (("f32", "f16"), ("f16", "f32"), ("f32", "f64")):
         dtype = DTYPES[target]
-        return lambda a: _with_nan(target, a.astype(dtype))
+        return lambda a: canonical_nan(target, a.astype(dtype))
 
     def run(a):
         if "ftz" in mods and source == "f32":
@@ -99,12 +100,6 @@ def _float_to_float(mods, target, source):
         return flush(result) if "ftz" in mods and target == "f32" else result
 
     return run
-
-
-def _with_nan(kind, x):
-    from ..values import canonical_nan
-
-    return canonical_nan(kind, x) if kind == "f16" else x
 
 
 def _float_to_integer(mods, target, source):

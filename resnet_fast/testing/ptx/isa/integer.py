@@ -30,7 +30,7 @@ def binary(batch, ins, function, kind: str, out_kind: str | None = None):
     return lambda m: put(out, m, function(at(a, m), at(b, m)))
 
 
-def _saturating(function, sign: int):
+def _saturating(sign: int):
     limits = np.iinfo(np.int32)
 
     def run(a, b):
@@ -44,7 +44,7 @@ def add_sub(batch, ins):
     kind, subtract = ins.modifiers[-1], ins.name == "sub"
     only(ins, {*_INTEGERS, "sat", "cc"})
     if "sat" in ins.modifiers:
-        return binary(batch, ins, _saturating(None, -1 if subtract else 1), "s32")
+        return binary(batch, ins, _saturating(-1 if subtract else 1), "s32")
     if "cc" not in ins.modifiers:
         return binary(batch, ins, np.subtract if subtract else np.add, kind)
     return _with_carry(batch, ins, subtract, carry_in=False)

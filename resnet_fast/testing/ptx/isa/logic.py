@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import PtxError
-from ..syntax import SIZES, Pair, Register, Sink, Vector
+from ..syntax import SIZES, Pair, Sink, Vector
 from ..values import DTYPES, PACKED, bf16_to_f32, flush
 from .registry import at, instruction, only, put
 
@@ -259,7 +259,3 @@ def lop3(batch, ins):
         put(out, m, total)
 
     return run
-
-
-def is_register(operand) -> bool:
-    return isinstance(operand, Register)
