@@ -281,6 +281,17 @@ def test_wgmma(match, parts):
     fails(match, bad, out, threads=128)
 
 
+def test_wgmma_with_a_in_registers():
+    """The A registers belong to the product as long as the shared operand does."""
+    text = WGMMA.replace("%rd3, %rd4, 1, 1, 1, 0, 0", "{%r4, %r4, %r4, %r4}, %rd4, 1, 1, 1, 0")
+    text = text.replace("PROXY", "fence.proxy.async;").replace("ORDER", "wgmma.fence.sync.aligned;")
+    out = np.zeros((128, 4), np.float32)
+    run(text.replace("EARLY", "mov.b32 %r5, %r4;"), out, threads=128)
+    assert (out == 17).all()
+    match = "register %r4 belongs to a wgmma that was not waited"
+    fails(match, text.replace("EARLY", "mov.b32 %r4, 0;"), out, threads=128)
+
+
 # --- barriers and collectives -----------------------------------------------------------------
 
 
@@ -311,6 +322,7 @@ def test_wgmma(match, parts):
          "@!%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [tile];"),
         ("wgmma.fence|partial warp", "setp.eq.u32 %p1, %r0, 3; @!%p1 wgmma.fence.sync.aligned;"),
         ("no multiple of a warp", "bar.sync 1, 48;"),
+        ("64 wait at a barrier", "shr.u32 %r1, %r0, 5; bar.sync %r1;"),
         ("is used for 64 and 32 threads at once|for 32",
          "setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 1, 64; @!%p1 bar.sync 1, 32;"),
         ("the kernel trapped", "trap;"),

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..batch import AT_BARRIER, EXITED, RUNNING
 from ..errors import Fault
+from ..syntax import Immediate
 from .registry import SPLIT, at, instruction
 from .warp import members
 
@@ -117,7 +118,7 @@ def sync(batch, ins):
     barriers = Barriers.of(batch)
     index = batch.building
     aligned = ins.name == "bar" or "aligned" in ins.modifiers
-    simple = counts is None and (ids == ids[0]).all() and ids[0] < 16
+    simple = counts is None and isinstance(ins.operands[0], Immediate) and ids[0] < 16
 
     def run(m):
         if simple and m is None and not barriers.arrived[:, ids[0]].any():
