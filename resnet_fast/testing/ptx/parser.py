@@ -224,6 +224,10 @@ class Parser:
         self._scopes.pop()
         self._scope_names.pop()
         if not self._scopes:
+            body, labels = self._function.body, self._function.labels
+            ended = body and body[-1].opcode in ("ret", "exit") and body[-1].guard is None
+            if not ended or len(body) in labels.values():
+                body.append(Instruction("ret", (), self.line(start)))
             self._function = None
             self._scope_count = 0
 

@@ -254,6 +254,10 @@ def wait(batch, ins):
         batch.expired[threads] = False
         if not asleep:
             return None
+        slept = np.concatenate(asleep)
+        awake = np.setdiff1d(threads, slept) >> 5
+        # A warp that only sleeps here counts when it wakes.
+        batch.executor.issued[index] -= len(np.setdiff1d(slept >> 5, awake))
         batch.pc[threads] = index + 1
         for late in asleep:
             batch.pc[late] = index

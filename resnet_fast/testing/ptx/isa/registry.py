@@ -151,6 +151,8 @@ def gathered(batch, ins, index: int, together: str, run):
         if not len(late) and not len(resumed):
             return run(m)
         waiting[late], waiting[ready] = True, False
+        # A warp counts when it executes, not when some of its lanes arrive.
+        batch.executor.issued[index] -= len(np.unique(late >> 5))
         batch.pc[late], batch.state[late] = index, AT_COLLECTIVE
         batch.state[resumed] = RUNNING
         if len(ready):
