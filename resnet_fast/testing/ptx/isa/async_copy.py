@@ -14,7 +14,9 @@ import numpy as np
 from ..errors import Fault, PtxError
 from ..immediates import immediate_bits
 from ..syntax import Immediate, Register
-from .registry import at, instruction
+from .registry import at, instruction, only
+
+_HINTS = {"L2::cache_hint", "L2::64B", "L2::128B", "L2::256B"}
 
 
 @dataclass
@@ -84,6 +86,7 @@ class AsyncCopies:
 @instruction("cp.async.ca", "cp.async.cg", kind="cp.async", writes=())
 def copy(batch, ins):
     """[shared], [global], size {, bytes read from the source, the rest zero | ignore predicate}."""
+    only(ins, {"async", "ca", "cg", "shared", "shared::cta", "global", *_HINTS})
     hint = "L2::cache_hint" in ins.modifiers
     operands = ins.operands[: len(ins.operands) - hint]
     size = immediate_bits(operands[2].text, "b32")

@@ -16,7 +16,13 @@ from ..values import bf16_to_f32, f32_to_bf16
 from .bulk_copy import BulkGroups, Landing, PendingStore, without_policy
 from .load_store import reader
 from .mbarrier import Mbarriers
-from .registry import instruction
+from .registry import instruction, only
+
+_KNOWN = {
+    *("async", "bulk", "tensor", "1d", "2d", "3d", "4d", "5d", "global", "tile", "im2col"),
+    *("shared::cta", "shared::cluster", "im2col_no_offs", "bulk_group", "multicast::cluster"),
+    *("mbarrier::complete_tx::bytes", "L2::cache_hint"),
+}  # clusters have one block, so a multicast is a copy
 
 
 def _map_of(batch, address: int, thread: int):
@@ -63,6 +69,7 @@ def _count(batch, kind: str, addresses, size: int) -> None:
 
 @instruction("cp.async.bulk.tensor", kind="bulk copy", writes=())
 def tensor_copy(batch, ins):
+    only(ins, _KNOWN)
     if ins.modifiers[4].startswith("shared"):
         return _tensor_load(batch, ins)
     return _tensor_store(batch, ins, None)

@@ -19,7 +19,7 @@ from ..errors import Fault, PtxError
 from ..immediates import immediate_bits
 from ..syntax import SIZES, Vector
 from .matrix import ELEMENTS, element_values, finish, gather
-from .registry import instruction
+from .registry import instruction, only
 
 _SWIZZLE = {0: (1, 0), 1: (8, 0x70), 2: (4, 0x30), 3: (2, 0x10)}  # mode: chunks in a row, mask
 WARPGROUP = 128
@@ -182,7 +182,9 @@ def wait(batch, ins):
 def mma(batch, ins):
     state = Warpgroups.of(batch)
     m_size, n, k = (int(x) for x in re.search(r"\.m(\d+)n(\d+)k(\d+)\.", ins.opcode).groups())
-    d_type, a_type, b_type = [x for x in ins.modifiers if x in SIZES]
+    types = [x for x in ins.modifiers if x in SIZES]
+    only(ins, {"mma_async", "sync", "aligned", f"m64n{n}k{k}", "satfinite", *types})
+    d_type, a_type, b_type = types
     if m_size != 64 or a_type not in ELEMENTS or k * ELEMENTS[a_type] != 32:
         raise PtxError(f"unsupported form {ins.opcode}", ins.line)
     d, a, b = ins.operands[:3]
