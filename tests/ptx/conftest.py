@@ -39,7 +39,7 @@ class CutlassConv:
         for i, map_ in enumerate(maps):  # CUTLASS keeps some maps more than once
             params = params.replace(f"TENSORMAP{i}".encode().ljust(128, b"\0"), map_.encode())
         *grid, threads, shared = map(int, launch.split())
-        kernel = ptx.Module(text or self.text).kernel("")
+        kernel = ptx.Module(text or self.text, strict=False).kernel("")  # the launch is strict
         run = kernel.launch(grid, threads, [bytes(params)], shared)
         return y, reference, run, int(np.prod(grid))
 

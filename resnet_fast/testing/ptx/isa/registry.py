@@ -8,6 +8,7 @@ itself set the state and counter of every thread in m.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ def instruction(*names, kind, writes: tuple[int, ...] = (0,), control=False, tog
     return register
 
 
+@functools.cache
 def find(opcode: str) -> Spec | None:
     """The spec of the longest registered name that the opcode begins with."""
     parts = opcode.split(".")
