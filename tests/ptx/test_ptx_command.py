@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command and the parser: what a PTX file holds, and what the machine does not know of it."""
 
+import ast
+import pathlib
+import sys
+
 import numpy as np
 import pytest
 from ptx_helpers import HEAD
@@ -52,6 +56,17 @@ def test_scopes_have_their_own_registers_and_labels():
     out = np.zeros(1, np.uint32)
     ptx.Module(text).kernel("k").launch(1, 1, [out])
     assert out[0] == 33 + 7
+
+
+def test_needs_nothing_but_numpy():
+    folder = pathlib.Path(ptx.__file__).parent
+    allowed = {*sys.stdlib_module_names, "numpy"}
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            assert {n.split(".")[0] for n in names} <= allowed, path
 
 
 def test_arguments_must_fit():

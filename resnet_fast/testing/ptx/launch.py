@@ -47,7 +47,9 @@ class Run:
 class Module:
     """Parsed PTX.
 
-    Args: text, the PTX of one compilation.
+    Args:
+        text: the PTX of one compilation.
+        strict: look for unknown instructions in every kernel now, not when one is launched.
     Raises: PtxError naming an unknown directive or instruction and its line.
     Example: ptx.Module(text).kernel("conv").launch((7, 1, 1), (128, 1, 1), [x, y], 65536)
     """
@@ -90,6 +92,8 @@ class Module:
 
 
 class Kernel:
+    """One kernel of a module, from `Module.kernel`; `params` is its (offset, size, type) list."""
+
     def __init__(self, module: Module, function: Function):
         self.module, self.function, self.name = module, function, function.name
         self.params = self._param_layout()
