@@ -292,6 +292,17 @@ def test_wgmma_with_a_in_registers():
     fails(match, text.replace("EARLY", "mov.b32 %r4, 0;"), out, threads=128)
 
 
+def test_a_warpgroup_beside_another_warp_in_several_blocks():
+    """160 threads: warpgroups do not begin at multiples of 128 in later blocks."""
+    text = WGMMA.replace("PROXY", "fence.proxy.async;").replace("EARLY", "")
+    text = text.replace("ORDER", "setp.ge.u32 %p5, %r0, 128; @%p5 ret; wgmma.fence.sync.aligned;")
+    out = np.zeros((128, 4), np.float32)
+    kernel(text, ("out",), SHARED).launch(3, 160, [out])
+    assert (out == 17).all()
+    with pytest.raises(ptx.PtxError, match="partial"):
+        kernel(text.replace("%r0, 128;", "%r0, 96;"), ("out",), SHARED).launch(3, 160, [out])
+
+
 # --- barriers and collectives -----------------------------------------------------------------
 
 

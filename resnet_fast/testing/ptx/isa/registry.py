@@ -127,18 +127,18 @@ def gathered(batch, ins, index: int, together: str, run):
     the others wait for it at the next collective. Who never comes makes a deadlock.
     """
     unit = 128 if together == "warpgroup" else 32
+    number, members = _units(batch, unit)
     mask = batch.read(ins.operands[-1], "b32", ins.line) if together == "mask" else None
     bit = np.uint32(1) << (batch.all & 31).astype(np.uint32)
     waiting = np.zeros(batch.size, bool)
 
     def gather(m):
-        if m is None or (len(m) % unit == 0 and _whole(m, unit)):
+        aligned = batch.threads % unit == 0
+        if m is None or (aligned and len(m) % unit == 0 and _whole(m, unit)):
             return run(m)
         here = waiting.copy()
         here[m] = True
-        # A last block of padded warps may be no whole warpgroup: the instruction itself objects.
-        units = np.unique(m // unit)
-        rows = np.minimum(units[:, None] * unit + np.arange(unit), batch.size - 1)
+        rows = members[np.unique(number[m])]
         if mask is None:
             wanted = batch.state[rows] != EXITED
         else:
@@ -164,6 +164,19 @@ def gathered(batch, ins, index: int, together: str, run):
         return SPLIT
 
     return gather
+
+
+def _units(batch, unit: int):
+    """(number of each thread's unit, threads of each unit); units do not cross blocks.
+
+    A last unit that the block does not fill repeats its first thread: the instruction objects.
+    """
+    first = np.arange(0, batch.threads, unit)
+    starts = (np.arange(batch.count)[:, None] * batch.threads + first).ravel()
+    inside = (first[:, None] + np.arange(unit)) < batch.threads
+    members = starts[:, None] + np.where(np.tile(inside, (batch.count, 1)), np.arange(unit), 0)
+    number = batch.block_of * len(first) + batch.all % batch.threads // unit
+    return number, members
 
 
 def _whole(m, unit: int) -> bool:
