@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Branches, exit, trap, and hints that change no value here."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..batch import EXITED
+from ..errors import Fault, PtxError
+from ..syntax import Symbol
+from .registry import SPLIT, instruction
+
+
+@instruction("bra", kind="branch", writes=(), control=True)
+def branch(batch, ins):
+    """The guard's wrapper sends the threads that do not jump to the next instruction."""
+    target = batch.labels[ins.operands[0].name]
+    return lambda m: target
+
+
+@instruction("ret", "exit", kind="branch", writes=(), control=True)
+def leave(batch, ins):
+    def run(m):
+        threads = batch.indices(m)
+        for callback in batch.at_exit:
+            callback(threads)
+        batch.state[threads] = EXITED
+        batch.valid[:, threads] = np.maximum(batch.valid[:, threads], 1)
+        batch.progress += 1
+        return SPLIT
+
+    return run
+
+
+@instruction("trap", "brkpt", kind="branch", writes=(), control=True)
+def trap(batch, ins):
+    def run(m):
+        raise Fault("the kernel trapped", int(batch.indices(m)[0]))
+
+    return run
+
+
+@instruction("call", kind="branch", writes=(), control=True)
+def call(batch, ins):
+    """Only the call that a failed device assertion makes; its arguments are not looked at."""
+    callee = next(o.name for o in ins.operands if isinstance(o, Symbol))
+    if callee != "__assertfail":
+        raise PtxError(f"a call of {callee} is not supported", ins.line)
+
+    def run(m):
+        raise Fault("a device assertion failed", int(batch.indices(m)[0]))
+
+    return run
+
+
+@instruction("griddepcontrol", kind="branch", writes=())
+def grid_dependency(batch, ins):
+    """Launches run one after the other: every earlier grid is complete and visible."""
+    return lambda m: None
+
+
+@instruction("setmaxnreg", kind="branch", writes=(), together="warp")
+def set_max_registers(batch, ins):
+    """Registers are not allocated here; the count must be one that the ISA allows."""
+    count = int(ins.operands[0].text)
+
+    def run(m):
+        batch.whole_warps(m, ins.opcode)
+        if not (24 <= count <= 256 and count % 8 == 0):
+            raise Fault(f"{count} registers: a multiple of 8 from 24 to 256 is needed")
+
+    return run
+
+
+@instruction("nanosleep", "pmevent", kind="branch", writes=())
+def sleep(batch, ins):
+    return lambda m: None

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exchange within a warp: shfl, vote, match, redux, activemask, elect.
+
+Every lane that the member mask names must execute the same instruction together.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..batch import EXITED
+from ..errors import Fault
+from ..syntax import Pair, Sink
+from .registry import at, instruction, put
+
+
+def members(batch, m, mask, what: str):
+    """[warps, 32] of executing lanes and thread indices, checked against the member masks."""
+    threads = batch.indices(m)
+    warps = np.unique(threads >> 5)
+    rows = warps[:, None] * 32 + np.arange(32)
+    active = np.zeros(batch.size, bool)
+    active[threads] = True
+    active = active[rows]
+    wanted = np.zeros(batch.size, np.uint32)
+    wanted[threads] = at(mask, m)
+    wanted = wanted[rows]
+    lanes = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    own = (wanted & lanes) != 0
+    if (active & ~own).any():
+        bad = rows[active & ~own][0]
+        raise Fault(f"{what} by a lane that its own member mask leaves out", int(bad))
+    union = np.bitwise_or.reduce(np.where(active, wanted, 0), axis=1)
+    exited = (batch.state[rows] == EXITED) & ~active
+    missing = ((union[:, None] & lanes) != 0) & ~active
+    if missing.any():
+        lane = int(np.argwhere(missing)[0][1])
+        why = "has exited" if exited[missing].any() else "is elsewhere"
+        raise Fault(
+            f"{what} by a partial warp: lane {lane} of the member mask {why}",
+            int(rows[missing][0] - lane + np.flatnonzero(active[np.argwhere(missing)[0][0]])[0]),
+        )
+    return rows, active
+
+
+@instruction("shfl.sync", kind="shuffle", together="mask")
+def shuffle(batch, ins):
+    mode = ins.modifiers[1]
+    target = ins.operands[0]
+    first, second = (target.first, target.second) if isinstance(target, Pair) else (target, Sink())
+    out, p = batch.write(first, "b32", ins.line), batch.write(second, "pred", ins.line)
+    a = batch.read(ins.operands[1], "b32", ins.line)
+    b, c, mask = (batch.read(o, "b32", ins.line) for o in ins.operands[2:5])
+    lane = np.arange(32)
+
+    def run(m):
+        rows, active = members(batch, m, mask, ins.opcode)
+        bval = (b[rows] & 31).astype(np.int64)
+        clamp = (c[rows] & 31).astype(np.int64)
+        segment = ((c[rows] >> 8) & 31).astype(np.int64)
+        highest = (lane & segment) | (clamp & ~segment & 31)
+        lowest = lane & segment
+        if mode == "up":
+            j = lane - bval
+            inside = j >= highest  # for .up the bound is the segment's lowest lane
+        elif mode == "down":
+            j = lane + bval
+            inside = j <= highest
+        elif mode == "bfly":
+            j = lane ^ bval
+            inside = j <= highest
+        else:
+            j = lowest | (bval & ~segment & 31)
+            inside = j <= highest
+        j = np.where(inside, j, lane)
+        source_active = np.take_along_axis(active, j & 31, axis=1)
+        if (active & inside & ~source_active).any():
+            bad = rows[active & inside & ~source_active][0]
+            raise Fault(f"{ins.opcode} reads a lane that takes no part", int(bad))
+        values = np.take_along_axis(a[rows], j & 31, axis=1)
+        threads = rows[active]
+        out[threads] = values[active]
+        p[threads] = inside[active]
+
+    return run
+
+
+@instruction("vote.sync", kind="vote", together="mask")
+def vote(batch, ins):
+    mode = ins.modifiers[1]
+    out = batch.write(ins.operands[0], "b32" if mode == "ballot" else "pred", ins.line)
+    test = batch.predicate(ins.operands[1], ins.line)
+    mask = batch.read(ins.operands[2], "b32", ins.line)
+
+    def run(m):
+        rows, active = members(batch, m, mask, ins.opcode)
+        truth = test(None)[rows] & active
+        if mode == "ballot":
+            weights = np.uint64(1) << np.arange(32, dtype=np.uint64)
+            result = (truth * weights).sum(axis=1).astype(np.uint32)
+        elif mode == "all":
+            result = (truth | ~active).all(axis=1)
+        elif mode == "any":
+            result = truth.any(axis=1)
+        else:  # uni
+            result = (truth | ~active).all(axis=1) | ~truth.any(axis=1)
+        out[rows[active]] = np.broadcast_to(result[:, None], active.shape)[active]
+
+    return run
+
+
+@instruction("match", kind="vote", together="mask")
+def match(batch, ins):
+    kind, everyone = ins.modifiers[-1], ins.modifiers[0] == "all"
+    target = ins.operands[0]
+    first, second = (target.first, target.second) if isinstance(target, Pair) else (target, Sink())
+    out, p = batch.write(first, "b32", ins.line), batch.write(second, "pred", ins.line)
+    a = batch.read(ins.operands[1], kind, ins.line)
+    mask = batch.read(ins.operands[2], "b32", ins.line)
+    weights = np.uint64(1) << np.arange(32, dtype=np.uint64)
+
+    def run(m):
+        rows, active = members(batch, m, mask, ins.opcode)
+        same = (a[rows][:, :, None] == a[rows][:, None, :]) & active[:, None, :]
+        result = (same * weights).sum(axis=2).astype(np.uint32)
+        if everyone:
+            agree = (same | ~active[:, None, :]).all(axis=2)
+            result = np.where(agree, result, 0)
+            p[rows[active]] = agree[active]
+        out[rows[active]] = result[active]
+
+    return run
+
+
+_REDUCTIONS = {
+    "add": np.add,
+    "min": np.minimum,
+    "max": np.maximum,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}
+
+
+@instruction("redux.sync", kind="shuffle", together="mask")
+def reduce_warp(batch, ins):
+    function, kind = _REDUCTIONS[ins.modifiers[1]], ins.modifiers[-1]
+    out, a = (
+        batch.write(ins.operands[0], kind, ins.line),
+        batch.read(ins.operands[1], kind, ins.line),
+    )
+    mask = batch.read(ins.operands[2], "b32", ins.line)
+
+    def run(m):
+        rows, active = members(batch, m, mask, ins.opcode)
+        for row, lanes in zip(rows, active, strict=True):
+            out[row[lanes]] = function.reduce(a[row[lanes]])
+
+    return run
+
+
+@instruction("activemask", kind="vote")
+def active_mask(batch, ins):
+    out = batch.write(ins.operands[0], "b32")
+
+    def run(m):
+        threads = batch.indices(m)
+        masks = np.zeros(batch.size // 32, np.uint64)
+        np.bitwise_or.at(masks, threads >> 5, np.uint64(1) << (threads & 31).astype(np.uint64))
+        put(out, m, masks[threads >> 5].astype(np.uint32))
+
+    return run
+
+
+@instruction("elect.sync", kind="vote", together="mask")
+def elect(batch, ins):
+    """The lowest lane of the member mask is the leader."""
+    target = ins.operands[0]
+    out, p = batch.write(target.first, "b32"), batch.write(target.second, "pred")
+    mask = batch.read(ins.operands[1], "b32", ins.line)
+
+    def run(m):
+        rows, active = members(batch, m, mask, ins.opcode)
+        leader = active.argmax(axis=1)
+        threads = rows[active]
+        out[threads] = np.broadcast_to(leader[:, None], active.shape)[active]
+        p[threads] = (np.arange(32) == leader[:, None])[active]
+
+    return run

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fault that the machine stops at, seeded one by one, each beside the program without it."""
+
+import numpy as np
+import pytest
+from ptx_helpers import kernel
+
+from resnet_fast.testing import ptx
+
+SHARED = ".shared .align 1024 .b8 tile[8192];"
+
+
+def run(body, *arrays, params=None, threads=64, shared=SHARED):
+    arrays = arrays or (np.zeros(4096, np.uint32),)
+    names = params or ("out", "x", "y")[: len(arrays)]
+    return kernel(body, names, shared).launch(1, threads, list(arrays))
+
+
+def fails(match, body, *arrays, **options):
+    with pytest.raises(ptx.PtxError, match=match) as error:
+        run(body, *arrays, **options)
+    assert error.value.line is not None and error.value.kernel == "k"
+    return error.value
+
+
+# --- addresses and values ---------------------------------------------------------------------
+
+
+def test_global_bounds():
+    error = fails(
+        "out-of-bounds global load of 4 bytes at 0x.*, 0 bytes past the end",
+        "mad.wide.u32 %rd1, %r0, 4, %rd0; ld.global.u32 %r1, [%rd1];",
+        np.zeros(62, np.uint32),
+    )
+    assert error.thread == (62, 0, 0) and error.block == (0, 0, 0)
+    fails("out-of-bounds global store.*1 bytes before", "st.global.u8 [%rd0+-1], %r0;")
+    fails("read-only", "st.global.u8 [%rd0], %r0;", np.frombuffer(b"abcd", np.uint8))
+
+
+def test_a_slice_is_bounded_by_itself():
+    whole = np.arange(100, dtype=np.uint32)
+    run("ld.global.u32 %r1, [%rd0+196];", whole[10:60])
+    fails("out-of-bounds", "ld.global.u32 %r1, [%rd0+200];", whole[10:60])
+    fails("out-of-bounds", "ld.global.u32 %r1, [%rd0+-4];", whole[10:60])
+
+
+@pytest.mark.parametrize(
+    ("match", "body"),
+    [
+        ("misaligned global load of 8", "ld.global.u64 %rd1, [%rd0+4];"),
+        ("misaligned global load of 16", "ld.global.v4.u32 {%r1, %r2, %r3, %r4}, [%rd0+8];"),
+        ("misaligned shared store of 4", "st.shared.u32 [tile+2], %r0;"),
+        ("out-of-bounds shared store of 4", "st.shared.u32 [tile+8192], %r0;"),
+        ("out-of-bounds shared load of 4", "mov.u32 %r1, 0; ld.shared.u32 %r2, [%r1];"),
+        ("out-of-bounds local store", ".local .b8 own[8]; st.local.u32 [own+8], %r0;"),
+        ("misaligned local store", ".local .b8 own[8]; st.local.u32 [own+1], %r0;"),
+        ("local load of bytes that nothing", ".local .b8 own[8]; ld.local.u32 %r1, [own];"),
+        ("shared bytes that nothing wrote", "ld.shared.u32 %r1, [tile];"),
+        ("shared bytes that nothing wrote", "st.shared.u8 [tile], %r0; ld.shared.u16 %r1, [tile];"),
+        ("register %r7 is read but nothing wrote", "add.u32 %r1, %r7, 1;"),
+        ("register %r7 is read", "setp.eq.u32 %p1, %r0, 0; @%p1 mov.u32 %r7, 1; mov.u32 %r1, %r7;"),
+        ("register %p3 is read", "@%p3 mov.u32 %r1, 1;"),
+    ],
+    ids=lambda x: x[:40],
+)
+def test_addresses_and_unwritten_values(match, body):
+    fails(match, body, threads=1 if "st.shared.u8" in body else 64)
+
+
+def test_a_guard_protects_what_it_skips():
+    run("setp.eq.u32 %p1, %r0, 99; mov.u32 %r1, 0; @%p1 ld.shared.u32 %r1, [tile];")
+
+
+# --- races ------------------------------------------------------------------------------------
+
+MINE = "shl.b32 %r1, %r0, 2; mov.u32 %r2, tile; add.u32 %r1, %r1, %r2; xor.b32 %r3, %r1, 128;"
+
+
+@pytest.mark.parametrize(
+    ("match", "body"),
+    [
+        ("race: shared load of bytes that warp 1 wrote",
+         "st.shared.u32 [%r1], %r0; BARRIER ld.shared.u32 %r4, [%r3];"),
+        ("race: shared store over bytes that warp . may still read",
+         "st.shared.u32 [%r1], %r0; bar.sync 0; ld.shared.u32 %r4, [%r3]; BARRIER "
+         "st.shared.u32 [%r1], %r4;"),
+        ("race: shared store over bytes that warp 1 wrote",
+         "st.shared.u32 [%r1], %r0; BARRIER st.shared.u32 [%r3], %r0;"),
+        ("race: shared load of bytes that warp . changes atomically",
+         "setp.eq.u32 %p1, %r0, 0; @%p1 st.shared.u32 [tile], %r0; bar.sync 0;"
+         "atom.shared.add.u32 %r4, [tile], 1; BARRIER ld.shared.u32 %r5, [tile];"),
+    ],
+    ids=["read after write", "write after read", "write after write", "atomic"],
+)  # fmt: skip
+def test_races(match, body):
+    run(MINE + body.replace("BARRIER", "bar.sync 0;"))
+    fails(match, MINE + body.replace("BARRIER", ""))
+
+
+def test_two_warps_write_one_word_at_once():
+    fails("two warps write the same shared bytes at once", "st.shared.u32 [tile], %r0;")
+    run("and.b32 %r1, %r0, 1; shl.b32 %r1, %r1, 1; st.shared.u32 [tile], %r0;", threads=32)
+
+
+def test_halves_of_a_word_do_not_race():
+    run(
+        "shr.u32 %r1, %r0, 5; shl.b32 %r1, %r1, 1; mov.u32 %r2, tile; add.u32 %r1, %r1, %r2;"
+        "cvt.u16.u32 %h0, %r0; st.shared.u16 [%r1], %h0;"
+    )
+
+
+def test_named_barriers_order_only_who_takes_part():
+    body = (
+        MINE
+        + """
+    shr.u32 %r5, %r0, 5; setp.eq.u32 %p1, %r5, 0; setp.eq.u32 %p2, %r5, 1; setp.ge.u32 %p3, %r5, 1;
+    @%p1 st.shared.u32 [%r1], %r0;
+    @%p1 bar.arrive 1, 64; @%p2 bar.sync 1, 64;
+    """
+    )  # warp 0 gives to warp 1 alone
+    read = "and.b32 %r6, %r1, -129; {} ld.shared.u32 %r4, [%r6];"
+    run(body + read.format("@%p2"), threads=96)
+    fails("race: shared load", body + "sub.u32 %r1, %r1, 128;" + read.format("@%p3"), threads=96)
+
+
+# --- asynchronous copies ----------------------------------------------------------------------
+
+COPY = (
+    MINE
+    + """
+mad.wide.u32 %rd1, %r0, 4, %rd0;
+cp.async.ca.shared.global [%r1], [%rd1], 4;
+cp.async.commit_group;
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("match", "body"),
+    [
+        ("asynchronous copy is still writing: its wait is missing",
+         "FAULT{cp.async.wait_group 0;} ld.shared.u32 %r4, [%r1];"),
+        ("race: shared load of bytes that warp . wrote",
+         "cp.async.wait_all; FAULT{bar.sync 0;} ld.shared.u32 %r4, [%r3];"),
+        ("asynchronous copy is still writing",
+         "cp.async.ca.shared.global [%r1+256], [%rd1], 4; cp.async.commit_group;"
+         "cp.async.wait_group 1;"
+         "FAULT{cp.async.wait_group 0;} ld.shared.u32 %r4, [%r1+256];"),
+        ("cp.async write over bytes that warp . may still read",
+         "cp.async.wait_all; bar.sync 0; ld.shared.u32 %r4, [%r3]; FAULT{bar.sync 0;}"
+         "cp.async.ca.shared.global [%r1], [%rd1], 4;"),
+        ("over bytes that an asynchronous copy is still writing",
+         "FAULT{cp.async.wait_all;} st.shared.u32 [%r1], %r0;"),
+    ],
+    ids=["no wait", "no barrier", "wait for the wrong group", "refilled early", "overwritten"],
+)  # fmt: skip
+def test_cp_async(match, body):
+    fault = body[body.index("FAULT{") : body.index("}") + 1]
+    run(COPY + body.replace(fault, fault[6:-1]))
+    fails(match, COPY + body.replace(fault, ""))
+
+
+BULK = """
+setp.eq.u32 %p1, %r0, 0; setp.lt.u32 %p2, %r0, 32; mov.u32 %r1, tile; add.u32 %r2, %r1, 4096;
+@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;
+INIT
+@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 256;
+@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%r1], [%rd0], 256, [%r2];
+WAIT
+shl.b32 %r3, %r0, 2; add.u32 %r4, %r1, %r3; ld.shared.u32 %r5, [%r4];
+AGAIN
+mad.wide.u32 %rd1, %r0, 4, %rd1; st.global.u32 [%rd1], %r5;
+"""
+WAIT = """again: mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r2], 0; @!%p3 bra again;"""
+
+
+def bulk(**parts):
+    parts = {"INIT": "bar.sync 0;", "WAIT": WAIT, "AGAIN": ""} | parts
+    body = BULK
+    for name, text in parts.items():
+        body = body.replace(name, text)
+    return body
+
+
+def test_bulk_copies():
+    x, out = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
+    run(bulk(), x, out)
+    np.testing.assert_array_equal(out, x)
+    fails("its wait is missing", bulk(WAIT=""), x, out)
+    fails("mbarrier used before a barrier", bulk(INIT=""), x, out)
+    only_one_warp = "@!%p2 bra done;" + WAIT + "done:"
+    fails(
+        "race: shared load of bytes that an asynchronous copy wrote|its wait is missing",
+        bulk(WAIT=only_one_warp),
+        x,
+        out,
+    )
+    refill = "FENCE @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r2], 256;" + (
+        "@%p1 cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes"
+        " [%r1], [%rd0], 256, [%r2];" + WAIT.replace(", 0;", ", 1;").replace("again", "more")
+    )
+    run(bulk(AGAIN=refill.replace("FENCE", "bar.sync 0;")), x, out)
+    fails(
+        "bulk copy over bytes that warp 1 may still read",
+        bulk(AGAIN=refill.replace("FENCE", "")),
+        x,
+        out,
+    )
+
+
+def test_bulk_store():
+    body = """
+    setp.eq.u32 %p1, %r0, 0; mov.u32 %r1, tile; shl.b32 %r3, %r0, 2; add.u32 %r4, %r1, %r3;
+    st.shared.u32 [%r4], %r0;
+    FENCE bar.sync 0;
+    @%p1 cp.async.bulk.global.shared::cta.bulk_group [%rd0], [%r1], 256;
+    @%p1 cp.async.bulk.commit_group;
+    READ
+    """
+    wait, fence = "@%p1 cp.async.bulk.wait_group.read 0;", "fence.proxy.async.shared::cta;"
+    out = np.zeros(64, np.uint32)
+    run(body.replace("FENCE", fence).replace("READ", wait), out)
+    np.testing.assert_array_equal(out, np.arange(64))
+    fails("without a fence.proxy.async", body.replace("FENCE", "").replace("READ", wait), out)
+    fails("exit while a bulk copy", body.replace("FENCE", fence).replace("READ", ""), out)
+    early = "@%p1 st.shared.u32 [%r4], %r0;" + wait
+    fails(
+        "still reads: its wait is missing", body.replace("FENCE", fence).replace("READ", early), out
+    )
+
+
+# --- wgmma ------------------------------------------------------------------------------------
+
+# 64x8 += 64x16 * 16x8 without swizzle: A at 0 (rows of core matrices 128 bytes apart), B at 4096.
+WGMMA = """
+mov.u32 %r1, tile; shl.b32 %r2, %r0, 4; add.u32 %r3, %r1, %r2; mov.u32 %r4, 0x3c003c00;
+st.shared.v4.u32 [%r3], {%r4, %r4, %r4, %r4};
+setp.lt.u32 %p1, %r0, 16;
+@%p1 st.shared.v4.u32 [%r3+4096], {%r4, %r4, %r4, %r4};
+PROXY bar.sync 0;
+cvt.u64.u32 %rd2, %r1; shr.u64 %rd2, %rd2, 4; or.b64 %rd3, %rd2, 0x0000001000080000;
+add.u64 %rd4, %rd3, 256;
+mov.f32 %f0, 0f3F800000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
+ORDER
+wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f0, %f1, %f2, %f3}, %rd3, %rd4, 1, 1, 1, 0, 0;
+EARLY
+wgmma.commit_group.sync.aligned;
+wgmma.wait_group.sync.aligned 0;
+mad.wide.u32 %rd1, %r0, 16, %rd0;
+st.global.v4.f32 [%rd1], {%f0, %f1, %f2, %f3};
+"""
+
+
+@pytest.mark.parametrize(
+    ("match", "parts"),
+    [
+        ("without a fence.proxy.async", {"PROXY": ""}),
+        ("race: wgmma read of bytes that warp", {"bar.sync 0;": ""}),
+        ("written after the last wgmma.fence",
+         {"ORDER": "wgmma.fence.sync.aligned; mov.f32 %f2, %f0;"}),
+        ("no wgmma.fence before the first|written after the last", {"ORDER": ""}),
+        ("still reads: its wait is missing", {"EARLY": "st.shared.u32 [%r3], %r4;"}),
+        ("%f1 belongs to a wgmma that was not waited", {"EARLY": "add.f32 %f4, %f1, %f1;"}),
+        ("%f1 belongs to a wgmma that was not waited", {"EARLY": "mov.f32 %f1, 0f00000000;"}),
+        ("belongs to a wgmma", {"wgmma.wait_group.sync.aligned 0;": ""}),
+        ("belongs to a wgmma", {"wgmma.commit_group.sync.aligned;": ""}),
+    ],
+    ids=["no proxy fence", "no barrier", "late register write", "no wgmma.fence", "operand changed",
+         "accumulator read", "accumulator written", "no wait", "no commit"],
+)  # fmt: skip
+def test_wgmma(match, parts):
+    defaults = {"PROXY": "fence.proxy.async;", "ORDER": "wgmma.fence.sync.aligned;", "EARLY": ""}
+    good, bad = WGMMA, WGMMA
+    for name, text in parts.items():
+        bad = bad.replace(name, text)
+    for name, text in defaults.items():
+        good, bad = good.replace(name, text), bad.replace(name, text)
+    out = np.zeros((128, 4), np.float32)
+    run(good, out, threads=128)
+    assert (out == 17).all()
+    fails(match, bad, out, threads=128)
+
+
+def test_wgmma_with_a_in_registers():
+    """The A registers belong to the product as long as the shared operand does."""
+    text = WGMMA.replace("%rd3, %rd4, 1, 1, 1, 0, 0", "{%r4, %r4, %r4, %r4}, %rd4, 1, 1, 1, 0")
+    text = text.replace("PROXY", "fence.proxy.async;").replace("ORDER", "wgmma.fence.sync.aligned;")
+    out = np.zeros((128, 4), np.float32)
+    run(text.replace("EARLY", "mov.b32 %r5, %r4;"), out, threads=128)
+    assert (out == 17).all()
+    match = "register %r4 belongs to a wgmma that was not waited"
+    fails(match, text.replace("EARLY", "mov.b32 %r4, 0;"), out, threads=128)
+
+
+def test_a_warpgroup_beside_another_warp_in_several_blocks():
+    """160 threads: warpgroups do not begin at multiples of 128 in later blocks."""
+    text = WGMMA.replace("PROXY", "fence.proxy.async;").replace("EARLY", "")
+    text = text.replace("ORDER", "setp.ge.u32 %p5, %r0, 128; @%p5 ret; wgmma.fence.sync.aligned;")
+    out = np.zeros((128, 4), np.float32)
+    kernel(text, ("out",), SHARED).launch(3, 160, [out])
+    assert (out == 17).all()
+    with pytest.raises(ptx.PtxError, match="partial"):
+        kernel(text.replace("%r0, 128;", "%r0, 96;"), ("out",), SHARED).launch(3, 160, [out])
+
+
+# --- barriers and collectives -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("match", "body"),
+    [
+        ("wait at a barrier that the others do not reach",
+         "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;"),
+        ("bar.sync.*by a partial warp: 16 lanes",
+         "setp.lt.u32 %p1, %r0, 16; @%p1 bra skip; bar.sync 0; skip:"),
+        ("0 wait at a barrier.*64 wait for an mbarrier",
+         "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [tile], 2; bar.sync 0;"
+         "@%p1 mbarrier.arrive.shared.b64 _, [tile];"
+         "again: mbarrier.try_wait.parity.shared.b64 %p2, [tile], 0; @!%p2 bra again;"),
+        ("this mbarrier was not initialized", "mbarrier.arrive.shared.b64 _, [tile];"),
+        ("arrivals at an mbarrier that awaits",
+         "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [tile], 1; bar.sync 0;"
+         "mbarrier.arrive.shared.b64 _, [tile], 2;"),
+        ("shfl.sync.*partial warp",
+         "setp.eq.u32 %p1, %r0, 3; @%p1 bra skip;"
+         "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xffffffff; skip:"),
+        ("its own member mask leaves out", "vote.sync.any.pred %p1, 1, 0xffff;"),
+        ("reads a lane that takes no part",
+         "setp.ge.u32 %p1, %r0, 16; @%p1 bra skip;"
+         "shfl.sync.idx.b32 %r1, %r0, 20, 31, 0xffff; skip:"),
+        ("ldmatrix.*partial warp",
+         "and.b32 %r9, %r0, 31; setp.eq.u32 %p1, %r9, 3;"
+         "@!%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [tile];"),
+        ("wgmma.fence|partial warp", "setp.eq.u32 %p1, %r0, 3; @!%p1 wgmma.fence.sync.aligned;"),
+        ("no multiple of a warp", "bar.sync 1, 48;"),
+        ("64 wait at a barrier", "shr.u32 %r1, %r0, 5; bar.sync %r1;"),
+        ("is used for 64 and 32 threads at once|for 32",
+         "setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 1, 64; @!%p1 bar.sync 1, 32;"),
+        ("the kernel trapped", "trap;"),
+        ("no end after", "again: bra again;"),
+    ],
+    ids=lambda x: x[:30],
+)  # fmt: skip
+def test_barriers_and_collectives(match, body):
+    if "no end" in match:
+        with pytest.raises(ptx.PtxError, match=match):
+            kernel(body).launch(1, 32, [np.zeros(1, np.uint32)], max_steps=100_000)
+        return
+    fails(match, body)
+
+
+def test_unknown_text_is_named_with_its_line():
+    with pytest.raises(
+        ptx.PtxError, match=r"line \d+: unknown instruction frobnicate\.u32"
+    ) as first:
+        kernel("frobnicate.u32 %r1, %r0;")
+    with pytest.raises(ptx.PtxError, match=r"unknown modifier \.wrong") as second:
+        kernel("\n\nadd.wrong.u32 %r1, %r0, %r0;")
+    assert second.value.line == first.value.line + 2
+    with pytest.raises(ptx.PtxError, match=r"line 5: unknown directive \.frob"):
+        kernel("", shared="\n.frob 3;")
+    with pytest.raises(ptx.PtxError, match="unknown label nowhere"):
+        kernel("bra nowhere;")
