@@ -55,7 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", nargs="+", default=[], metavar="FILE", help="default: photographs that ship")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     add("--weights", help="torchvision weights to download, or a state_dict file; default: random")
-    add("--compile", action="store_true", help="time torch.compile with freezing too")
+    add("--compile", action="append_const", const="compile", dest="peers",
+        help="time torch.compile with freezing too")  # fmt: skip
+    add("--openvino", action="append_const", const="openvino", dest="peers",
+        help="time OpenVINO too, where it is installed")  # fmt: skip
     add("--seconds", type=float, default=6.0, help="timed seconds per setting; default: 6")
     add("--json", type=Path, metavar="FILE", help="write the result here too")
     return parser
@@ -102,7 +105,7 @@ def compare(options: argparse.Namespace) -> int:
                 dtypes=options.dtype,
                 device=options.device,
                 weights=options.weights,
-                with_compile=options.compile,
+                peers=options.peers or (),
                 seconds=options.seconds,
                 progress=status.update,
             )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +20,9 @@ import resnet_fast
 from resnet_fast import agreement, models
 from resnet_fast.agreement import Verdict
 from resnet_fast.comparison.photographs import Photographs
+from resnet_fast.comparison.providers import NCHW, NHWC, OURS, Call, providers
 from resnet_fast.comparison.timing import Timing, interleaved
 
-OURS = "resnet_fast"
-NCHW, NHWC = "torchvision contiguous", "torchvision channels_last"
-COMPILED = "torch.compile, freezing"
 SECONDS = 6.0  # of timed rounds per setting
 
 
@@ -99,7 +97,7 @@ def compare(
     dtypes: Sequence[str] = ("float32", "bfloat16"),
     device: str = "auto",
     weights: str | None = None,
-    with_compile: bool = False,
+    peers: Sequence[str] = (),
     seconds: float = SECONDS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Comparison:
@@ -114,12 +112,12 @@ def compare(
         weights: None for random weights whose BatchNorm statistics are those of the photographs;
             a torchvision weights name ("DEFAULT", "IMAGENET1K_V1"), which is downloaded; or the
             path of a state_dict.
-        with_compile: time torch.compile with freezing as well.
+        peers: who else is timed: "compile", "openvino".
         seconds: of timed rounds per setting.
         progress: told what is being done.
 
     Raises:
-        ValueError: unknown model, dtype or device.
+        ValueError: unknown model, dtype, device or peer, or a peer that cannot run here.
     """
     place = pick_device(device)
     for dtype in dtypes:
@@ -141,18 +139,18 @@ def compare(
         exact = copy.deepcopy(theirs).double()(photographs.pixels.double())
     for dtype in dtypes:
         kind = getattr(torch, dtype)
-        providers = _providers(theirs, ours, kind, place, with_compile)
+        calls = providers(theirs, ours, kind, place, peers)
         for batch in batches:
             label = f"{dtype}, batch {batch}"
             progress(f"{label}: checking answers")
-            checked = _check(providers, photographs, kind, place, exact)
+            checked = _check(calls, photographs, kind, place, exact)
             setting = Setting(dtype, batch, *checked, timings={})
             if setting.agrees:
                 x = photographs.batch(batch).to(place, kind)
-                calls = {who: _call(model, x, who) for who, model in providers.items()}
-                with _freezing(with_compile):
-                    report = lambda text, label=label: progress(f"{label}: {text}")  # noqa: E731
-                    setting.timings.update(interleaved(calls, seconds, place, report))
+                x = x.contiguous(memory_format=torch.channels_last)
+                timed = {who: partial(call, _as_given(who, x)) for who, call in calls.items()}
+                tell = partial(_tell, progress, label)
+                setting.timings.update(interleaved(timed, seconds, place, tell))
             found.settings.append(setting)
     return found
 
@@ -209,48 +207,22 @@ def _calibrate(model: nn.Module, pixels: Tensor) -> None:
         norm.momentum = 0.1
 
 
-def _providers(theirs, ours, dtype, place, with_compile) -> dict[str, nn.Module]:
-    nhwc = torch.channels_last
-    providers = {
-        NCHW: copy.deepcopy(theirs).to(place, dtype),
-        NHWC: copy.deepcopy(theirs).to(place, dtype).to(memory_format=nhwc),
-        OURS: copy.deepcopy(ours).to(place, dtype).to(memory_format=nhwc),
-    }
-    if with_compile:
-        torch._dynamo.reset()
-        providers[COMPILED] = torch.compile(copy.deepcopy(providers[NHWC]), dynamic=False)
-    return providers
+def _as_given(provider: str, x: Tensor) -> Tensor:
+    """x in the layout that the provider takes, so that no conversion is timed."""
+    return x.contiguous() if provider == NCHW else x
 
 
-def _call(model: nn.Module, x: Tensor, provider: str) -> Callable[[], Tensor]:
-    if provider != NCHW:
-        x = x.contiguous(memory_format=torch.channels_last)
-    # Each at its best: what was compiled under no_grad is slower under inference_mode.
-    mode = torch.no_grad if provider == COMPILED else torch.inference_mode
-    return mode()(lambda: model(x))
+def _tell(progress: Callable[[str], None], label: str, text: str) -> None:
+    progress(f"{label}: {text}")
 
 
-@contextmanager
-def _freezing(wanted: bool):
-    """Inductor's freezing, which folds BatchNorm; the option of torch.compile does not reach it."""
-    if not wanted:
-        yield
-        return
-    from torch._inductor import config
-
-    with config.patch(freezing=True):
-        yield
-
-
-@torch.inference_mode()
-def _check(providers, photographs: Photographs, dtype, place, exact: Tensor) -> tuple:
+def _check(calls: dict[str, Call], photographs: Photographs, dtype, place, exact: Tensor) -> tuple:
     x = photographs.pixels.to(place, dtype)
-    ours = _call(providers[OURS], x, OURS)().cpu()
-    eager = _call(providers[NHWC], x, NHWC)().cpu()
+    ours, eager = calls[OURS](x).cpu(), calls[NHWC](x).cpu()
     verdict = agreement.compare(ours, eager, exact)
     classes = exact.argmax(1)
     top1 = [int((y.argmax(1) == classes).sum()) for y in (ours, eager)]
-    report = resnet_fast.report(providers[OURS])
+    report = resnet_fast.report(calls[OURS].model)
     return verdict, *top1, len(photographs.names), (report.fused, len(report))
 
 

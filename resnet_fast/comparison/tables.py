@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from resnet_fast.comparison.compare import OURS, Comparison, Setting
+from resnet_fast.comparison.compare import Comparison, Setting
+from resnet_fast.comparison.providers import OURS
 
 
 def render(result: Comparison) -> Iterator[Table | str]:
@@ -64,13 +65,20 @@ def _numbers(setting: Setting, name: str) -> tuple[str, ...]:
     )
 
 
-def markdown(results: list[Comparison]) -> str:
-    """The README's table: one line per model, dtype and batch."""
-    lines = ["| model | dtype | batch | torchvision, best (ms) | ours (ms) | ratio |"]
-    lines += ["|---|---|---|---|---|---|"]
+def markdown(results: list[dict]) -> str:
+    """A table for a README: a line per model, dtype and batch, a ratio per provider.
+
+    Args:
+        results: as `Comparison.to_json` gives them, with the same providers.
+    """
+    first = results[0]["settings"][0]
+    names = [name for name in first["timings"] if not name.startswith("torchvision")]
+    head = ["model", "dtype", "batch", "torchvision at its best (ms)"]
+    lines = ["| " + " | ".join(head + names) + " |", "|---" * (len(head) + len(names)) + "|"]
     for result in results:
-        for s in result.settings:
-            best, ours = s.timings[s.best_eager].median, s.timings[OURS].median
-            head = f"| {result.model} | {s.dtype} | {s.batch} "
-            lines.append(f"{head}| {best:.1f} | {ours:.1f} | {s.ratio(OURS):.2f} |")
+        for setting in result["settings"]:
+            best = min(t["median"] for n, t in setting["timings"].items() if n not in names)
+            cells = [result["model"], setting["dtype"], str(setting["batch"]), f"{best:.1f}"]
+            cells += [f"{setting['ratio'][name]:.2f}" for name in names]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
