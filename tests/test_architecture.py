@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom: the layers of the package, read from its imports."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "resnet_fast"
+
+# Each folder or module may import what stands above it, and nothing else of the package.
+LAYERS = (
+    ("spec", "_env", "_hardware", "agreement"),
+    ("kernels",),
+    ("dispatch",),
+    ("ops",),
+    ("nn",),
+    ("models",),
+    ("conversion",),
+    ("machine", "comparison"),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "testing" not in path.parts)
+
+# Imported lazily or not at all by the core: only these places may name them.
+OPTIONAL = {
+    "triton": ("kernels", "testing"),
+    "torchvision": ("models/weights.py", "comparison", "cli.py", "testing"),
+    "timm": (),
+    "rich": ("cli.py", "comparison/tables.py"),
+    "PIL": ("comparison/photographs.py",),
+    "numpy": ("testing",),
+    "openvino": ("comparison/providers.py",),
+}
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(module, line) of every import in a file, lazy ones included."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:  # only inside testing/ptx, which may be used without the package
+                assert "ptx" in path.parts, f"{path}:{node.lineno}: a relative import"
+                module = f"resnet_fast.testing.ptx.{module}"
+            found += [(f"{module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+def room(path: Path) -> str:
+    """The folder or module right under the package that a file belongs to."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_what_stands_above(path):
+    mine = room(path)
+    for module, line in imports(path):
+        parts = module.split(".")
+        if parts[0] != "resnet_fast" or mine == "__init__":
+            continue
+        theirs = parts[1] if len(parts) > 1 else ""
+        assert theirs != "testing", f"{path}:{line}: the package imports testing"
+        if theirs not in LEVEL or theirs == mine:
+            continue  # a name of the package itself: __version__, optimize, ...
+        assert LEVEL[theirs] < LEVEL[mine], f"{path}:{line}: {mine} imports {theirs}"
+
+
+def test_only_the_ops_call_dispatch_and_only_they_and_dispatch_call_kernels():
+    for path in FILES:
+        for module, line in imports(path):
+            where = f"{path}:{line}: {module}"
+            if module.startswith("resnet_fast.dispatch"):
+                # optimize() checks a backend's name before it copies a model
+                assert room(path) in ("dispatch", "ops", "conversion"), where
+            if module.startswith("resnet_fast.kernels"):
+                assert room(path) in ("kernels", "dispatch", "ops"), where
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_optional_packages_stay_in_their_rooms(package):
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE).as_posix()
+        if any(module.split(".")[0] == package for module, _ in imports(path)):
+            allowed = OPTIONAL[package]
+            assert any(relative.startswith(place) for place in allowed), f"{relative}: {package}"
+
+
+def test_the_ptx_machine_needs_numpy_and_the_standard_library_only():
+    for path in (PACKAGE / "testing" / "ptx").rglob("*.py"):
+        for module, line in imports(path):
+            first = module.split(".")[0]
+            own = module.startswith("resnet_fast.testing.ptx") or module == "resnet_fast.testing"
+            known = first in sys.stdlib_module_names or first == "numpy" or own
+            assert known, f"{path}:{line}: {module}"
+
+
+def test_every_source_file_names_its_licence():
+    for folder in ("resnet_fast", "tests", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            first = path.read_text().partition("\n")[0]
+            assert first == "# SPDX-License-Identifier: Apache-2.0", path
