@@ -2,8 +2,8 @@
 """What `optimize` puts in place of a module's forward, and takes away again.
 
 The module keeps its class, children, parameters and hooks; only `module.forward`, an attribute of
-that one instance, becomes a `FusedForward`. It survives copy.deepcopy and pickle with its module,
-and tools that read the source of a forward (torch.jit.script, inspect) see the class's own.
+that one instance, becomes a `FusedForward`. It survives copy.deepcopy and pickle with its module.
+torch.export sees in it the class's own forward; torch.jit.script does not take it: `restore` first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from resnet_fast.nn import blocks, fusion
 from resnet_fast.nn.blocks import Recipe
+
+_OF_FUNCTIONS = ("__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__")
 
 
 class FusedForward:
@@ -34,6 +36,12 @@ class FusedForward:
     def __wrapped__(self) -> MethodType:
         """The class's own forward, bound."""
         return MethodType(type(self.module).forward, self.module)
+
+    def __getattr__(self, name: str) -> object:
+        """What torch.export looks up in a function: the class's own forward's."""
+        if name not in _OF_FUNCTIONS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(type(self.module).forward, name)
 
     def __call__(self, x: Tensor) -> Tensor:
         raise NotImplementedError

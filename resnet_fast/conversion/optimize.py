@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from resnet_fast.nn import blocks
 from resnet_fast.nn.fusion import disabled
 
 
+# Tensors made under inference mode have no version counter, so no packed copy is kept of them.
+@torch.inference_mode(False)
 def optimize(
     model: nn.Module,
     *,
@@ -49,8 +52,8 @@ def optimize(
         example_input: what `verify` runs, [N, C, H, W]; by default random, [2, 3, 224, 224].
         backend: "auto", or one backend's name for all blocks (`resnet-fast check` lists them).
         strict: raise if nothing was found to fuse.
-        verify: run the model before and after, and raise if the fused one is less exact than the
-            plain one by more than a factor of two, both measured against float64.
+        verify: run copies from before and after, in evaluation mode, and raise if the fused one is
+            less exact than the plain one by more than a factor of two, measured against float64.
 
     Returns:
         The optimized model. Optimizing it again changes nothing.
@@ -70,19 +73,19 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"resnet_fast.optimize: model must be an nn.Module, got {type(model)}")
     backends.check_name(backend)
-    before = copy.deepcopy(model) if verify or not inplace else None
+    before = copy.deepcopy(model) if verify else None
     optimized = model if inplace else copy.deepcopy(model)
     if dtype is not None:
         optimized.to(dtype)
-    optimized.to(memory_format=memory_format)
+    _set_memory_format(optimized, memory_format)
     found = _install(optimized, backend)
     if strict and not found:
         raise RuntimeError(
             f"resnet_fast.optimize: no residual block of a known class in {type(model).__name__}; "
             f"known are {', '.join('.'.join(key) for key in recipes.BLOCKS)}"
         )
-    if verify:
-        _verify(before, optimized, dtype, example_input)
+    if verify and found:
+        _verify(before.eval(), copy.deepcopy(optimized).eval(), dtype, example_input)
     return optimized
 
 
@@ -119,6 +122,7 @@ def refresh(model: nn.Module) -> nn.Module:
         >>> model.conv1.weight.data[0, 0, 0, 0] = 0.5
         >>> resnet_fast.refresh(model)
     """
+    blocks.forget_programs(model)
     ops.forget(model.parameters())
     return model
 
@@ -126,17 +130,26 @@ def refresh(model: nn.Module) -> nn.Module:
 def _install(model: nn.Module, backend: str) -> int:
     """Install fused forwards; the number of residual blocks that fuse, now or already before."""
     found = 0
+    asked = backend != backends.AUTO  # else this package's own modules need nothing installed
     for module in model.modules():
-        recipe = recipes.recipe_for(module)
-        if recipe is not None:
+        known = blocks.fusable(module)
+        recipe = recipes.recipe_for(module) or (asked and known and known.recipe)
+        if recipe:
             install(BlockForward(module, recipe, backend))
-        if recipes.is_torchvision_resnet(module):
+        if recipes.is_torchvision_resnet(module) or (asked and recipes.is_own_resnet(module)):
             install(ModelForward(module, backend=backend))
         found += blocks.fusable(module) is not None
     for module in model.modules():
         if type(module) is nn.Sequential and any(map(blocks.fusable, module)):
             install(StageForward(module, backend=backend))
     return found
+
+
+def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """As `model.to(memory_format=...)`, which refuses models that have 5-D weights as well."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.dim() == 4 and not tensor.is_contiguous(memory_format=memory_format):
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
 @torch.inference_mode()
@@ -149,9 +162,10 @@ def _verify(before: nn.Module, after: nn.Module, dtype, example: Tensor | None) 
     with disabled():
         plain = _outputs(before.to(dtype) if dtype else before, example.to(first.dtype))
     fused = _outputs(after, example.to(first.dtype))
+    k_gemm = max(p[0].numel() for p in after.parameters() if p.dim() == 4)
     for ours, theirs, reference in zip(fused, plain, exact, strict=True):
         if ours.is_floating_point():
-            verdict = agreement.compare(ours, theirs, reference)
+            verdict = agreement.compare(ours, theirs, reference, k_gemm)
             if not verdict.agrees:
                 raise RuntimeError(f"resnet_fast.optimize: verify failed: {verdict}")
 

@@ -40,7 +40,16 @@ def recipe_for(block: nn.Module) -> Recipe | None:
 
 def is_torchvision_resnet(model: nn.Module) -> bool:
     """Whether the model runs torchvision's own ResNet forward, so that its stem can be fused."""
-    known = getattr(sys.modules.get("torchvision.models.resnet"), "ResNet", None)
+    return _is_resnet_of("torchvision.models.resnet", model)
+
+
+def is_own_resnet(model: nn.Module) -> bool:
+    """Whether the model runs the forward of this package's ResNet."""
+    return _is_resnet_of("resnet_fast.models.resnet", model)
+
+
+def _is_resnet_of(library: str, model: nn.Module) -> bool:
+    known = getattr(sys.modules.get(library), "ResNet", None)
     return known is not None and all(
         getattr(type(model), name, None) is getattr(known, name)
         for name in ("forward", "_forward_impl")

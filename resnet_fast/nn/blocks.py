@@ -52,7 +52,7 @@ class Fusable(NamedTuple):
 
     recipe: Recipe
     backend: str
-    plain: Callable[[Tensor], Tensor]
+    plain: Callable[[nn.Module, Tensor], Tensor]  # the class's: (block, x) -> y
 
 
 class Parts(NamedTuple):
@@ -74,21 +74,28 @@ def record_of(module: nn.Module) -> Record:
     return record
 
 
+def forget_programs(model: nn.Module) -> None:
+    """Drop what is kept between calls for the model's blocks and stems."""
+    for module in model.modules():
+        if module in _records:
+            _records[module].programs.clear()
+
+
 def fusable(block: nn.Module) -> Fusable | None:
     """How calling `block` would try to fuse, or None if it would not.
 
     True of a class that has a `recipe` beside its forward, and of an instance whose forward was
     replaced by `optimize`; not of a subclass that overrides the forward.
     """
-    forward = block.__dict__.get("forward")
+    kind, forward = type(block), block.__dict__.get("forward")
     if forward is not None:
         recipe = getattr(forward, "recipe", None)
-        return recipe and Fusable(recipe, forward.backend, forward.__wrapped__)
-    kind = type(block)
+        plain = getattr(kind, "_forward_plain", kind.forward)
+        return recipe and Fusable(recipe, forward.backend, plain)
     recipe = getattr(kind, "recipe", None)
     if recipe is None or "recipe" not in _owner(kind, "forward").__dict__:
         return None
-    return Fusable(recipe, "auto", block._forward_plain)
+    return Fusable(recipe, "auto", kind._forward_plain)
 
 
 def _owner(kind: type, attribute: str) -> type:
@@ -118,7 +125,7 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
     if found is None:
         # A subclass overrides forward and came here through super(). Nothing is kept: a stage
         # would take it for all that calling the block does.
-        found = Fusable(type(block).recipe, "auto", block._forward_plain)
+        found = Fusable(type(block).recipe, "auto", type(block)._forward_plain)
         return _run(block, found, x, owned=False, keep=False)[0]
     return _run(block, found, x, owned=False)[0]
 
@@ -291,7 +298,7 @@ def _run(
     parts = parts_of(block, found.recipe, x)
     if isinstance(parts, str):
         _note(block, parts)
-        return found.plain(x), False
+        return found.plain(block, x), False
     bypassed = list(block.modules())[1:]
     return _run_parts(block, parts, bypassed, x, owned, found.backend, keep), True
 

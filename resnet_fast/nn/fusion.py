@@ -134,6 +134,7 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None  # module.compile()
+        or nn_module._has_any_global_hook()
     )
 
 

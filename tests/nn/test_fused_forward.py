@@ -262,7 +262,10 @@ def test_a_model_built_under_inference_mode(kind, image, assert_agrees):
         for model in (fused, plain):
             model.layer1[0].conv1.weight[0] += 1  # no version counter tells of this
         assert_agrees(fused, plain, x)
-    assert all("inference_mode" in r.reason for r in resnet_fast.report(fused))
+    if kind == "ours":  # `optimize` made a copy that has version counters
+        assert all("inference_mode" in r.reason for r in resnet_fast.report(fused))
+    else:
+        assert all(r.backend == "cpu" for r in resnet_fast.report(fused))
 
 
 @torch.no_grad()

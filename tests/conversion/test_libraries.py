@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optimize` on the models that torchvision and timm build out of ResNets."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.detection.backbone_utils import (
+    BackboneWithFPN,
+    _resnet_fpn_extractor,
+    resnet_fpn_backbone,
+)
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+from torchvision.ops import FrozenBatchNorm2d
+
+import resnet_fast
+import resnet_fast.models.resnet as ours
+
+K_GEMM = 2048 * 9
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 1.5, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)  # timm starts some at zero
+            module.bias.data.normal_(0, 0.1, generator=generator)
+    return model.eval()
+
+
+def image(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def check(model: nn.Module, x: torch.Tensor, pick=lambda y: {"": y}) -> nn.Module:
+    """Optimize the model; each tensor that `pick` takes of its output must agree; twice."""
+    optimized = resnet_fast.optimize(model, strict=True)
+    with torch.inference_mode():
+        exact = pick(copy.deepcopy(model).double()(x.double()))
+        eager = pick(model(x))
+        for _ in range(2):
+            mine = pick(optimized(x))
+            assert list(mine) == list(eager)
+            for name in mine:
+                verdict = resnet_fast.agreement.compare(
+                    mine[name], eager[name], exact[name], K_GEMM
+                )
+                assert verdict.agrees, f"{name}: {verdict}"
+    return optimized
+
+
+def assert_fused(model: nn.Module, expected: int) -> None:
+    rows = resnet_fast.report(model)
+    assert (rows.fused, len(rows)) == (expected, expected), str(rows)
+    assert all(r.backend == "cpu" for r in rows), str(rows)
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
+def test_faster_rcnn(norm):
+    torch.manual_seed(0)
+    sizes = {"num_classes": 3, "min_size": 64, "max_size": 64}
+    if norm is nn.BatchNorm2d:
+        model = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+            weights=None, weights_backbone=None, **sizes
+        )
+    else:
+        backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=norm)
+        model = torchvision.models.detection.FasterRCNN(backbone, **sizes)
+    randomize(model)
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0  # as torchvision does once it has loaded weights
+    optimized = resnet_fast.optimize(model, strict=True)
+    x = image(3, 64, 64).sigmoid()
+    with torch.inference_mode():
+        detected = [m([x, x[:, :48]]) for m in (model, optimized, optimized)]
+    for mine in detected[1:]:
+        for a, b in zip(mine, detected[0], strict=True):
+            assert len(a["boxes"]) > 0
+            assert torch.equal(a["labels"], b["labels"])
+            # Softmax and the exponential of a box's size magnify the rounding of the features,
+            # which `check` below judges: here the decisions count, to a hundredth of a pixel.
+            torch.testing.assert_close(a["boxes"], b["boxes"], rtol=0, atol=1e-2)
+            torch.testing.assert_close(a["scores"], b["scores"], rtol=0, atol=1e-3)
+    rows = resnet_fast.report(optimized)
+    assert rows.fused == len(rows) == 16  # the extractor calls conv1, bn1 and relu one by one
+    check(model.backbone, image(1, 3, 64, 64), dict)
+
+
+@pytest.mark.parametrize("build", ["deeplabv3_resnet50", "fcn_resnet50"])
+def test_segmentation(build):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models.segmentation, build)(
+        weights=None, weights_backbone=None, num_classes=3, aux_loss=True
+    )
+    optimized = check(randomize(model), image(1, 3, 64, 64), dict)
+    assert optimized.backbone.layer4[1].conv2.dilation == (4, 4)
+    assert_fused(optimized, 16)
+
+
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
+def test_pyramid_on_our_resnet(norm):
+    torch.manual_seed(0)
+    mine = ours.resnet18(norm_layer=norm)
+    theirs = torchvision.models.resnet18(norm_layer=norm)
+    theirs.load_state_dict(mine.state_dict())
+    pyramids = []
+    for model in (randomize(mine), randomize(theirs)):
+        torch.manual_seed(3)
+        pyramids.append(_resnet_fpn_extractor(model, trainable_layers=3).eval())
+    x = image(2, 3, 64, 64)
+    with torch.inference_mode():
+        exact = copy.deepcopy(pyramids[1]).double()(x.double())
+        fused, eager = (p(x) for p in pyramids)
+    assert list(fused) == list(eager)
+    for name in fused:
+        assert resnet_fast.agreement.compare(fused[name], eager[name], exact[name], K_GEMM).agrees
+    assert_fused(pyramids[0], 8)
+
+
+def test_backbones_with_pyramids():
+    torch.manual_seed(0)
+    names = {"layer2": "0", "layer4": "1"}
+    resnet = torchvision.models.resnet18()
+    for model in (
+        BackboneWithFPN(resnet, names, [128, 512], 16),
+        resnet_fpn_backbone(backbone_name="resnet18", weights=None),
+    ):
+        assert_fused(check(randomize(model), image(1, 3, 64, 64), dict), 8)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_feature_extractors_see_the_same_graph(name):
+    model = getattr(torchvision.models, name)().eval()
+    optimized = resnet_fast.optimize(model)
+    with torch.no_grad():
+        optimized(image(1, 3, 32, 32))
+    assert get_graph_node_names(optimized) == get_graph_node_names(model)
+    nodes = ["layer1.0.relu_1", "layer2.1.add", "flatten"]
+    x = image(1, 3, 64, 64)
+    with torch.no_grad():
+        mine, theirs = (create_feature_extractor(m, nodes)(x) for m in (optimized, model))
+    for node in nodes:
+        torch.testing.assert_close(mine[node], theirs[node], rtol=1e-4, atol=1e-4)
+
+
+def test_resnext():
+    torch.manual_seed(0)
+    model = torchvision.models.resnext50_32x4d(num_classes=4)
+    rows = resnet_fast.report(check(randomize(model), image(1, 3, 64, 64)))
+    assert rows.fused == len(rows) == 17
+
+
+# ---- timm
+
+timm = pytest.importorskip("timm")
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet18", 8), ("resnet50", 16)])
+def test_timm(name, blocks):
+    torch.manual_seed(0)
+    model = randomize(timm.create_model(name, pretrained=False, num_classes=4))
+    optimized = check(model, image(1, 3, 64, 64))
+    assert_fused(optimized, blocks)
+    assert type(optimized) is type(model)
+    x = image(1, 3, 64, 64)
+    with torch.inference_mode():
+        mine, theirs = (m.forward_intermediates(x)[1] for m in (optimized, model))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        pytest.param("resnet50d", {}, r"downsample: Sequential is not", id="avg-pooled-shortcut"),
+        pytest.param("seresnet50", {}, r"se is a ", id="squeeze-excite"),
+        pytest.param("resnet18", {"act_layer": nn.SiLU}, "SiLU is not a ReLU", id="silu"),
+        pytest.param("resnet18", {"aa_layer": nn.AvgPool2d}, r"aa is a AvgPool2d", id="anti-alias"),
+    ],
+)
+def test_timm_refuses_with_a_reason(name, options, reason):
+    import re
+
+    torch.manual_seed(0)
+    model = randomize(timm.create_model(name, pretrained=False, num_classes=4, **options))
+    rows = resnet_fast.report(check(model, image(1, 3, 64, 64)))
+    plain = [r for r in rows if not r.fused]
+    assert plain
+    assert any(re.search(reason, r.reason) for r in plain), str(rows)
+
+
+def test_timm_stochastic_depth_only_in_evaluation():
+    torch.manual_seed(0)
+    model = randomize(
+        timm.create_model("resnet18", pretrained=False, num_classes=4, drop_path_rate=0.5)
+    )
+    optimized = check(model, image(1, 3, 64, 64))
+    assert_fused(optimized, 8)
+    drop = optimized.layer4[1].drop_path
+    drop.train()
+    x = image(1, 3, 64, 64)
+    with torch.inference_mode():
+        outputs = {tuple(optimized(x)[0].tolist()) for _ in range(12)}
+    assert len(outputs) == 2  # with and without the last block
+    assert not list(resnet_fast.report(optimized))[-1].fused
+
+
+def test_timm_feature_pyramid():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", pretrained=False, features_only=True)
+    optimized = check(
+        randomize(model), image(1, 3, 64, 64), lambda ys: {str(i): y for i, y in enumerate(ys)}
+    )
+    assert_fused(optimized, 8)

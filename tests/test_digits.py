@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A ResNet-20 trained on real digits decides the same before and after `optimize`.
+
+scikit-learn's digits are 1797 handwritten ones of 8x8 pixels. The network is the paper's for
+CIFAR-10 (He et al. 2015, section 4.2), of one channel in and with projections as shortcuts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import resnet_fast
+from resnet_fast.models.resnet import BasicBlock, conv1x1, conv3x3
+
+datasets = pytest.importorskip("sklearn.datasets")
+
+TRAINING = 1400  # the first 1400 digits; the other 397 are the test
+
+
+def resnet20() -> nn.Module:
+    layers: list[nn.Module] = [conv3x3(1, 16), nn.BatchNorm2d(16), nn.ReLU()]
+    inplanes = 16
+    for planes in (16, 32, 64):
+        for i in range(3):
+            stride = 2 if i == 0 and planes > 16 else 1
+            projection = None
+            if stride != 1:
+                projection = nn.Sequential(conv1x1(inplanes, planes, 2), nn.BatchNorm2d(planes))
+            layers.append(BasicBlock(inplanes, planes, stride, projection))
+            inplanes = planes
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The network after six passes over the training digits, and the test digits."""
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model, passes, batch = resnet20(), 6, 50
+    steps = passes * TRAINING // batch
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
+    for _ in range(passes):
+        for chosen in torch.randperm(TRAINING).split(batch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval(), images[TRAINING:], labels[TRAINING:]
+
+
+def plain_decisions(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(), resnet_fast.disabled():
+        return model(images).argmax(1)
+
+
+@torch.inference_mode()
+def test_the_same_decisions(trained):
+    model, images, labels = trained
+    before = plain_decisions(model, images)
+    assert (before == labels).float().mean() > 0.95
+    optimized = resnet_fast.optimize(model, strict=True)
+    for _ in range(2):
+        assert torch.equal(optimized(images).argmax(1), before)
+    rows = resnet_fast.report(optimized)
+    assert rows.fused == len(rows) == 9
+    assert all(r.backend and r.backend != "aten" for r in rows)
+
+
+@torch.inference_mode()
+def test_bfloat16_decides_alike(trained):
+    model, images, labels = trained
+    right = (plain_decisions(model, images) == labels).sum()
+    optimized = resnet_fast.optimize(model, dtype=torch.bfloat16)
+    decided = optimized(images.bfloat16()).argmax(1)
+    assert abs((decided == labels).sum() - right) <= 2
+    assert all(r.fused for r in resnet_fast.report(optimized))
+
+
+def test_training_goes_on_after_optimize(trained):
+    model, images, labels = trained
+    optimized = resnet_fast.optimize(model)
+    with torch.inference_mode():
+        before = optimized(images)
+    optimizer = torch.optim.SGD(optimized.parameters(), lr=0.01)
+    optimized.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(optimized(images), labels).backward()
+        optimizer.step()
+    optimized.eval()
+    with torch.inference_mode():
+        after = optimized(images)
+        with resnet_fast.disabled():
+            torch.testing.assert_close(after, optimized(images), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, after, atol=1e-2)
