@@ -26,7 +26,11 @@ class BadInput(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help(sys.stderr)
+        return BAD_INPUT
     try:
         return options.run(options)
     except BadInput as error:
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("resnet-fast", description="Drop-in ResNets that run fused.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     text = "what this machine has, which backend serves which op, and why the others do not"
     command = commands.add_parser("check", help=text, description=f"Print {text}.")
     command.set_defaults(run=check)

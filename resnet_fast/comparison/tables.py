@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from resnet_fast.comparison.compare import Comparison, Setting
+from resnet_fast.comparison.measure import Comparison, Setting
 from resnet_fast.comparison.providers import OURS
 
 
