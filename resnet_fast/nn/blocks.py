@@ -217,12 +217,14 @@ def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
         reason = fusion.activation_refusal(modules.get(name))
         if reason is not None:
             return f"{name}: {reason}"
-    units = []
+    units: list[tuple[Unit, nn.Module]] = []
     for conv, norm in recipe.units:
         unit = fusion.unit_of(modules.get(conv), modules.get(norm), x)
         if isinstance(unit, str):
             return f"{conv}: {unit}"
         units.append((unit, modules[norm]))
+    if units[0][0].channels != x.shape[1]:  # torch's own error is the one that is expected
+        return f"x has {x.shape[1]} channels, conv1 takes {units[0][0].channels}"
     projection = _projection(getattr(block, "downsample", None), x)
     return projection if isinstance(projection, str) else Parts(units, projection, joins=True)
 
@@ -232,7 +234,11 @@ def stem_of(model: nn.Module, x: Tensor) -> Parts | str:
     modules = model._modules
     reason = fusion.context_refusal(x) or fusion.activation_refusal(modules.get("relu"))
     unit = reason or fusion.unit_of(modules.get("conv1"), modules.get("bn1"), x)
-    return unit if isinstance(unit, str) else Parts([(unit, modules["bn1"])], None, joins=False)
+    if isinstance(unit, str):
+        return unit
+    if unit.channels != x.shape[1]:
+        return f"x has {x.shape[1]} channels, conv1 takes {unit.channels}"
+    return Parts([(unit, modules["bn1"])], None, joins=False)
 
 
 def _is_identity(module: object) -> bool:

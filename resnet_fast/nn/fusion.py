@@ -35,6 +35,11 @@ class Unit(NamedTuple):
     var: Tensor  # [K]
     eps: float
 
+    @property
+    def channels(self) -> int:
+        """Channels of the input."""
+        return self.weight.shape[1] * self.conv.groups
+
 
 @dataclass(slots=True)
 class Record:

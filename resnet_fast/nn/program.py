@@ -47,9 +47,9 @@ def key_of(x: Tensor) -> tuple:
 
 def may_keep(x: Tensor) -> bool:
     """Whether programs apply to this call: nothing listens, and no gradient could be needed."""
-    if x.device.type == "cpu" and not torch._C._get_mkldnn_enabled():
+    if torch.is_grad_enabled() or fusion.listened_to(x):
         return False
-    return not torch.is_grad_enabled() and not fusion.listened_to(x)
+    return x.is_cuda or torch._C._get_mkldnn_enabled()  # whose absence another plan would serve
 
 
 def recall(record: Record | None, key: tuple | None, owner: nn.Module) -> Bound | None:

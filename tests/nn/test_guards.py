@@ -514,3 +514,16 @@ def test_a_change_has_its_effect(change, where, reason, warm, pair, image, asser
     buffers = dict(plain.named_buffers())
     for name, buffer in fused.named_buffers():
         torch.testing.assert_close(buffer, buffers[name], msg=name)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_wrong_number_of_channels_is_torchs_own_error(channels):
+    theirs = reference.resnet18().eval()
+    x = torch.zeros(1, channels, 32, 32)
+    with torch.inference_mode():
+        with pytest.raises(RuntimeError) as expected:
+            theirs(x)
+        for model in (resnet_fast.models.resnet18().eval(), resnet_fast.optimize(theirs)):
+            with pytest.raises(RuntimeError) as raised:
+                model(x)
+            assert str(raised.value) == str(expected.value)
