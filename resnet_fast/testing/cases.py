@@ -12,9 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from resnet_fast.spec import ConvSpec
+from resnet_fast import _hardware
+from resnet_fast.dispatch import heuristics
+from resnet_fast.spec import ConvSpec, TileConfig
 from resnet_fast.testing.tolerance import round_to_tf32
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# (dtype, precision) of a convolution
+KINDS = (("float16", "tf32"), ("bfloat16", "tf32"), ("float32", "tf32"), ("float32", "ieee"))
 GUARD = 64  # elements around every tensor: NaN, so that a stray read shows
 
 
@@ -85,6 +90,45 @@ ODD = {
     "batch-prime": ConvSpec(13, 3, 3, 32, 32, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
     "no-activation": ConvSpec(1, 6, 6, 32, 32, 3, 3, (1, 1), (1, 1), activation="none"),
 }
+
+
+def tile_spec(tile: TileConfig, arch: int, dtype: str, precision: str) -> ConvSpec | None:
+    """A small 3x3 convolution that `tile` cuts into 2x2 whole tiles; None if not meant for it.
+
+    It has all that a convolution may have: padding, normalisation, residual, activation. Its
+    channels make as few steps as fill the pipeline twice over, each of them full.
+    """
+    for c in (2 * tile.BLOCK_K, tile.BLOCK_K):
+        spec = ConvSpec(
+            1, tile.BLOCK_M // 8, 16, c, 2 * tile.BLOCK_N, 3, 3, (1, 1), (1, 1),
+            dtype=dtype, precision=precision, residual=True, norm=True,
+        )  # fmt: skip
+        if heuristics.refusal(spec, tile, _hardware.GPUS[arch]) is None:
+            return spec
+    return None
+
+
+def tile_cases(arch: int) -> list[tuple[ConvSpec, TileConfig]]:
+    """Every tile of the table of `arch` with each kind of arithmetic it is meant for.
+
+    Each first kind is run in the kernel's other forms as well: pointwise, strided pointwise, and
+    with the products split; and the 7x7 stem, at the tile that is chosen for it.
+    """
+    found = []
+    for tile in heuristics.TILES[arch]:
+        specs = [spec for kind in KINDS if (spec := tile_spec(tile, arch, *kind))]
+        found += [(spec, tile) for spec in specs]
+        pointwise = replace(specs[0], c=4 * specs[0].c, r=1, s=1, padding=(0, 0))
+        found.append((pointwise, tile))
+        strided = replace(pointwise, h=2 * pointwise.h, w=2 * pointwise.w, stride=(2, 2))
+        found.append((strided, tile))
+        found.append((specs[0], replace(tile, SPLIT_K=2)))
+    for dtype, precision in KINDS:
+        stem = ConvSpec(
+            1, 32, 32, 3, 64, 7, 7, (2, 2), (3, 3), dtype=dtype, precision=precision, norm=True
+        )
+        found.append((stem, heuristics.choose(stem, arch)))
+    return found
 
 
 @dataclass
