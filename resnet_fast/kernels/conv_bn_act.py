@@ -220,7 +220,9 @@ def reduce_splits_kernel(
 ):
     """Add the shares in order, then the same ending as the unsplit kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # In fours, the vectors of fp32. Else all accesses take the eights of a half-precision y, and a
+    # thread reads its eight sums by two loads that each touch every second half of a sector.
+    cols = tl.program_id(1) * BLOCK_N + tl.max_contiguous(tl.arange(0, BLOCK_N), 4)
     mask = (rows < m)[:, None] & (cols < k)[None, :]
     index = rows.to(tl.int64) if INDEX64 else rows
     offsets = index[:, None] * k + cols[None, :]
