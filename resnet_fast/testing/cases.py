@@ -92,43 +92,70 @@ ODD = {
 }
 
 
-def tile_spec(tile: TileConfig, arch: int, dtype: str, precision: str) -> ConvSpec | None:
-    """A small 3x3 convolution that `tile` cuts into 2x2 whole tiles; None if not meant for it.
+# The most demanding forms: taps with a mask, steps that are not full, norm, residual, activation.
+DEMANDING = (
+    ConvSpec(8, 28, 28, 264, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    ConvSpec(8, 28, 28, 40, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    ConvSpec(8, 28, 28, 24, 16, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+)
 
-    It has all that a convolution may have: padding, normalisation, residual, activation. Its
-    channels make as few steps as fill the pipeline twice over, each of them full.
+
+def is_meant_for(spec: ConvSpec, tile: TileConfig, arch: int) -> bool:
+    """Whether the heuristics of `arch` may choose `tile` for `spec`."""
+    return heuristics.refusal(spec, tile, _hardware.GPUS[arch]) is None
+
+
+def demanding(tile: TileConfig, arch: int) -> ConvSpec:
+    """The most demanding convolution that `tile` is meant for; the last kinds need the most."""
+    specs = (replace(s, dtype=d, precision=p) for d, p in reversed(KINDS) for s in DEMANDING)
+    return next(spec for spec in specs if is_meant_for(spec, tile, arch))
+
+
+def cut(tile: TileConfig, arch: int) -> ConvSpec:
+    """`demanding`, so small that one tile is whole and the others are cut in rows and columns."""
+    spec = demanding(tile, arch)
+    height = tile.BLOCK_M // 10 + 1
+    return replace(spec, n=1, h=height, w=10, c=min(spec.c, 72), k=tile.BLOCK_N + 16)
+
+
+def whole(tile: TileConfig, arch: int, dtype: str, precision: str) -> ConvSpec | None:
+    """A 3x3 convolution that `tile` cuts into 2x2 whole tiles; None if it is not meant for one.
+
+    It has padding, norm, residual and activation; every step is full, and there are enough to fill
+    the pipeline twice.
     """
     for c in (2 * tile.BLOCK_K, tile.BLOCK_K):
         spec = ConvSpec(
             1, tile.BLOCK_M // 8, 16, c, 2 * tile.BLOCK_N, 3, 3, (1, 1), (1, 1),
             dtype=dtype, precision=precision, residual=True, norm=True,
         )  # fmt: skip
-        if heuristics.refusal(spec, tile, _hardware.GPUS[arch]) is None:
+        if is_meant_for(spec, tile, arch):
             return spec
     return None
 
 
-def tile_cases(arch: int) -> list[tuple[ConvSpec, TileConfig]]:
-    """Every tile of the table of `arch` with each kind of arithmetic it is meant for.
+def tile_cases(arch: int, dtype: str, precision: str) -> list[tuple[ConvSpec, TileConfig]]:
+    """Every tile of the table of `arch` that is meant for one kind of arithmetic.
 
-    Each first kind is run in the kernel's other forms as well: pointwise, strided pointwise, and
-    with the products split; and the 7x7 stem, at the tile that is chosen for it.
+    Each with a 3x3 convolution; at the first kind that it is meant for also with a pointwise one,
+    with the products split, and with tiles that are cut. And the 7x7 stem, at its own tile.
     """
     found = []
     for tile in heuristics.TILES[arch]:
-        specs = [spec for kind in KINDS if (spec := tile_spec(tile, arch, *kind))]
-        found += [(spec, tile) for spec in specs]
-        pointwise = replace(specs[0], c=4 * specs[0].c, r=1, s=1, padding=(0, 0))
-        found.append((pointwise, tile))
-        strided = replace(pointwise, h=2 * pointwise.h, w=2 * pointwise.w, stride=(2, 2))
-        found.append((strided, tile))
-        found.append((specs[0], replace(tile, SPLIT_K=2)))
-    for dtype, precision in KINDS:
-        stem = ConvSpec(
-            1, 32, 32, 3, 64, 7, 7, (2, 2), (3, 3), dtype=dtype, precision=precision, norm=True
-        )
-        found.append((stem, heuristics.choose(stem, arch)))
-    return found
+        kinds = [kind for kind in KINDS if whole(tile, arch, *kind)]
+        if (dtype, precision) not in kinds:
+            continue
+        spec = whole(tile, arch, dtype, precision)
+        found.append((spec, tile))
+        if (dtype, precision) == kinds[0]:
+            found.append((replace(spec, c=2 * spec.c, r=1, s=1, padding=(0, 0)), tile))
+            found.append((spec, replace(tile, SPLIT_K=2)))
+        if (limit := cut(tile, arch)) and (limit.dtype, limit.precision) == (dtype, precision):
+            found.append((limit, tile))
+    stem = ConvSpec(
+        1, 32, 32, 3, 64, 7, 7, (2, 2), (3, 3), dtype=dtype, precision=precision, norm=True
+    )
+    return [*found, (stem, replace(heuristics.choose(stem, arch), SPLIT_K=1))]
 
 
 @dataclass

@@ -197,8 +197,9 @@ def cases(archs: tuple[int, ...] = MACHINE_ARCHS) -> Iterator[CompiledKernel]:
         >>> [kernel.resources().registers for kernel in cases((80,))]
     """
     for arch in archs:
-        for spec, tile in problems.tile_cases(arch):
-            yield from conv_kernels(problems.conv_tensors(spec), tile, arch)
+        for kind in problems.KINDS:
+            for spec, tile in problems.tile_cases(arch, *kind):
+                yield from conv_kernels(problems.conv_tensors(spec), tile, arch)
         for dtype in problems.DTYPES:
             tensors = (torch.randn(5000).to(dtype) for _ in range(3))
             yield from add_relu_kernels(*tensors, arch)

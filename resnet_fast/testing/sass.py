@@ -83,8 +83,8 @@ def is_mma(code: str) -> bool:
 
 
 def is_load(code: str) -> bool:
-    """Whether a SASS opcode reads memory: LDG, LDS, LDSM, LDGSTS, bulk and tensor copies."""
-    return re.match(r"LD(G|S|L|C|SM|GSTS)?\b|UBLKCP|UTMALDG", code) is not None
+    """Whether a SASS opcode reads memory (constants aside): LDG, LDS, LDSM, LDGSTS, bulk copies."""
+    return re.match(r"LD(G|S|L|SM|GSTS)?\b|UBLKCP|UTMALDG", code) is not None
 
 
 def tensor_loops(sass: str) -> list[MainLoop]:
