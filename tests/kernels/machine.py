@@ -20,8 +20,8 @@ SECTOR = 32  # bytes
 # 64 bytes apart, so that every second one begins at the same bank, and Triton swizzles its layout
 # for tensor cores, not for that.
 IEEE_CONFLICTS = {80: 3.3, 90: 6.4}
-# fp32 with three channels is gathered element by element and stored to shared memory from registers
-# in the layout of 16-byte rows: two lanes meet in a bank.
+# Channels that are no whole 16 bytes are gathered one by one and stored to shared memory from
+# registers, in the layout of rows of 16 bytes: some lanes meet in a bank.
 GATHERED_CONFLICTS = 0.6
 
 
@@ -54,7 +54,7 @@ def check(tensors: ConvTensors) -> None:
 
 
 def conv_faults(job: Job) -> list[str]:
-    """Results, conflicts and spills."""
+    """Results, conflicts and spills; and sectors, where the tiles are whole."""
     tensors = conv_tensors(job.spec, **dict(job.options))
     try:
         kernels, runs = run(tensors, job.tile, job.arch)
@@ -66,26 +66,36 @@ def conv_faults(job: Job) -> list[str]:
         conflicts = done.counters.bank_conflicts
         minimum = sum(done.counters.shared_wavefronts_minimum.values())
         if conflicts > allowed_conflicts(job) * minimum:
-            faults.append(f"{job}: {kernel.name}: {conflicts} bank conflicts beyond {minimum}")
-        if (spilled := kernel.resources().spill_bytes) or done.counters.local_bytes:
-            faults.append(f"{job}: {kernel.name}: spills {spilled} bytes")
-    return faults
+            faults.append(f"{kernel.name}: {conflicts} bank conflicts beyond {minimum}")
+        if spills(kernel) or done.counters.local_bytes:
+            faults.append(f"{kernel.name}: spills")
+    if is_whole(job.spec, job.tile):
+        faults += traffic_faults(job, kernels, runs)
+    return [f"{job}: {fault}" for fault in faults]
+
+
+def spills(kernel: compiled.CompiledKernel) -> bool:
+    """Whether local memory is touched: LLVM may keep a stack frame that nothing uses."""
+    frame = kernel.resources().spill_bytes
+    return frame > 0 and any(code.startswith(("STL", "LDL")) for code in kernel.opcodes())
 
 
 def allowed_conflicts(job: Job) -> float:
     if heuristics.is_ieee(job.spec):
         return IEEE_CONFLICTS[job.arch]
     gathered = job.spec.c * ELEMENT_SIZE[job.spec.dtype] % 16 != 0
-    return GATHERED_CONFLICTS if gathered and job.spec.dtype == "float32" else 0
+    return GATHERED_CONFLICTS if gathered else 0
 
 
-def traffic_faults(job: Job) -> list[str]:
-    """`conv_faults`, and the sectors: for shapes that the tile cuts into whole tiles."""
-    if faults := conv_faults(job):
-        return faults
-    tensors = conv_tensors(job.spec)
-    kernels, runs = run(tensors, job.tile, job.arch)
-    minima = [gemm_sectors(job)] + [reduction_sectors(job, kernels[1])] * (len(kernels) - 1)
+def is_whole(spec: ConvSpec, tile: TileConfig) -> bool:
+    """Whether every tile and step is full; one that is cut reads what it does not use."""
+    return spec.m % tile.BLOCK_M == 0 and spec.k % tile.BLOCK_N == 0 and spec.c % tile.BLOCK_K == 0
+
+
+def traffic_faults(job: Job, kernels, runs) -> list[str]:
+    """Sectors beyond 1.05 times what suffices."""
+    minima = [gemm_sectors(job)] + [reduction_sectors(job, kernel) for kernel in kernels[1:]]
+    faults = []
     for kernel, done, (loads, stores, unique) in zip(kernels, runs, minima, strict=True):
         counters = done.counters
         found = {
@@ -95,7 +105,7 @@ def traffic_faults(job: Job) -> list[str]:
             "distinct stores": (counters.unique_sectors["store"], stores),
         }
         faults += [
-            f"{job}: {kernel.name}: {name}: {got} sectors, {minimum} suffice"
+            f"{kernel.name}: {name}: {got} sectors, {minimum} suffice"
             for name, (got, minimum) in found.items()
             if got > 1.05 * minimum
         ]
@@ -111,12 +121,14 @@ def gemm_sectors(job: Job) -> tuple[int, int, int]:
     spec, tile = job.spec, job.tile
     size = ELEMENT_SIZE[spec.dtype]
     tiles_m, tiles_n = spec.m // tile.BLOCK_M, spec.k // tile.BLOCK_N
-    taps = spec.n
-    for length, out, r, pad in (
-        (spec.h, spec.p, spec.r, spec.padding[0]),
-        (spec.w, spec.q, spec.s, spec.padding[1]),
+    taps = spec.n  # inside the image, over all pixels: the product of those along each axis
+    for length, out, r, stride, pad, dilation in zip(
+        *((spec.h, spec.w), (spec.p, spec.q), (spec.r, spec.s)),
+        *(spec.stride, spec.padding, spec.dilation),
+        strict=True,
     ):
-        taps *= sum(0 <= o + i - pad < length for o in range(out) for i in range(r))
+        places = (o * stride + i * dilation - pad for o in range(out) for i in range(r))
+        taps *= sum(0 <= place < length for place in places)
     pixel = spec.c * size // SECTOR
     filters = spec.k * spec.k_gemm * size // SECTOR
     loads = tiles_n * taps * pixel + tiles_m * filters
@@ -124,17 +136,19 @@ def gemm_sectors(job: Job) -> tuple[int, int, int]:
     if tile.SPLIT_K > 1:
         return loads, tile.SPLIT_K * spec.m * spec.k * 4 // SECTOR, unique
     y = spec.m * spec.k * size // SECTOR
-    vectors = 4 * 4 * spec.k // SECTOR
-    return loads + y + tiles_m * tile.NUM_WARPS * vectors, y, unique + y + vectors
+    residual = y if spec.residual else 0
+    vectors = (4 if spec.norm else 2) * 4 * spec.k // SECTOR
+    loads += residual + tiles_m * tile.NUM_WARPS * vectors
+    return loads, y, unique + residual + vectors
 
 
 def reduction_sectors(job: Job, kernel: compiled.CompiledKernel) -> tuple[int, int, int]:
     """The same of the reduction: the shares, the residual, and once a block the vectors."""
     spec = job.spec
     y = spec.m * spec.k * ELEMENT_SIZE[spec.dtype] // SECTOR
-    shares = job.tile.SPLIT_K * spec.m * spec.k * 4 // SECTOR
-    vectors = 4 * 4 * spec.k // SECTOR
-    return shares + y + kernel.grid[0] * vectors, y, shares + y + vectors
+    read = job.tile.SPLIT_K * spec.m * spec.k * 4 // SECTOR + (y if spec.residual else 0)
+    vectors = (4 if spec.norm else 2) * 4 * spec.k // SECTOR
+    return read + kernel.grid[0] * vectors, y, read + vectors
 
 
 def nan_faults(job: Job) -> list[str]:
