@@ -16,7 +16,23 @@ from tests.kernels import machine
 from tests.ptx.ptx_mutants import Tally, hunt
 
 # (architecture, mutation) -> how many survivors, and why none of them changes anything.
-EXPLAINED: dict[tuple[int, str], tuple[int, str]] = {}
+EXPLAINED = {
+    (80, "no bar.sync"): (
+        2,
+        "one stands in the prologue, where no stage is reused; one at the top of the loop, after "
+        "that of the prologue or of the loop's own end",
+    ),
+    (80, "no wait_group"): (
+        3,
+        "two waits follow one another, so that either may go; one repeats, at the top of the loop, "
+        "the wait of the prologue or of the loop's own end",
+    ),
+    (90, "no bar.sync"): (
+        2,
+        "one stands in the prologue, where no stage is reused; one follows a wgmma.wait_group, "
+        "which speaks for the whole (only) warpgroup",
+    ),
+}
 
 
 class Conv:
