@@ -148,7 +148,9 @@ def tile_cases(arch: int, dtype: str, precision: str) -> list[tuple[ConvSpec, Ti
         spec = whole(tile, arch, dtype, precision)
         found.append((spec, tile))
         if (dtype, precision) == kinds[0]:
-            found.append((replace(spec, c=2 * spec.c, r=1, s=1, padding=(0, 0)), tile))
+            pointwise = replace(spec, r=1, s=1, padding=(0, 0))
+            longer = replace(pointwise, c=2 * spec.c)
+            found.append((longer if is_meant_for(longer, tile, arch) else pointwise, tile))
             found.append((spec, replace(tile, SPLIT_K=2)))
         if (limit := cut(tile, arch)) and (limit.dtype, limit.precision) == (dtype, precision):
             found.append((limit, tile))

@@ -19,7 +19,7 @@ SECTOR = 32  # bytes
 # Tensor-core operands have none. Scalar FMAs read one k of several rows at once: rows of a step lie
 # 64 bytes apart, so that every second one begins at the same bank, and Triton swizzles its layout
 # for tensor cores, not for that.
-IEEE_CONFLICTS = {80: 3.3, 90: 6.4}
+IEEE_CONFLICTS = {80: 3.3, 90: 6.5}
 # Channels that are no whole 16 bytes are gathered one by one and stored to shared memory from
 # registers, in the layout of rows of 16 bytes: some lanes meet in a bank.
 GATHERED_CONFLICTS = 0.6
