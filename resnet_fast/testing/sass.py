@@ -109,6 +109,8 @@ def tensor_loops(sass: str) -> list[MainLoop]:
     for start, end in innermost:
         codes = Counter(map(opcode, found[start : end + 1]))
         mma = sum(count for code, count in codes.items() if is_mma(code))
-        loads = sum(count for code, count in codes.items() if is_load(code))
+        # ptxas sets `@!PT LDS RZ, [RZ]` beside asynchronous copies: it is never executed
+        executed = (code for code in found[start : end + 1] if not code.startswith("@!PT"))
+        loads = sum(is_load(opcode(code)) for code in executed)
         loops.append(MainLoop(end + 1 - start, mma, loads, dict(codes)))
     return loops
