@@ -23,6 +23,7 @@ SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 # of a tile in shared memory: the widest swizzle and a full cache line; scalar FMAs unroll them
 ROW_BYTES = {"tensor": 128, "scalar": 64}
 ACCUMULATORS = {"tensor": 128, "scalar": 32}  # per thread; scalar FMAs keep operands there as well
+SHORT_ROW_ACCUMULATORS = 16  # with 32, ptxas spills a pointwise kernel at 80 registers on sm_80
 GATHERED = 16  # elements per thread and step where each needs an address of its own
 MAX_WORKSPACE = 32 * 2**20  # bytes: beyond it the shares would leave the L2 cache
 LAUNCH_US = 2.5  # from one kernel's end to the next one's first instruction
@@ -173,6 +174,8 @@ def refusal(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | None:
         return f"BLOCK_K {tile.BLOCK_K}: {walk.products} products a tap fill longer rows"
     if (sums := tile.BLOCK_M * tile.BLOCK_N // threads) > ACCUMULATORS[unit]:
         return f"{sums} accumulators a thread, {ACCUMULATORS[unit]} at most for {unit} arithmetic"
+    if tile.BLOCK_K * size < 64 and sums > SHORT_ROW_ACCUMULATORS:
+        return f"{sums} accumulators a thread, {SHORT_ROW_ACCUMULATORS} at most for 32-byte rows"
     if spec.c * size % 16 != 0:
         gathered = max(tile.BLOCK_M, tile.BLOCK_N) * tile.BLOCK_K // threads
         if gathered > GATHERED:

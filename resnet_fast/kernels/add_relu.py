@@ -19,13 +19,14 @@ The kernel checks nothing: shapes, dtypes and layouts are the op's business
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
-from resnet_fast.kernels.launch import TRITON_TYPE, Launch
+from resnet_fast.kernels.launch import TRITON_TYPE, Bind, Launch
 
 # Two accesses of 16 bytes for each thread and tensor: enough bytes in flight for DRAM's latency
 # at full occupancy, few enough elements that small maps still fill the machine.
@@ -49,7 +50,7 @@ def add_relu_kernel(
     index = pid * BLOCK + tl.arange(0, BLOCK)
     mask = index < numel
     # Neighbouring threads take neighbouring vectors: `numel` and the pointers are declared to be
-    # multiples of 16 where they are, and the compiler then forms 16-byte accesses by itself.
+    # multiples of what they are, and the compiler then forms 16-byte accesses by itself.
     total = tl.load(x + index, mask=mask).to(tl.float32)
     total += tl.load(y + index, mask=mask).to(tl.float32)
     # Not tl.maximum: it would turn NaN into 0, and torch's relu does not.
@@ -68,9 +69,13 @@ def launches(numel: int, dtype: torch.dtype, aligned: bool) -> tuple[Launch, ...
     element = TRITON_TYPE[str(dtype).removeprefix("torch.")]
     block = NUM_WARPS * 32 * BYTES_PER_THREAD // dtype.itemsize
     index64 = numel > LIMIT_32BIT
-    divisors = dict.fromkeys(("x", "y", "out"), 16) if aligned else {}
-    if numel % 16 == 0:  # else the mask cuts through a vector
-        divisors["numel"] = 16
+    # The mask ends at numel, so no access may be wider than what divides numel. The pointers are
+    # promised no more: else a thread would still hold 16 bytes side by side, and read them singly
+    # while its neighbours are 16 bytes away, eight times the sectors.
+    divisor = math.gcd(numel, 16)
+    pointer = min(16, divisor * dtype.itemsize)
+    divisors = dict.fromkeys(("x", "y", "out"), pointer) if aligned else {}
+    divisors["numel"] = divisor
     return (
         Launch(
             add_relu_kernel,
@@ -85,7 +90,9 @@ def launches(numel: int, dtype: torch.dtype, aligned: bool) -> tuple[Launch, ...
     )
 
 
-def build(numel: int, dtype: torch.dtype, aligned: bool, *, arch: int) -> Callable[..., None]:
+def build(
+    numel: int, dtype: torch.dtype, aligned: bool, *, arch: int, bind: Bind = Launch.bind
+) -> Callable[..., None]:
     """All that can be decided before the pointers are known.
 
     Args:
@@ -93,8 +100,9 @@ def build(numel: int, dtype: torch.dtype, aligned: bool, *, arch: int) -> Callab
         dtype: of all three: float16, bfloat16 or float32.
         aligned: `is_aligned(x, y, out)`.
         arch: compute capability of the current device times ten.
+        bind: what makes a function of a launch; tests that have no GPU pass another.
 
     Returns:
         launch(x, y, out): runs on the current stream of the current device, and checks nothing.
     """
-    return launches(numel, dtype, aligned)[0].bind(arch)
+    return bind(launches(numel, dtype, aligned)[0], arch)

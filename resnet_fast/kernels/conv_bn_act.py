@@ -59,7 +59,7 @@ from resnet_fast.kernels.conv_tile import (
     round_to_tf32,
 )
 from resnet_fast.kernels.filter_walk import filter_walk
-from resnet_fast.kernels.launch import TRITON_TYPE, Launch
+from resnet_fast.kernels.launch import TRITON_TYPE, Bind, Launch
 from resnet_fast.spec import ConvSpec, TileConfig
 
 LIMIT_32BIT = 2**31 - 2**16  # elements that 32-bit offsets reach, less one tile's overhang
@@ -220,7 +220,9 @@ def reduce_splits_kernel(
 ):
     """Add the shares in order, then the same ending as the unsplit kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # In fours, the vectors of fp32. Else all accesses take the eights of a half-precision y, and a
+    # thread reads its eight sums by two loads that each touch every second half of a sector.
+    cols = tl.program_id(1) * BLOCK_N + tl.max_contiguous(tl.arange(0, BLOCK_N), 4)
     mask = (rows < m)[:, None] & (cols < k)[None, :]
     index = rows.to(tl.int64) if INDEX64 else rows
     offsets = index[:, None] * k + cols[None, :]
@@ -370,7 +372,7 @@ def needs_64_bits(spec: ConvSpec, tile: TileConfig, strides: tuple[int, int, int
 
 
 def build(
-    spec: ConvSpec, tile: TileConfig, operands: Operands, *, arch: int
+    spec: ConvSpec, tile: TileConfig, operands: Operands, *, arch: int, bind: Bind = Launch.bind
 ) -> Callable[..., None]:
     """All that can be decided before the pointers are known; returns the function that launches.
 
@@ -379,6 +381,7 @@ def build(
         tile: how it is cut, from `dispatch.heuristics.choose`.
         operands: from `operands(...)` of the call at hand.
         arch: compute capability of the current device times ten.
+        bind: what makes a function of a launch; tests that have no GPU pass another.
 
     Returns:
         launch(x, weight, scale, shift, mean, var, eps, residual, out): runs on the current stream
@@ -386,7 +389,7 @@ def build(
         same; it checks nothing. eps is a float even where there is no variance.
     """
     gemm, *reduction = launches(spec, tile, operands)
-    run = gemm.bind(arch)
+    run = bind(gemm, arch)
     if not reduction:
 
         def launch(x, weight, scale, shift, mean, var, eps, residual, out) -> None:
@@ -394,7 +397,7 @@ def build(
 
         return launch
 
-    reduce = reduction[0].bind(arch)
+    reduce = bind(reduction[0], arch)
     workspace_shape = (tile.SPLIT_K, spec.m, spec.k)
 
     def launch_split(x, weight, scale, shift, mean, var, eps, residual, out) -> None:

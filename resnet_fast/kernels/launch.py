@@ -101,3 +101,7 @@ class Launch:
             runner(*leading, *trailing)
 
         return run
+
+
+# (launch, arch) -> a function of the leading arguments: `Launch.bind`, or a test's stand-in.
+Bind = Callable[[Launch, int], Callable[..., None]]

@@ -12,9 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from resnet_fast.spec import ConvSpec
+from resnet_fast import _hardware
+from resnet_fast.dispatch import heuristics
+from resnet_fast.spec import ConvSpec, TileConfig
 from resnet_fast.testing.tolerance import round_to_tf32
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# (dtype, precision) of a convolution
+KINDS = (("float16", "tf32"), ("bfloat16", "tf32"), ("float32", "tf32"), ("float32", "ieee"))
 GUARD = 64  # elements around every tensor: NaN, so that a stray read shows
 
 
@@ -85,6 +90,74 @@ ODD = {
     "batch-prime": ConvSpec(13, 3, 3, 32, 32, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
     "no-activation": ConvSpec(1, 6, 6, 32, 32, 3, 3, (1, 1), (1, 1), activation="none"),
 }
+
+
+# The most demanding forms: taps with a mask, steps that are not full, norm, residual, activation.
+DEMANDING = (
+    ConvSpec(8, 28, 28, 264, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    ConvSpec(8, 28, 28, 40, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+    ConvSpec(8, 28, 28, 24, 16, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
+)
+
+
+def is_meant_for(spec: ConvSpec, tile: TileConfig, arch: int) -> bool:
+    """Whether the heuristics of `arch` may choose `tile` for `spec`."""
+    return heuristics.refusal(spec, tile, _hardware.GPUS[arch]) is None
+
+
+def demanding(tile: TileConfig, arch: int) -> ConvSpec:
+    """The most demanding convolution that `tile` is meant for; the last kinds need the most."""
+    specs = (replace(s, dtype=d, precision=p) for d, p in reversed(KINDS) for s in DEMANDING)
+    return next(spec for spec in specs if is_meant_for(spec, tile, arch))
+
+
+def cut(tile: TileConfig, arch: int) -> ConvSpec:
+    """`demanding`, so small that one tile is whole and the others are cut in rows and columns."""
+    spec = demanding(tile, arch)
+    height = tile.BLOCK_M // 10 + 1
+    return replace(spec, n=1, h=height, w=10, c=min(spec.c, 72), k=tile.BLOCK_N + 16)
+
+
+def whole(tile: TileConfig, arch: int, dtype: str, precision: str) -> ConvSpec | None:
+    """A 3x3 convolution that `tile` cuts into 2x2 whole tiles; None if it is not meant for one.
+
+    It has padding, norm, residual and activation; every step is full, and there are enough to fill
+    the pipeline twice.
+    """
+    for c in (2 * tile.BLOCK_K, tile.BLOCK_K):
+        spec = ConvSpec(
+            1, tile.BLOCK_M // 8, 16, c, 2 * tile.BLOCK_N, 3, 3, (1, 1), (1, 1),
+            dtype=dtype, precision=precision, residual=True, norm=True,
+        )  # fmt: skip
+        if is_meant_for(spec, tile, arch):
+            return spec
+    return None
+
+
+def tile_cases(arch: int, dtype: str, precision: str) -> list[tuple[ConvSpec, TileConfig]]:
+    """Every tile of the table of `arch` that is meant for one kind of arithmetic.
+
+    Each with a 3x3 convolution; at the first kind that it is meant for also with a pointwise one,
+    with the products split, and with tiles that are cut. And the 7x7 stem, at its own tile.
+    """
+    found = []
+    for tile in heuristics.TILES[arch]:
+        kinds = [kind for kind in KINDS if whole(tile, arch, *kind)]
+        if (dtype, precision) not in kinds:
+            continue
+        spec = whole(tile, arch, dtype, precision)
+        found.append((spec, tile))
+        if (dtype, precision) == kinds[0]:
+            pointwise = replace(spec, r=1, s=1, padding=(0, 0))
+            longer = replace(pointwise, c=2 * spec.c)
+            found.append((longer if is_meant_for(longer, tile, arch) else pointwise, tile))
+            found.append((spec, replace(tile, SPLIT_K=2)))
+        if (limit := cut(tile, arch)) and (limit.dtype, limit.precision) == (dtype, precision):
+            found.append((limit, tile))
+    stem = ConvSpec(
+        1, 32, 32, 3, 64, 7, 7, (2, 2), (3, 3), dtype=dtype, precision=precision, norm=True
+    )
+    return [*found, (stem, replace(heuristics.choose(stem, arch), SPLIT_K=1))]
 
 
 @dataclass

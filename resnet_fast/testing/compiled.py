@@ -1,26 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the project's kernels for any architecture without a GPU, and read what came out.
+"""Compile the project's kernels for any architecture without a GPU, read them, and run them.
 
-A `CompiledKernel` holds the PTX and the machine code (cubin) of one launch, made from the very
-`Launch` that the package would run, so a test of it is a test of what a user's GPU gets.
-The disassembler and the resource dump are those that Triton's wheel carries.
+A `CompiledKernel` is one launch: PTX, machine code, shape and arguments. It is made by the very
+`build` that the package calls: where a GPU would be given the kernel, `recorder` compiles it and
+keeps the arguments. So a test of it is a test of what a user's GPU gets.
+
+    source (Triton today)  ->  CompiledKernel  ->  resources(), main_loop()   what the compiler made
+                                               ->  run()                      what it computes
+
+A source is a function that returns `CompiledKernel`s; nothing behind it knows the source.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from triton import knobs
+import torch
 
 from resnet_fast import _hardware
-from resnet_fast.kernels.launch import Launch
+from resnet_fast.kernels import add_relu, conv_bn_act
+from resnet_fast.kernels.launch import Bind, Launch
+from resnet_fast.spec import TileConfig
+from resnet_fast.testing import cases as problems
+from resnet_fast.testing import ptx, sass
 
 WARP = 32
+MACHINE_ARCHS = (80, 90)  # what the PTX machine runs
 
 
 @dataclass(frozen=True)
@@ -49,30 +56,18 @@ class Resources:
             limits.append(gpu.shared_per_sm // (self.shared_bytes + 1024))  # 1 KiB is the system's
         return min(limits)
 
-
-@dataclass(frozen=True)
-class MainLoop:
-    """SASS statistics of the innermost loop that holds tensor-core instructions.
-
-    Args:
-        instructions: SASS instructions of one iteration.
-        mma: tensor-core instructions among them.
-        opcodes: how often each opcode occurs, modifiers included.
-    """
-
-    instructions: int
-    mma: int
-    opcodes: dict[str, int]
-
     @property
-    def per_mma(self) -> float:
-        """Instructions issued for each tensor-core instruction, that one included."""
-        return self.instructions / self.mma
+    def occupancy(self) -> dict[str, float]:
+        """By the name of each GPU of `_hardware.GPUS`: resident threads over the most there are."""
+        return {
+            gpu.name: self.blocks_per_sm(gpu) * self.threads / gpu.max_threads_per_sm
+            for gpu in _hardware.GPUS.values()
+        }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CompiledKernel:
-    """One kernel, compiled for one architecture, with the shape of its launch.
+    """One launch of one kernel, compiled for one architecture.
 
     Args:
         name: the kernel's function name.
@@ -81,6 +76,8 @@ class CompiledKernel:
         grid: blocks along the three axes.
         block: threads along the three axes.
         shared_bytes: dynamic shared memory per block.
+        args: the arguments that the PTX takes, in order: CPU tensors, ints, floats; empty where the
+            launch was compiled without any.
     """
 
     name: str
@@ -90,11 +87,27 @@ class CompiledKernel:
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
     shared_bytes: int
+    args: tuple = ()
+
+    def run(self, blocks=None, text: str | None = None) -> ptx.Run:
+        """Run on the PTX machine: tensors among `args` change in place.
+
+        Args:
+            blocks: block indices to run instead of the whole grid.
+            text: PTX to run instead of the kernel's own: a mutant of it.
+
+        Raises:
+            ptx.PtxError: at the first fault. ValueError: the kernel has no arguments.
+        """
+        if not self.args:
+            raise ValueError(f"{self.name}: compiled without arguments, so it cannot be run")
+        module = ptx.Module(text or self.ptx, strict=False)  # the launch is strict
+        kernel = module.kernel(self.name)
+        return kernel.launch(self.grid, self.block, self.args, self.shared_bytes, blocks)
 
     def resources(self) -> Resources:
         """Registers, spills and shared memory, from the resource section of the cubin."""
-        text = run_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", self.cubin)
-        used = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)\b", text)}
+        used = sass.resource_usage(self.cubin)
         return Resources(
             registers=used["REG"],
             spill_bytes=used["STACK"] + used["LOCAL"],
@@ -104,20 +117,33 @@ class CompiledKernel:
 
     def sass(self) -> str:
         """The disassembled machine code."""
-        return run_tool(knobs.nvidia.nvdisasm.path, "-c", self.cubin)
+        return sass.disassemble(self.cubin)
 
     def opcodes(self) -> Counter:
         """How often each SASS opcode occurs in the kernel, modifiers included."""
-        return Counter(map(opcode, instructions(self.sass())[0]))
+        return Counter(map(sass.opcode, sass.instructions(self.sass())[0]))
 
-    def main_loops(self) -> list[MainLoop]:
-        """Every innermost loop with tensor-core instructions, in program order."""
-        return tensor_loops(self.sass())
+    def main_loop(self) -> sass.MainLoop | None:
+        """The innermost loop with tensor-core instructions; None where there is none.
+
+        Raises:
+            ValueError: there are several.
+        """
+        loops = sass.tensor_loops(self.sass())
+        if len(loops) > 1:
+            raise ValueError(f"{self.name} for sm_{self.arch} has {len(loops)} tensor loops, not 1")
+        return loops[0] if loops else None
 
 
-def compile_launch(launch: Launch, arch: int) -> CompiledKernel:
-    """Compile one `Launch` for compute capability `arch` (90 for 9.0), without a GPU."""
+def compile_launch(launch: Launch, arch: int, leading: tuple = ()) -> CompiledKernel:
+    """Compile one `Launch` for compute capability `arch` (90 for 9.0), without a GPU.
+
+    Args:
+        leading: the launch's leading arguments; without them the kernel cannot be run.
+    """
     compiled = launch.compile(arch)
+    signature = launch.source().signature
+    values = dict(zip(signature, (*leading, *launch.trailing), strict=True)) if leading else {}
     return CompiledKernel(
         name=compiled.name,
         arch=arch,
@@ -126,61 +152,54 @@ def compile_launch(launch: Launch, arch: int) -> CompiledKernel:
         grid=launch.grid,
         block=(WARP * compiled.metadata.num_warps, 1, 1),
         shared_bytes=compiled.metadata.shared,
+        args=tuple(value for name, value in values.items() if signature[name] != "constexpr"),
     )
 
 
-def run_tool(tool: str, option: str, cubin: bytes) -> str:
-    """Run one of the CUDA binary tools on a cubin and return what it prints."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        done = subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True)
-    return done.stdout
+def recorder(kernels: list[CompiledKernel]) -> Bind:
+    """A stand-in for `Launch.bind`: what is launched is compiled and appended to `kernels`."""
+
+    def bind(launch: Launch, arch: int) -> Callable[..., None]:
+        return lambda *leading: kernels.append(compile_launch(launch, arch, leading))
+
+    return bind
 
 
-def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions of a disassembly in order, and the index that each label stands for."""
-    found: list[str] = []
-    labels: dict[str, int] = {}
-    for line in sass.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = len(found)
-        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
-            found.append(instruction[1])
-    return found, labels
+def conv_kernels(
+    tensors: problems.ConvTensors, tile: TileConfig, arch: int
+) -> list[CompiledKernel]:
+    """What `conv_bn_act` launches on `tensors`, in order: one kernel, or two with SPLIT_K > 1."""
+    kernels: list[CompiledKernel] = []
+    t = tensors
+    operands = conv_bn_act.operands(
+        t.x, t.weight, t.scale, t.shift, t.mean, t.var, t.residual, t.out
+    )
+    launch = conv_bn_act.build(t.spec, tile, operands, arch=arch, bind=recorder(kernels))
+    launch(t.x, t.weight, t.scale, t.shift, t.mean, t.var, t.eps, t.residual, t.out)
+    return kernels
 
 
-def opcode(instruction: str) -> str:
-    """`@!P0 LDGSTS.E.128 [R1], ...` -> `LDGSTS.E.128`."""
-    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+def add_relu_kernels(
+    x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, arch: int
+) -> list[CompiledKernel]:
+    """What `add_relu` launches on tensors of one shape and dtype."""
+    kernels: list[CompiledKernel] = []
+    aligned = add_relu.is_aligned(x, y, out)
+    launch = add_relu.build(x.numel(), x.dtype, aligned, arch=arch, bind=recorder(kernels))
+    launch(x, y, out)
+    return kernels
 
 
-def is_mma(code: str) -> bool:
-    """Whether a SASS opcode is a tensor-core multiply-add, wgmma and tcgen05 included."""
-    return re.match(r"(H|I|Q|O|D)?(UTC)?(H|I|Q|O|D)?G?MMA\b", code) is not None
+def cases(archs: tuple[int, ...] = MACHINE_ARCHS) -> Iterator[CompiledKernel]:
+    """Every op, tile and architecture that the PTX machine runs, at shapes small enough to run.
 
-
-def tensor_loops(sass: str) -> list[MainLoop]:
-    """Innermost loops (a branch back to an earlier label) with tensor-core instructions.
-
-    Only up to the kernel's exit: behind it lie the slow paths of waits, which branch back as well.
+    Example:
+        >>> [kernel.resources().registers for kernel in cases((80,))]
     """
-    found, labels = instructions(sass)
-    found = found[: next(i for i, code in enumerate(found) if code.startswith("EXIT"))]
-    spans = []
-    for end, instruction in enumerate(found):
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
-        start = labels.get(target[1], end + 1) if target else end + 1
-        if start <= end and any(is_mma(opcode(i)) for i in found[start : end + 1]):
-            spans.append((start, end))
-    innermost = [
-        (start, end)
-        for start, end in spans
-        if not any(a >= start and b <= end and (a, b) != (start, end) for a, b in spans)
-    ]
-    loops = []
-    for start, end in innermost:
-        codes = Counter(map(opcode, found[start : end + 1]))
-        mma = sum(count for code, count in codes.items() if is_mma(code))
-        loops.append(MainLoop(end + 1 - start, mma, dict(codes)))
-    return loops
+    for arch in archs:
+        for kind in problems.KINDS:
+            for spec, tile in problems.tile_cases(arch, *kind):
+                yield from conv_kernels(problems.conv_tensors(spec), tile, arch)
+        for dtype in problems.DTYPES:
+            tensors = (torch.randn(5000).to(dtype) for _ in range(3))
+            yield from add_relu_kernels(*tensors, arch)

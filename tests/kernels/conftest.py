@@ -23,9 +23,11 @@ def interpret():
 
 @pytest.fixture(scope="session")
 def compile_pool(tmp_path_factory):
-    """Processes that compile, with a cache of their own: what passes was compiled just now."""
-    processes = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-    cache = str(tmp_path_factory.mktemp("triton_cache"))
+    """Processes that compile, into a cache of this test run: what passes was compiled just now."""
+    root, processes = tmp_path_factory.getbasetemp(), 2
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root, processes = root.parent, 1  # the run's own folder, which its workers share
+    cache = str(root / "triton_cache")
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, compile_here, (cache,)) as pool:
         yield pool
@@ -35,3 +37,4 @@ def compile_here(cache: str) -> None:
     """Make this process compile into `cache`."""
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are the other processes'

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from resnet_fast.testing import ptx
 
 LOOSER = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 
@@ -69,3 +72,57 @@ def mutants(text: str, name: str, limit: int, executed: set[int]) -> Iterator[tu
             )
             probe = with_line(i, test + lines[i])
         yield f"{i + 1}: {lines[i].strip()}", with_line(i, new), probe
+
+
+@dataclass
+class Tally:
+    """What became of a kernel's mutants; `alive` has the sites of survivors by mutation."""
+
+    made: int = 0
+    caught: int = 0
+    idle: int = 0
+    alive: dict[str, list[str]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.made} mutants, {self.caught} caught, "
+            f"{self.idle} bounds that no shape meets exactly, "
+            f"{self.made - self.caught - self.idle} that change nothing"
+        )
+
+    def unexplained(self, explained: dict[str, tuple[int, str]]) -> dict[str, list[str]]:
+        """Mutations of which more survive than `explained` has by (count, reason)."""
+        return {
+            mutation: sites
+            for mutation, sites in self.alive.items()
+            if len(sites) > explained.get(mutation, (0, ""))[0]
+        }
+
+
+def hunt(case) -> Tally:
+    """Run every mutant of a kernel at all of its shapes.
+
+    Args: case, with `text`, `shapes`, `sites` (at most so many of a mutation), and
+        `check(text, shape)`, which returns the run or raises PtxError or AssertionError.
+    """
+    executed = {line for shape in case.shapes for line in case.check(case.text, shape).lines}
+    tally = Tally()
+    for mutation in MUTATIONS:
+        for site, text, probe in mutants(case.text, mutation, case.sites, executed):
+            tally.made += 1
+            if not survives(case, text):
+                tally.caught += 1
+            elif probe and survives(case, probe):
+                tally.idle += 1
+            else:
+                tally.alive.setdefault(mutation, []).append(site)
+    return tally
+
+
+def survives(case, text: str) -> bool:
+    for shape in case.shapes:
+        try:
+            case.check(text, shape)
+        except (ptx.PtxError, AssertionError):
+            return False
+    return True

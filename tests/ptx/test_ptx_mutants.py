@@ -8,7 +8,7 @@ is tight, or a stage refilled, only at some. Survivors that change nothing are i
 import numpy as np
 import pytest
 from ptx_helpers import assert_close, conv64
-from ptx_mutants import MUTATIONS, mutants
+from ptx_mutants import hunt
 from ptx_triton_kernels import compiled, launcher
 
 from resnet_fast.testing import ptx
@@ -176,37 +176,12 @@ CASES = {
 }
 
 
-def survives(case, text: str) -> bool:
-    for shape in case.shapes:
-        try:
-            case.check(text, shape)
-        except (ptx.PtxError, AssertionError):
-            return False
-    return True
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_mutants_are_caught(name, request):
     fixture = {"cutlass sm_80": "cutlass_conv", "cutlass sm_90": "cutlass_conv_sm90"}.get(name)
     case = CASES[name](*([request.getfixturevalue(fixture)] if fixture else []))
-    executed = {line for shape in case.shapes for line in case.check(case.text, shape).lines}
-    made = caught = idle = 0
-    unexplained = []
-    for mutation in MUTATIONS:
-        alive = []
-        for site, text, probe in mutants(case.text, mutation, case.sites, executed):
-            made += 1
-            if not survives(case, text):
-                caught += 1
-            elif probe and survives(case, probe):
-                idle += 1
-            else:
-                alive.append(site)
-        allowed, _ = EXPLAINED.get((name, mutation), (0, ""))
-        if len(alive) > allowed:
-            unexplained.append((mutation, alive))
-    print(
-        f"\n{name}: {made} mutants, {caught} caught, {idle} bounds that no shape meets exactly, "
-        f"{made - caught - idle} that change nothing"
+    tally = hunt(case)
+    print(f"\n{name}: {tally}")
+    assert not tally.unexplained(
+        {m: why for (kernel, m), why in EXPLAINED.items() if kernel == name}
     )
-    assert not unexplained
