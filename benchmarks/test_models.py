@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models on real photographs, each provider in its strongest form: `pytest benchmarks`.
+"""Whole models on real photographs, each provider in its strongest form.
+
+    pytest benchmarks -n 0          (-n 0: in one process, or pytest-benchmark times nothing)
 
 Answers come first: a provider whose logits are less exact than the rule allows gets no time. Times
 of one group (model, dtype, batch) belong together; absolute ones are of one machine at one hour.

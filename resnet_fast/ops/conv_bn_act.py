@@ -7,7 +7,8 @@ BatchNorm's tensors are arguments, not folded into anything: what the op compute
 at the call. The op chooses its backend inside (`dispatch/backends.py`), so torch.compile and
 torch.export see one opaque node.
 
-Reading order: schema -> reference -> check_args -> fake -> implementation -> public function.
+Reading order: schema -> reference -> check_args (`_conv_arguments.py`) -> fake -> implementation ->
+public function.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import functools
 import threading
 from operator import or_
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import backends
 from resnet_fast.kernels import aten
 from resnet_fast.ops import _library
+from resnet_fast.ops._conv_arguments import NAME, Call, check_args
 from resnet_fast.ops._flops import flop_formula
-from resnet_fast.ops._library import describe, dtype_name, reject
-from resnet_fast.spec import ACTIVATIONS, ELEMENT_SIZE, ConvSpec, conv_output_size
+from resnet_fast.ops._library import dtype_name
+from resnet_fast.spec import ConvSpec
 
-NAME = "conv_bn_act"
 ARGUMENTS = (
     "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, str activation='relu', "
     "Tensor? mean=None, Tensor? var=None, float eps=1e-05, "
@@ -39,126 +39,12 @@ SCHEMA = f"conv_bn_act({TENSORS}, Tensor? residual=None, {ARGUMENTS}) -> Tensor"
 # Writes y over residual: for a caller that owns residual and needs it no more.
 SCHEMA_INPLACE = f"conv_bn_act_({TENSORS}, Tensor(a!) residual, {ARGUMENTS}) -> ()"
 
-DTYPES = tuple(ELEMENT_SIZE)
-VECTORS = ("scale", "shift", "mean", "var")
 MAX_PLANS = 4096  # distinct problems remembered; past that they are planned anew
-
-
-class Call(NamedTuple):
-    """The op's arguments, in the schema's order and with its defaults."""
-
-    x: Tensor  # [N, H, W, C]
-    weight: Tensor  # [K, R, S, C / groups]
-    scale: Tensor  # [K]
-    shift: Tensor  # [K]
-    residual: Tensor | None = None  # [N, P, Q, K]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-    activation: str = "relu"
-    mean: Tensor | None = None  # [K]
-    var: Tensor | None = None  # [K]
-    eps: float = 1e-5
-    backend: str = "auto"
-    master_weight: bool = False  # weight is float32 beside a narrower x, as under autocast
 
 
 def reference(call: Call) -> Tensor:  # [N, P, Q, K]
     """The op step by step in torch's own functions, at the dtype of its arguments."""
     return aten.conv_bn_act(*call[:-2])
-
-
-def check_args(call: Call) -> tuple[int, int]:
-    """Raise ArgumentError unless the op can take `call`; return the output's height and width.
-
-    The same for real and for fake tensors: only shapes, dtypes, devices and layouts are read.
-    """
-    _check_tensors(call)
-    x, weight = call.x, call.weight
-    for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
-        value = getattr(call, name)
-        if len(value) != 2 or any(v < least for v in value):
-            expected = f"two integers of at least {least} (height, width)"
-            remedy = "give one integer, or one for height and one for width"
-            if name == "padding":
-                remedy = "for another padding call torch.nn.functional.pad"
-            reject(NAME, name, expected, list(value), remedy)
-    for name, known in (("activation", ACTIVATIONS), ("backend", backends.names())):
-        value = getattr(call, name)
-        if value not in known:
-            remedy = "take another function of 'none'" if name == "activation" else "give 'auto'"
-            reject(NAME, name, f"one of {list(known)}", repr(value), remedy)
-    channels, filters = x.shape[1], weight.shape[0]
-    if call.groups < 1 or filters % call.groups or channels % call.groups:
-        expected = f"a divisor of C = {channels} and K = {filters}"
-        reject(NAME, "groups", expected, call.groups, "give the groups that weight was made for")
-    if weight.shape[1] * call.groups != channels:
-        expected = f"[K, C / groups, R, S] with C / groups = {channels} / {call.groups}"
-        remedy = f"x must have {weight.shape[1] * call.groups} channels for this weight"
-        reject(NAME, "weight", expected, describe(weight), remedy)
-    p, q = (
-        conv_output_size(
-            x.shape[2 + i], weight.shape[2 + i], call.stride[i], call.padding[i], call.dilation[i]
-        )
-        for i in (0, 1)
-    )
-    if p < 1 or q < 1:
-        expected = f"at least as large as the dilated {weight.shape[2]}x{weight.shape[3]} filter"
-        reject(NAME, "x", expected, f"{describe(x)}, which leaves no output", "add padding")
-    if call.residual is not None and call.residual.shape != (x.shape[0], filters, p, q):
-        expected = f"of y's shape {[x.shape[0], filters, p, q]}"
-        remedy = "project it with a 1x1 convolution"
-        reject(NAME, "residual", expected, describe(call.residual), remedy)
-    return p, q
-
-
-def _check_tensors(call: Call) -> None:
-    x = call.x
-    if dtype_name(x.dtype) not in DTYPES:
-        expected = f"of a floating dtype, one of {list(DTYPES)}"
-        reject(NAME, "x", expected, describe(x), "call .float()")
-    for name in ("x", "weight", "residual", *VECTORS):
-        tensor = getattr(call, name)
-        if tensor is None:
-            continue
-        if tensor.layout != torch.strided:
-            reject(NAME, name, "a dense tensor", describe(tensor), "call .to_dense()")
-        if tensor.device != x.device:
-            remedy = f"call .to('{x.device}')"
-            reject(NAME, name, f"on x's device {x.device}", describe(tensor), remedy)
-        if name in VECTORS:
-            _check_vector(name, tensor, call)
-        else:
-            _check_map(name, tensor, call)
-    if (call.mean is None) != (call.var is None):
-        given = "only mean" if call.var is None else "only var"
-        remedy = "give running_mean and running_var, or fold them into scale and shift"
-        reject(NAME, "mean and var", "both given or both left out", given, remedy)
-
-
-def _check_map(name: str, tensor: Tensor, call: Call) -> None:
-    if tensor.dim() != 4:
-        expected = "[K, C / groups, R, S]" if name == "weight" else "4-D [N, C, H, W]"
-        reject(NAME, name, expected, describe(tensor), "add the missing dimensions")
-    if name != "residual" and any(size < 1 for size in tensor.shape[1:]):
-        remedy = "only N, and K of weight, may be 0"
-        reject(NAME, name, "without empty dimensions", describe(tensor), remedy)
-    master = name == "weight" and call.master_weight and tensor.dtype == torch.float32
-    if tensor.dtype != call.x.dtype and not master:
-        dtype = dtype_name(call.x.dtype)
-        remedy = f"call .to(torch.{dtype})"
-        reject(NAME, name, f"of x's dtype {dtype}", describe(tensor), remedy)
-
-
-def _check_vector(name: str, tensor: Tensor, call: Call) -> None:
-    filters = call.weight.shape[0]
-    if tensor.dim() != 1 or tensor.shape[0] != filters:
-        remedy = "give one value for each filter of weight"
-        reject(NAME, name, f"[K] with K = {filters}", describe(tensor), remedy)
-    if tensor.dtype not in (torch.float32, call.x.dtype):
-        expected = f"float32 or {dtype_name(call.x.dtype)}"
-        reject(NAME, name, expected, describe(tensor), "call .float()")
 
 
 def _new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, K]
