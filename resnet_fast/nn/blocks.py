@@ -152,14 +152,15 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
         [N, num_classes].
     """
     x, magnitude = stem_forward(model, x, backend)
-    if magnitude is not None and _is_plain_pool(model.maxpool):
+    owned = magnitude is not None and _is_plain_pool(model.maxpool)
+    if owned:
         x = ops.max_pool_3x3_2(x)
     else:
         x, magnitude = model.maxpool(x), None
     chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         chain += stage._modules.values() if _is_chain(stage) else [stage]
-    x = _run_chain(chain, x, magnitude)
+    x = _run_chain(chain, x, magnitude, owned)
     return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
@@ -264,8 +265,10 @@ def _projection(downsample: nn.Module | None, x: Tensor) -> tuple[Unit, nn.Modul
 # ---- running
 
 
-def _run_chain(chain: list[nn.Module], x: Tensor, magnitude: float | None = None) -> Tensor:
-    done, x, owned = _run_kept(chain, x, magnitude) or (0, x, False)
+def _run_chain(
+    chain: list[nn.Module], x: Tensor, magnitude: float | None = None, owned: bool = False
+) -> Tensor:
+    done, x, owned = _run_kept(chain, x, magnitude, owned) or (0, x, owned)
     for block in chain[done:]:
         found = None if fusion.has_hooks(block) else fusable(block)
         x, owned = (block(x), False) if found is None else _run(block, found, x, owned)
@@ -273,7 +276,7 @@ def _run_chain(chain: list[nn.Module], x: Tensor, magnitude: float | None = None
 
 
 def _run_kept(
-    chain: list[nn.Module], x: Tensor, magnitude: float | None = None
+    chain: list[nn.Module], x: Tensor, magnitude: float | None = None, owned: bool = False
 ) -> tuple[int, Tensor, bool] | None:
     """Run the first blocks by their kept programs: how many, the result, and whether it is ours.
 
@@ -290,7 +293,7 @@ def _run_kept(
             break
         bound.append(kept)
         key = kept[0].next_key
-    owned = y is not x
+    owned = owned or y is not x
     for program, launches in bound:
         finite, magnitude = follow(program, launches, y, magnitude)
         y, owned = program.run(launches, y, owned, finite), True
