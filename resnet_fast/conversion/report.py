@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from resnet_fast import ops
 from resnet_fast.conversion import recipes
 from resnet_fast.nn import blocks
 
@@ -36,10 +37,15 @@ class Row:
 
 
 class Report:
-    """The rows of `report`: iterate over it, or print it."""
+    """The rows of `report`: iterate over it, or print it.
 
-    def __init__(self, rows: list[Row]):
-        self.rows = rows
+    Args:
+        rows: one per residual block and stem.
+        packed_bytes: what the CPU's packed copies take beside the live weights.
+    """
+
+    def __init__(self, rows: list[Row], packed_bytes: int = 0):
+        self.rows, self.packed_bytes = rows, packed_bytes
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -70,6 +76,8 @@ class Report:
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table]
         summary = f"{self.fused} of {len(self.rows)} fused (calls: fused+plain)"
+        if self.packed_bytes:
+            summary += f"; packed copies of weights: {self.packed_bytes / 2**20:.1f} MiB"
         return "\n".join(line.rstrip() for line in [*lines, summary])
 
 
@@ -105,7 +113,7 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
         elif recipes.resembles_block(module):
             reason = f"{type(module).__name__}.forward is not one that is known"
             rows.append(Row(name, type(module).__name__, False, "aten", reason, 0, 0))
-    return Report(rows)
+    return Report(rows, ops.packed_bytes(model.parameters()))
 
 
 def _examine(recipe: blocks.Recipe):

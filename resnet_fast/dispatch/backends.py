@@ -242,13 +242,10 @@ def _triton_build(problem: Problem) -> Bind:
     shape = (spec.n, spec.k, spec.p, spec.q)
 
     def launch(x, residual, inplace, weight, scale, shift, mean, var, eps) -> Tensor:
-        y = (
-            residual
-            if inplace
-            else torch.empty(
-                shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-            )
-        )
+        y = residual
+        if not inplace:
+            nhwc = torch.channels_last
+            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=nhwc)
         with _on_device_of(x):
             run(x, weight.to(x.dtype), scale, shift, mean, var, eps, residual, y)
         return y

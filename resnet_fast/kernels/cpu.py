@@ -125,7 +125,7 @@ def relu_(y: Tensor) -> Tensor:
     """ReLU in place that lets NaN through, as torch's does.
 
     On bit patterns for the two-byte dtypes: there it is integer arithmetic at full vector width,
-    where torch converts each element to fp32 and back (3 to 9 times slower, 6.4 M elements).
+    where torch converts each element to fp32 and back (2 to 9 times slower, 6.4 M elements).
     """
     threshold = MINUS_INFINITY.get(y.dtype)
     if threshold is None:
@@ -170,7 +170,6 @@ def _halve(x: Tensor, dim: int) -> Tensor:
 
 class PackedWeight:
     """One weight in oneDNN's layout with BatchNorm folded in, and all that tells if it is stale.
-
 
     It may serve several layers (a weight beside two BatchNorms that are equal, for now), so where
     to look is not kept here: each caller brings the views of its own tensors.

@@ -6,7 +6,8 @@ the fused call could differ from the plain one has been looked at, in each call 
 - hooks, parametrizations, subclasses: something of the user's would be bypassed;
 - BatchNorm in training mode or without running statistics, GroupNorm: another computation;
 - a gradient is needed: the ops have none yet;
-- fx tracing, scripting, torch.jit.trace, ONNX export, torch.func: tools that need the plain graph.
+- fx tracing, scripting, torch.jit.trace, torch.func: tools that need the plain graph (exporters
+  that trace otherwise, as to ONNX, are for `disabled()`).
 A guard returns the reason in words, which `report` prints.
 """
 
@@ -177,10 +178,15 @@ def unit_of(conv: nn.Module | None, norm: nn.Module | None, x: Tensor) -> Unit |
 
 def norm_vectors(norm: nn.Module | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | str:
     """(weight, bias, running_mean, running_var) of an affine norm, or why it is not one."""
-    storage = norm_storage(norm)
-    if isinstance(storage, str):
-        return storage
-    affine, buffers = storage
+    kind = type(norm)
+    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
+        if norm.training:
+            return "BatchNorm is in training mode"
+        affine, buffers = norm._parameters, norm._buffers
+    elif kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc":
+        affine = buffers = norm._buffers
+    else:
+        return f"{kind.__name__} is not a BatchNorm2d"
     vectors = (
         affine.get("weight"),
         affine.get("bias"),
@@ -190,18 +196,6 @@ def norm_vectors(norm: nn.Module | None) -> tuple[Tensor, Tensor, Tensor, Tensor
     if any(v is None for v in vectors):
         return "BatchNorm has no running statistics or no weight"
     return vectors
-
-
-def norm_storage(norm: nn.Module | None) -> tuple[dict, dict] | str:
-    """Where an affine norm keeps (weight and bias, running statistics), or why it is not one."""
-    kind = type(norm)
-    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
-        if norm.training:
-            return "BatchNorm is in training mode"
-        return norm._parameters, norm._buffers
-    if kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc":
-        return norm._buffers, norm._buffers
-    return f"{kind.__name__} is not a BatchNorm2d"
 
 
 def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> str | None:
@@ -226,7 +220,7 @@ def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> 
 def listened_to(x: Tensor) -> bool:
     """Whether something in torch's dispatcher wants to see the ops called on x.
 
-    If not, they are called without it, which saves 8 to 14 microseconds of each (16 arguments, 53
+    If not, they are called without it, which saves 8 to 14 microseconds of each (15 arguments, 53
     times in a ResNet-50); gradients and torch.func are excluded before this is asked.
     """
     return bool(

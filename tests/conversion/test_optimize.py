@@ -291,3 +291,14 @@ def test_environment(value, expected):
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
+
+
+@torch.inference_mode()
+def test_report_tells_what_the_packed_copies_take(model, x):
+    optimized = resnet_fast.optimize(model)
+    assert "packed" not in str(resnet_fast.report(optimized))
+    optimized(x)
+    convs = [m.weight for m in optimized.modules() if isinstance(m, nn.Conv2d)]
+    told = resnet_fast.report(optimized)
+    assert told.packed_bytes >= sum(weight.nbytes for weight in convs)  # padded, never smaller
+    assert f"packed copies of weights: {told.packed_bytes / 2**20:.1f} MiB" in str(told)

@@ -110,3 +110,14 @@ def row():
         return next(r for r in resnet_fast.report(model) if r.name == name)
 
     return find
+
+
+@pytest.fixture(params=[False, True], ids=["cold", "warm"])
+def warmed(request, pair, image):
+    """A fused and a plain model, the fused one before its first call or after two."""
+    fused, plain = pair()
+    if request.param:
+        with torch.no_grad():
+            for _ in range(2):
+                fused(image(2, 3, 40, 40))
+    return fused, plain

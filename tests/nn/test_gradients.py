@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -23,17 +22,6 @@ def assert_gradients_agree(fused, plain, x):
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max())
-
-
-@pytest.fixture(params=[False, True], ids=["cold", "warm"])
-def warmed(request, pair, image):
-    """A fused and a plain model, the fused one before its first call or after two."""
-    fused, plain = pair()
-    if request.param:
-        with torch.no_grad():
-            for _ in range(2):
-                fused(image(2, 3, 40, 40))
-    return fused, plain
 
 
 def test_evaluation_with_gradients(warmed, image, row):

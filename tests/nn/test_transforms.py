@@ -26,16 +26,6 @@ def close(mine, theirs):
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * scale)
 
 
-@pytest.fixture(params=[False, True], ids=["cold", "warm"])
-def warmed(request, pair, image):
-    fused, plain = pair()
-    if request.param:
-        with torch.no_grad():
-            for _ in range(2):
-                fused(image(2, 3, 40, 40))
-    return fused, plain
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("tool", ["script", "trace"])
 @torch.no_grad()
