@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// A fused convolution as plain data: sizes, strides and pointers; no torch, host and device alike.
+//
+//   x [N, H, W, C] * weight [K, R, S, C] -> y [N, P, Q, K]           (memory order)
+//   y = act(norm(conv(x, weight)) * scale + shift + residual)
+//
+// GEMM view: M = N*P*Q rows (output pixels), K columns (output channels), R*S*C products each.
+// The Python mirror is resnet_fast/testing/nvcc.py, which checks the layout at every compilation.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define RESNET_FAST_HOST_DEVICE __host__ __device__
+#else
+#define RESNET_FAST_HOST_DEVICE
+#endif
+
+namespace resnet_fast {
+
+enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Division of 31-bit numbers by one that is known on the host: a multiplication and a shift
+// (Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994, fig. 4.1).
+struct Divisor {
+  uint32_t divisor;
+  uint32_t multiplier;
+  uint32_t shift;
+
+  static Divisor of(uint32_t divisor) {
+    uint32_t shift = 0;
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    uint64_t power = uint64_t{1} << (31 + shift);
+    return {divisor, static_cast<uint32_t>((power + divisor - 1) / divisor), shift};
+  }
+
+  RESNET_FAST_HOST_DEVICE uint32_t quotient(uint32_t value) const {
+    return static_cast<uint32_t>((uint64_t{value} * multiplier) >> 31 >> shift);
+  }
+};
+
+// A vector along output channels, [K]; data is null where there is none.
+struct ChannelVector {
+  const void* data;
+  Dtype dtype;
+};
+
+// BatchNorm in inference, its tensors as they are: (v - mean) / sqrt(var + eps) * scale + shift.
+struct Norm {
+  ChannelVector scale, shift;
+  ChannelVector mean, var;  // both or neither
+  float eps;
+};
+
+struct ConvProblem {
+  const void* x;         // [N, H, W, C], channels adjacent
+  const void* weight;    // [K, R, S, C]
+  const void* residual;  // [N, P, Q, K] or null
+  void* y;               // [N, P, Q, K]
+  float* workspace;      // [split_k, N, P, Q, K] where split_k > 1
+  Norm norm;
+  int64_t stride_n, stride_h, stride_w;  // of x, in elements
+  int32_t h, w, c;
+  int32_t k, r, s;
+  int32_t m;                               // N * P * Q
+  Divisor pixels, q;                       // P * Q, and Q
+  Divisor tiles_n;                         // column tiles: of K by the kernel's BLOCK_N
+  int32_t conv_stride_h, conv_stride_w;    // the convolution's
+  int32_t padding_h, padding_w;
+  int32_t dilation_h, dilation_w;
+  int32_t split_k, steps_per_split;        // steps of BLOCK_K products; all of them if split_k is 1
+  int32_t relu;                            // whether the activation is a ReLU
+};
+
+}  // namespace resnet_fast
