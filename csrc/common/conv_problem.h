@@ -63,7 +63,8 @@ struct ConvProblem {
   int32_t h, w, c;
   int32_t k, r, s;
   int32_t m;                               // N * P * Q
-  Divisor pixels, q;                       // P * Q, and Q
+  Divisor pixels, q;                       // P * Q, and Q: of a row, its image and its place
+  Divisor c_of, s_of;                      // C and S: of a product, its tap and its channel
   Divisor tiles_n;                         // column tiles: of K by the kernel's BLOCK_N
   int32_t conv_stride_h, conv_stride_w;    // the convolution's
   int32_t padding_h, padding_w;

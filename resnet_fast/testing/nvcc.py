@@ -60,7 +60,7 @@ class ConvProblem(ctypes.Structure):
         ("norm", Norm),
         *((name, ctypes.c_int64) for name in ("stride_n", "stride_h", "stride_w")),
         *((name, ctypes.c_int32) for name in ("h", "w", "c", "k", "r", "s", "m")),
-        *((name, Divisor) for name in ("pixels", "q", "tiles_n")),
+        *((name, Divisor) for name in ("pixels", "q", "c_of", "s_of", "tiles_n")),
         *(
             (name, ctypes.c_int32)
             for name in (
