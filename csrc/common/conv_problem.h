@@ -82,6 +82,13 @@ struct ConvProblem {
   int32_t relu;                            // whether the activation is a ReLU
 };
 
+// The end of a projection block: y = relu(norm(main) + norm(projection)), a sum of two convolutions
+// with the same y, whose pointer main has. Neither has a residual, a split or an activation of its own.
+struct JoinProblem {
+  ConvProblem main;        // of h, the block's inner tensor
+  ConvProblem projection;  // 1x1 and strided, of x, the block's input
+};
+
 // The walk of a problem whose sizes, strides and divisors are set, by `products` a step.
 inline Walk walk_of(const ConvProblem& problem, int products) {
   const int taps = problem.c_of.quotient(products), rows = problem.s_of.quotient(taps);
