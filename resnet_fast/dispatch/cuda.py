@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backend `cuda`: the C++ kernels of csrc/cuda, through `torch.ops.resnet_fast._*_cuda`.
+
+The kernels allocate nothing: y and the shares of a split sum are made here. Which tile is used is
+`heuristics.choose` with the family `CUDA`; the op is told its row in the table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet_fast.dispatch import heuristics
+from resnet_fast.dispatch.problem import (
+    Bind,
+    Direct,
+    Problem,
+    layout_refusal,
+    new_output,
+    on_device_of,
+)
+from resnet_fast.spec import ELEMENT_SIZE, TileConfig
+
+DTYPES = ("float16", "bfloat16", "float32")
+CHANNELS = 8  # C and K are multiples of it: 16 bytes of half precision, and whole fragments
+MAX_TAPS = 15  # along an axis: the kernel keeps what lies outside of x in masks of 16 bits
+LIMIT = 2**31  # output pixels are counted, and weights addressed, in 32 bits
+MAX_SPAN = 2**32  # bytes of x between the first and the last image that one block reads
+MAX_ROWS = max(tile.BLOCK_M for tile in heuristics.CUDA_TILES)
+
+
+def missing() -> str | None:
+    """Why the extension cannot be used on this machine, or None."""
+    from resnet_fast.kernels import cuda as kernel
+
+    return kernel.missing()
+
+
+def refusal(problem: Problem) -> str | None:
+    """Why the C++ kernel cannot take `problem`, or None."""
+    from resnet_fast.kernels import cuda as kernel
+
+    spec = problem.spec
+    reason = kernel.architecture_refusal(problem.arch) or layout_refusal(problem)
+    if reason is not None:
+        return reason
+    size = ELEMENT_SIZE[spec.dtype]
+    if spec.dtype not in DTYPES:
+        return f"dtype {spec.dtype}: the CUDA kernel takes {', '.join(DTYPES)}"
+    if heuristics.is_ieee(spec):
+        return (
+            "float32 in IEEE precision: the CUDA kernel multiplies in TF32 "
+            "(torch.backends.cudnn.conv.fp32_precision)"
+        )
+    if spec.groups != 1:
+        return f"groups {spec.groups}: the CUDA kernel takes 1"
+    for name, channels in (("C", spec.c), ("K", spec.k)):
+        if channels % CHANNELS:
+            return f"{name} {channels}: the CUDA kernel takes multiples of {CHANNELS}"
+    if max(spec.r, spec.s) > MAX_TAPS:
+        return f"filter {spec.r}x{spec.s}: the CUDA kernel takes at most {MAX_TAPS}x{MAX_TAPS}"
+    if spec.m >= LIMIT:
+        return f"{spec.m} output pixels: the CUDA kernel counts them in 32 bits"
+    if (weight := spec.k * spec.k_gemm * size) >= LIMIT:
+        return f"{weight} bytes of weight: the CUDA kernel addresses them in 32 bits"
+    if (span := _span(problem) * size) >= MAX_SPAN:
+        return f"{span} bytes of x under one tile: the CUDA kernel addresses them in 32 bits"
+    if not problem.aligned:
+        return "a tensor does not start at a multiple of 16 bytes"
+    if any(stride * size % 16 for stride in problem.x_strides):
+        return f"x has strides {problem.x_strides}, which are no multiples of 16 bytes"
+    try:
+        heuristics.choose(spec, problem.arch, heuristics.CUDA)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _span(problem: Problem) -> int:
+    """Elements of x between the first and the last that one tile's rows read."""
+    spec = problem.spec
+    images = min(spec.n, 2 + (MAX_ROWS - 2) // max(spec.p * spec.q, 1))
+    lengths = (images, spec.h, spec.w)
+    steps = zip(lengths, problem.x_strides, strict=True)
+    return spec.c + sum((n - 1) * stride for n, stride in steps)
+
+
+def build(problem: Problem, tile: TileConfig | None = None) -> Bind:
+    """Prepare `problem`, whose `refusal` is None."""
+    from resnet_fast.kernels import cuda as kernel
+
+    kernel.module()  # registers the op's implementation
+    spec = problem.spec
+    tile = tile or heuristics.choose(spec, problem.arch, heuristics.CUDA)
+    run = torch.ops.resnet_fast._conv_bn_act_cuda.default
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.activation == "relu")
+    cut = (heuristics.cuda_index(spec, tile), tile.SPLIT_K)
+    shares = (tile.SPLIT_K, spec.m, spec.k) if tile.SPLIT_K > 1 else None
+
+    def launch(x, residual, inplace, weight, *vectors) -> Tensor:  # vectors: scale, ..., eps
+        y = residual if inplace else new_output(x, spec)
+        workspace = shares and torch.empty(shares, dtype=torch.float32, device=x.device)
+        with on_device_of(x):
+            run(x, weight.to(x.dtype), *vectors, residual, *geometry, *cut, workspace, y)
+        return y
+
+    return lambda *tensors: Direct(launch, *tensors)
+
+
+def add_relu(x: Tensor, y: Tensor) -> Tensor:
+    """relu(x + y) of dense tensors of one layout."""
+    out = torch.empty_like(x)
+    with on_device_of(x):
+        torch.ops.resnet_fast._add_relu_cuda.default(x, y, out)
+    return out
