@@ -58,6 +58,7 @@ __all__ = [
     "names",
     "plan",
     "triton_interprets",
+    "why_not",
 ]
 
 AUTO = "auto"
@@ -100,7 +101,7 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     measured = tuning.measured(problem.gpu, spec)
     refusals: dict[str, str] = {}
     for row, why in _in_order(problem, wanted, measured):
-        reason = _refusal(row, problem, asked=row.name == wanted)
+        reason = why_not(row, problem, asked=row.name == wanted)
         if reason is None:
             tile = tuning.tile_of(measured, row.name, spec, problem.arch) if measured else None
             return Plan(problem, row.name, refusals, row.build(problem, tile), why=why)
@@ -133,7 +134,7 @@ def explain(problem: Problem) -> tuple[str, dict[str, str]]:
     measured = tuning.measured(problem.gpu, problem.spec)
     rows = list(_in_order(problem, AUTO, measured))
     whys = {row.name: why for row, why in rows}
-    return _first({row.name: _refusal(row, problem) for row, _ in rows}, whys)
+    return _first({row.name: why_not(row, problem) for row, _ in rows}, whys)
 
 
 def names() -> list[str]:
@@ -147,7 +148,8 @@ def check_name(backend: str) -> None:
         raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
 
 
-def _refusal(row: Backend, problem: Problem, asked: bool = False) -> str | None:
+def why_not(row: Backend, problem: Problem, asked: bool = False) -> str | None:
+    """Why a backend does not take `problem` here, `asked` for by name or not; None if it does."""
     interpreted = row.name == "triton" and triton_interprets()
     if row.device not in (None, problem.device) and not interpreted:
         return f"runs on {row.device} tensors, not {problem.device}"

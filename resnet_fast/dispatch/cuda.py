@@ -19,7 +19,7 @@ from resnet_fast.dispatch.problem import (
     new_output,
     on_device_of,
 )
-from resnet_fast.spec import ELEMENT_SIZE, TileConfig
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 
 DTYPES = ("float16", "bfloat16", "float32")
 CHANNELS = 8  # C and K are multiples of it: 16 bytes of half precision, and whole fragments
@@ -40,11 +40,25 @@ def refusal(problem: Problem) -> str | None:
     """Why the C++ kernel cannot take `problem`, or None."""
     from resnet_fast.kernels import cuda as kernel
 
-    spec = problem.spec
+    spec, size = problem.spec, ELEMENT_SIZE[problem.spec.dtype]
     reason = kernel.architecture_refusal(problem.arch) or layout_refusal(problem)
-    if reason is not None:
+    if reason := reason or spec_refusal(spec):
         return reason
-    size = ELEMENT_SIZE[spec.dtype]
+    if (span := _span(problem) * size) >= MAX_SPAN:
+        return f"{span} bytes of x under one tile: the CUDA kernel addresses them in 32 bits"
+    if not problem.aligned:
+        return "a tensor does not start at a multiple of 16 bytes"
+    if any(stride * size % 16 for stride in problem.x_strides):
+        return f"x has strides {problem.x_strides}, which are no multiples of 16 bytes"
+    try:
+        heuristics.choose(spec, problem.arch, heuristics.CUDA)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def spec_refusal(spec: ConvSpec) -> str | None:
+    """Why the C++ kernel cannot take `spec`, wherever and however its tensors lie; or None."""
     if spec.dtype not in DTYPES:
         return f"dtype {spec.dtype}: the CUDA kernel takes {', '.join(DTYPES)}"
     if heuristics.is_ieee(spec):
@@ -61,18 +75,8 @@ def refusal(problem: Problem) -> str | None:
         return f"filter {spec.r}x{spec.s}: the CUDA kernel takes at most {MAX_TAPS}x{MAX_TAPS}"
     if spec.m >= LIMIT:
         return f"{spec.m} output pixels: the CUDA kernel counts them in 32 bits"
-    if (weight := spec.k * spec.k_gemm * size) >= LIMIT:
+    if (weight := spec.k * spec.k_gemm * ELEMENT_SIZE[spec.dtype]) >= LIMIT:
         return f"{weight} bytes of weight: the CUDA kernel addresses them in 32 bits"
-    if (span := _span(problem) * size) >= MAX_SPAN:
-        return f"{span} bytes of x under one tile: the CUDA kernel addresses them in 32 bits"
-    if not problem.aligned:
-        return "a tensor does not start at a multiple of 16 bytes"
-    if any(stride * size % 16 for stride in problem.x_strides):
-        return f"x has strides {problem.x_strides}, which are no multiples of 16 bytes"
-    try:
-        heuristics.choose(spec, problem.arch, heuristics.CUDA)
-    except ValueError as error:
-        return str(error)
     return None
 
 

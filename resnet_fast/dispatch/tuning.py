@@ -54,7 +54,12 @@ Choices = dict[ConvSpec, tuple[Choice, ...]]  # the one to take first
 
 def measured(gpu: str, spec: ConvSpec) -> tuple[Choice, ...]:
     """The measured choices for `spec` on the GPU of that name, the one to take first; or none."""
-    return _loaded(gpu).get(spec, ()) if gpu else ()
+    return _loaded(gpu).get(_key(spec), ()) if gpu else ()
+
+
+def _key(spec: ConvSpec) -> ConvSpec:
+    """The spec without what makes no difference: TF32 or not matters in float32 alone."""
+    return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
 
 
 def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, arch: int):
@@ -80,7 +85,7 @@ def store(gpu: str, choices: Choices) -> Path:
     """
     path = path_of(gpu)
     kept, _ = _read(path, gpu)
-    kept = {**kept, **{spec: tuple(map(_bare, found)) for spec, found in choices.items()}}
+    kept |= {_key(spec): tuple(map(_bare, found)) for spec, found in choices.items()}
     content = {
         "format": FORMAT,
         "gpu": gpu,
@@ -181,11 +186,9 @@ def _read(path: Path, gpu: str) -> tuple[Choices, str]:
             return {}, f"it was measured on {content['gpu']}, this is {gpu}"
         then, now = content["versions"], versions()
         if then != now:
-            other = [f"{name} {then.get(name)}, here {now[name]}" for name in now]
-            other = [
-                text for text, name in zip(other, now, strict=True) if then.get(name) != now[name]
-            ]
-            return {}, f"it was measured with {'; '.join(other)}"
+            other = [name for name in now if then.get(name) != now[name]]
+            facts = [f"{name} {then.get(name)}, here it is {now[name]}" for name in other]
+            return {}, f"it was measured with {'; '.join(facts)}"
         return {
             _spec(entry["spec"]): tuple(map(_from_json, entry["choices"]))
             for entry in content["choices"]
