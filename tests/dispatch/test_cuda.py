@@ -164,11 +164,12 @@ def test_by_default_the_tile_is_the_heuristics(op):
     )  # fmt: skip
 
 
-def test_a_split_sum_has_its_workspace(op):
-    run(SPEC, tile=replace(heuristics.CUDA_TILES[4], SPLIT_K=3))
+@pytest.mark.parametrize("split", [2, 3])
+def test_a_split_sum_has_its_workspace(split, op):
+    run(SPEC, tile=replace(heuristics.CUDA_TILES[4], SPLIT_K=split))
     workspace = op.calls[0]["workspace"]
-    assert op.calls[0]["split_k"] == 3
-    assert workspace.shape == (3, SPEC.m, SPEC.k) and workspace.dtype == torch.float32
+    assert op.calls[0]["split_k"] == split
+    assert workspace.shape == (split, SPEC.m, SPEC.k) and workspace.dtype == torch.float32
     run(SPEC, tile=heuristics.CUDA_TILES[4])
     assert op.calls[1]["workspace"] is None
 

@@ -213,9 +213,15 @@ def test_who_asks_for_a_backend_gets_it_with_its_measured_tile(tiles, monkeypatc
     assert tiles == [SLOWEST] * 2
 
 
-def test_a_tile_that_the_table_has_no_more_is_left_to_the_heuristics(tiles):
-    gone = replace(SLOWEST, BLOCK_M=96, reason="")
-    tuning.store(GPU, {SPEC: (Choice("cuda", gone, 1.0),)})
+REFUSED = next(
+    row for row in heuristics.explain(SPEC, 80, heuristics.CUDA)
+    if row.refusal and row.tile.SPLIT_K > 1
+).tile  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [replace(SLOWEST, BLOCK_M=96), REFUSED], ids=["gone", "refused"])
+def test_a_tile_that_may_not_be_used_now_is_left_to_the_heuristics(tile, tiles):
+    tuning.store(GPU, {SPEC: (Choice("cuda", tile, 1.0),)})
     assert backends.plan(PROBLEM).backend == "cuda" and tiles == [None]
 
 
