@@ -34,8 +34,9 @@ class Preference:
 PREFERENCES = (
     Preference(
         (80, 86, 89, 120), "any", ("cuda", "triton", "aten"),
-        "both multiply with mma.sync here (counted), and the C++ kernel pads the filter's products "
-        "once, not at every tap (derived); it needs no compiling at the first call",
+        "both multiply with mma.sync here, and the C++ kernel issues fewer instructions for each "
+        "(counted in SASS); it pads the filter's products once, not at every tap, and needs no "
+        "compiling at the first call (derived)",
     ),
     Preference(
         (90, 100), "arithmetic", ("triton", "cuda", "aten"),
