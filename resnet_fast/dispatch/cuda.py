@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend `cuda`: the C++ kernels of csrc/cuda, through `torch.ops.resnet_fast._*_cuda`.
 
-The kernels allocate nothing: y and the shares of a split sum are made here. Which tile is used is
-`heuristics.choose` with the family `CUDA`; the op is told its row in the table.
+What is refused here is what csrc/cuda/conv_call.h would reject with an error. The kernels allocate
+nothing: y and the shares of a split sum are made here. Which tile is used is `heuristics.choose`
+with the family `CUDA`; the op is told its row in the table.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 DTYPES = ("float16", "bfloat16", "float32")
 CHANNELS = 8  # C and K are multiples of it: 16 bytes of half precision, and whole fragments
 MAX_TAPS = 15  # along an axis: the kernel keeps what lies outside of x in masks of 16 bits
-LIMIT = 2**31  # output pixels are counted, and weights addressed, in 32 bits
-MAX_SPAN = 2**32  # bytes of x between the first and the last image that one block reads
-MAX_ROWS = max(tile.BLOCK_M for tile in heuristics.CUDA_TILES)
+MAX_EXTENT = 2**15 - 1  # of stride, padding and dilation
+MAX_PIXELS = 2**31 - 1 - 256  # of the output: with a tile's overhang they are counted in 31 bits
+MAX_WEIGHT = 2**31 - 1  # bytes, addressed in 31 bits
+MAX_SPAN = 2**32 - 1  # bytes of x between the first and the last that a block's rows read
+BLOCK_ROWS = max(tile.BLOCK_M for tile in heuristics.CUDA_TILES)
 
 
 def missing() -> str | None:
@@ -44,11 +47,11 @@ def refusal(problem: Problem) -> str | None:
     reason = kernel.architecture_refusal(problem.arch) or layout_refusal(problem)
     if reason := reason or spec_refusal(spec):
         return reason
-    if (span := _span(problem) * size) >= MAX_SPAN:
+    if (span := _span(problem) * size) > MAX_SPAN:
         return f"{span} bytes of x under one tile: the CUDA kernel addresses them in 32 bits"
     if not problem.aligned:
         return "a tensor does not start at a multiple of 16 bytes"
-    if any(stride * size % 16 for stride in problem.x_strides):
+    if any(stride * size % 16 for stride in _strides(problem)):
         return f"x has strides {problem.x_strides}, which are no multiples of 16 bytes"
     try:
         heuristics.choose(spec, problem.arch, heuristics.CUDA)
@@ -73,20 +76,29 @@ def spec_refusal(spec: ConvSpec) -> str | None:
             return f"{name} {channels}: the CUDA kernel takes multiples of {CHANNELS}"
     if max(spec.r, spec.s) > MAX_TAPS:
         return f"filter {spec.r}x{spec.s}: the CUDA kernel takes at most {MAX_TAPS}x{MAX_TAPS}"
-    if spec.m >= LIMIT:
+    if max(*spec.stride, *spec.padding, *spec.dilation) > MAX_EXTENT:
+        return f"stride, padding or dilation above {MAX_EXTENT}"
+    if spec.m > MAX_PIXELS:
         return f"{spec.m} output pixels: the CUDA kernel counts them in 32 bits"
-    if (weight := spec.k * spec.k_gemm * ELEMENT_SIZE[spec.dtype]) >= LIMIT:
+    if (weight := spec.k * spec.k_gemm * ELEMENT_SIZE[spec.dtype]) > MAX_WEIGHT:
         return f"{weight} bytes of weight: the CUDA kernel addresses them in 32 bits"
     return None
 
 
-def _span(problem: Problem) -> int:
-    """Elements of x between the first and the last that one tile's rows read."""
+def _strides(problem: Problem) -> tuple[int, ...]:
+    """Of x along (n, h, w); 0 along an axis of one, where it says nothing."""
     spec = problem.spec
-    images = min(spec.n, 2 + (MAX_ROWS - 2) // max(spec.p * spec.q, 1))
-    lengths = (images, spec.h, spec.w)
-    steps = zip(lengths, problem.x_strides, strict=True)
-    return spec.c + sum((n - 1) * stride for n, stride in steps)
+    sizes = zip((spec.n, spec.h, spec.w), problem.x_strides, strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in sizes)
+
+
+def _span(problem: Problem) -> int:
+    """Elements of x from the first to the last that the rows of one block reach."""
+    spec = problem.spec
+    images = min(spec.n, 2 + (BLOCK_ROWS - 2) // max(spec.p * spec.q, 1))
+    lengths = (images, spec.h + spec.padding[0], spec.w + spec.padding[1])
+    steps = zip(lengths, _strides(problem), strict=True)
+    return spec.c + sum((length - 1) * stride for length, stride in steps if length)
 
 
 def build(problem: Problem, tile: TileConfig | None = None) -> Bind:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,7 @@ REFUSED = {
     "c-12": (of(c=12), "C 12"),
     "k-12": (of(k=12), "K 12"),
     "filter": (of(h=20, r=16, padding=(8, 1)), "filter 16x3"),
+    "padding": (of(padding=(1, 2**15)), "above 32767"),
     "pixels": (of(n=2**26, h=16, w=16), "output pixels"),
     "weights": (of(c=2**14, k=2**13 * 2), "bytes of weight"),
     "span": (of(h=2**13, w=2**13), "under one tile"),
@@ -70,6 +72,11 @@ def test_the_largest_filter_is_taken(built):
 
 def test_a_slice_with_whole_strides_is_taken(built):
     assert cuda.refusal(problem(x="channels_inner", x_strides=(72 * 63, 72 * 7, 72))) is None
+
+
+def test_a_stride_along_an_axis_of_one_says_nothing(built):
+    assert cuda.refusal(problem(replace(SPEC, n=1), x_strides=(1, 7 * 64, 64))) is None
+    assert "multiples of 16" in cuda.refusal(problem(x_strides=(1, 7 * 64, 64)))
 
 
 def test_float32_strides_count_as_bytes(built):
@@ -172,6 +179,32 @@ def test_a_split_sum_has_its_workspace(split, op):
     assert workspace.shape == (split, SPEC.m, SPEC.k) and workspace.dtype == torch.float32
     run(SPEC, tile=heuristics.CUDA_TILES[4])
     assert op.calls[1]["workspace"] is None
+
+
+ACCEPTED = {
+    "largest-filter": replace(SPEC, h=20, w=20, r=15, s=15, padding=(7, 7)),
+    "tf32": replace(SPEC, dtype="float32"),
+    "largest-padding": replace(SPEC, padding=(5, cuda.MAX_EXTENT)),
+    **{name: spec for name, spec in cases.ODD.items() if cuda.spec_refusal(spec) is None},
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_the_cpp_side_accepts_what_is_handed_over(name, built, monkeypatch):
+    """Its checks run on CPU tensors too, in `_conv_problem`, which launches nothing."""
+    pytest.importorskip("resnet_fast._C", reason="the extension is not built")
+    from resnet_fast.testing.nvcc import ConvProblem
+
+    spec = ACCEPTED[name]
+    if (reason := cuda.refusal(problem(spec))) is not None:
+        pytest.skip(reason)
+    buffer = torch.zeros(ctypes.sizeof(ConvProblem), dtype=torch.uint8)
+    checks = torch.ops.resnet_fast._conv_problem.default
+    op = SimpleNamespace(default=lambda *arguments: checks(*arguments, buffer))
+    monkeypatch.setattr(torch.ops.resnet_fast, "_conv_bn_act_cuda", op, raising=False)
+    run(spec)
+    found = ConvProblem.from_buffer_copy(buffer.numpy().tobytes())
+    assert (found.m, found.k, found.h) == (spec.m, spec.k, spec.h)
 
 
 def test_add_relu_takes_it_first(built, monkeypatch):
