@@ -90,7 +90,7 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
 
     Args:
         problem: what is to be run.
-        backend: a backend's name, or "auto" for RESNET_FAST_BACKEND or else the table's order.
+        backend: a backend's name, or "auto" for the order that this module's docstring tells.
 
     Raises:
         ValueError: an unknown backend, of either kind, or one asked for by argument that refuses.
@@ -121,7 +121,8 @@ def _in_order(
     reasons = [(wanted, "asked for")]
     reasons += [(c.backend, f"measured: {c.microseconds:.1f} us") for c in measured]
     if preferred:
-        reasons += [(name, preferred.reason) for name in preferred.order]
+        first, *others = preferred.order
+        reasons += [(first, preferred.reason), *((name, "") for name in others)]
     reasons += [(row.name, "") for row in BACKENDS]
     for name, why in reasons:
         row = rows.pop(name, None)
@@ -321,7 +322,8 @@ def explain_add_relu(device: str, dtype: str) -> tuple[str, dict[str, str]]:
         elif row.by_name:
             reason = f"{row.name} has no such function"
         elif row.name != "aten":
-            reason = row.missing() or (None if known else f"takes {ADD_RELU_DTYPES}, not {dtype}")
+            reason = cuda.add_relu_missing(device) if row.name == "cuda" else row.missing()
+            reason = reason or (None if known else f"takes {ADD_RELU_DTYPES}, not {dtype}")
         reasons[row.name] = reason
     return _first(reasons, {})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics
 from resnet_fast.dispatch.problem import (
     Bind,
@@ -121,6 +122,14 @@ def build(problem: Problem, tile: TileConfig | None = None) -> Bind:
         return y
 
     return lambda *tensors: Direct(launch, *tensors)
+
+
+def add_relu_missing(device: str) -> str | None:
+    """Why `add_relu` cannot run on the current device of that type, or None."""
+    from resnet_fast.kernels import cuda as kernel
+
+    reason = kernel.missing()
+    return reason or kernel.architecture_refusal(_hardware.capability_of(torch.device(device)))
 
 
 def add_relu(x: Tensor, y: Tensor) -> Tensor:

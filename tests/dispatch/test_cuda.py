@@ -214,9 +214,13 @@ def test_add_relu_takes_it_first(built, monkeypatch):
     monkeypatch.setattr(
         torch.ops.resnet_fast, "_add_relu_cuda", SimpleNamespace(default=add_relu), raising=False
     )
-    backends.explain_add_relu.cache_clear()
-    assert backends.explain_add_relu("cuda", "float16")[0] == "cuda"
-    backends.explain_add_relu.cache_clear()
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    explain = backends.explain_add_relu.__wrapped__  # without its cache
+    assert explain("cuda", "float16")[0] == "cuda"
+    assert "float64" in explain("cuda", "float64")[1]["cuda"]
+    monkeypatch.setattr(built, "architecture_refusal", lambda arch: f"no code for {arch}")
+    chosen, others = explain("cuda", "float16")
+    assert chosen == "triton" and others["cuda"] == "no code for 90"
     x = torch.randn(3, 5)
     assert torch.equal(cuda.add_relu(x, -2 * x), aten.add_relu(x, -2 * x))
 
@@ -305,6 +309,16 @@ def test_the_preferred_backend_is_asked_first(spec, arch, first, built, monkeypa
     other = "triton" if first == "cuda" else "cuda"
     assert others[other].startswith(f"{first} comes first: ")
     assert preferences.preference(spec, arch).reason in others[other]
+    assert others["aten"].startswith(f"{first} comes first")
+
+
+def test_a_plan_says_why_its_backend_was_taken(op):
+    reason = preferences.preference(SPEC, 80).reason
+    assert backends.plan(problem()).why == reason
+    grouped = backends.plan(of(groups=2))
+    assert (grouped.backend, grouped.why) == ("aten", "")
+    assert grouped.why_fallback() == "; ".join(grouped.refusals.values())
+    assert "groups 2: the CUDA kernel takes 1" in grouped.why_fallback()
 
 
 def test_an_old_gpu_has_no_preference():
