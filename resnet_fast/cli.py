@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `resnet-fast`: check this machine, compare with torchvision, tune for a GPU.
+"""The command `resnet-fast`: check this machine, compare with torchvision.
 
 Only this file and `comparison/tables.py` speak to a terminal; the rest is computed elsewhere.
 argparse, because it has options of several values (`--batch 1 8`), which click and typer have not.
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "what this machine has, which backend serves which op, and why the others do not"
     command = commands.add_parser("check", help=text, description=f"Print {text}.")
     command.set_defaults(run=check)
+    _tune_parser(commands)
     text = "compare torchvision's model with ours: same weights, real photographs, one run"
     command = commands.add_parser("compare", help=text, description=text, epilog=EXIT_STATUS)
     command.set_defaults(run=compare)
@@ -65,27 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="time OpenVINO too, where it is installed")  # fmt: skip
     add("--seconds", type=float, default=6.0, help="timed seconds per setting; default: 6")
     add("--json", type=Path, metavar="FILE", help="write the result here too")
-    _tune_parser(commands)
     return parser
-
-
-def _tune_parser(commands) -> None:
-    text = "measure which backend and tile is fastest for each convolution of a model, and keep it"
-    more = "The choices are used from the next start on; a GPU is needed, except for --dry-run."
-    command = commands.add_parser("tune", help=text, description=f"{text}. {more}")
-    command.set_defaults(run=tune)
-    add = command.add_argument
-    add("model", metavar="MODEL", nargs="?", default="resnet50", help="default: resnet50")
-    add("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
-    help_dtype = "float16, bfloat16, float32; default: float16"
-    add("--dtype", nargs="+", default=["float16"], metavar="DTYPE", help=help_dtype)
-    add("--backend", nargs="+", default=[], metavar="NAME", help="cuda, triton, aten; default: all")
-    add("--seconds", type=float, default=1.0, help="of timing per convolution; default: 1")
-    add("--device", default="cuda", help="cuda, cuda:1, ...")
-    add("--dry-run", action="store_true", help="print the candidates, modelled; measure nothing")
-    add("--arch", type=int, metavar="SM",
-        help="for --dry-run: compute capability times ten; default: this GPU's, or 80")  # fmt: skip
-    add("--clear", action="store_true", help="forget what was measured, on any GPU, and stop")
 
 
 def check(options: argparse.Namespace) -> int:
@@ -145,6 +126,46 @@ def compare(options: argparse.Namespace) -> int:
     if not result.agrees:
         return DISAGREES
     return SKIPPED if result.skipped else AGREES
+
+
+def _check_writable(file: Path | None) -> None:
+    """Refuse a file that cannot be written before the work, not after it."""
+    if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise BadInput(f"--json: {file} cannot be written")
+
+
+def _rich():
+    try:
+        import rich.console
+        import rich.table
+    except ImportError as error:
+        raise BadInput(f'{error}; pip install "resnet_fast[all]"') from None
+    return rich
+
+
+def _console(stream):
+    # Away from a terminal the tables keep their whole width: logs and pipes have no columns.
+    width = None if stream.isatty() else 160
+    return _rich().console.Console(file=stream, width=width)
+
+
+def _tune_parser(commands) -> None:
+    text = "measure which backend and tile is fastest for each convolution of a model, and keep it"
+    more = "The choices are used from the next start on; a GPU is needed, except for --dry-run."
+    command = commands.add_parser("tune", help=text, description=f"{text}. {more}")
+    command.set_defaults(run=tune)
+    add = command.add_argument
+    add("model", metavar="MODEL", nargs="?", default="resnet50", help="default: resnet50")
+    add("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    help_dtype = "float16, bfloat16, float32; default: float16"
+    add("--dtype", nargs="+", default=["float16"], metavar="DTYPE", help=help_dtype)
+    add("--backend", nargs="+", default=[], metavar="NAME", help="cuda, triton, aten; default: all")
+    add("--seconds", type=float, default=1.0, help="of timing per convolution; default: 1")
+    add("--device", default="cuda", help="cuda, cuda:1, ...")
+    add("--dry-run", action="store_true", help="print the candidates, modelled; measure nothing")
+    add("--arch", type=int, metavar="SM",
+        help="for --dry-run: compute capability times ten; default: this GPU's, or 80")  # fmt: skip
+    add("--clear", action="store_true", help="forget what was measured, on any GPU, and stop")
 
 
 def tune(options: argparse.Namespace) -> int:
@@ -224,27 +245,6 @@ def _results_table(results, device):
         times = (f"{best.microseconds:.1f}", str(result.usual), *theirs)
         table.add_row(str(result.spec), chosen, *times)
     return table
-
-
-def _check_writable(file: Path | None) -> None:
-    """Refuse a file that cannot be written before the work, not after it."""
-    if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise BadInput(f"--json: {file} cannot be written")
-
-
-def _rich():
-    try:
-        import rich.console
-        import rich.table
-    except ImportError as error:
-        raise BadInput(f'{error}; pip install "resnet_fast[all]"') from None
-    return rich
-
-
-def _console(stream):
-    # Away from a terminal the tables keep their whole width: logs and pipes have no columns.
-    width = None if stream.isatty() else 160
-    return _rich().console.Console(file=stream, width=width)
 
 
 if __name__ == "__main__":
