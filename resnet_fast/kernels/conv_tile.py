@@ -61,7 +61,7 @@ def tile_sums(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """The convolution's sums over all products, or this program's share: [BLOCK_M, BLOCK_N] fp32."""
+    """The sums over all products, or over this program's share: [BLOCK_M, BLOCK_N] fp32."""
     ks = tl.arange(0, BLOCK_K)
 
     # rows and columns past the end compute something that is never stored: they read tile 0's
