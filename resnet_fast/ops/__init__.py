@@ -21,7 +21,12 @@ from resnet_fast.ops.conv_bn_act import (
     plans,
     precision,
 )
-from resnet_fast.ops.conv_bn_join import JoinCall, conv_bn_join, conv_bn_join_op
+from resnet_fast.ops.conv_bn_join import (
+    JoinCall,
+    conv_bn_join,
+    conv_bn_join_op,
+    may_join_in_one_kernel,
+)
 from resnet_fast.ops.conv_bn_join import explain as explain_join
 from resnet_fast.ops.conv_bn_join import last_plan as last_join_plan
 from resnet_fast.ops.conv_bn_join import plan_of as plan_of_join
@@ -45,6 +50,7 @@ __all__ = [
     "last_plan",
     "magnitude",
     "max_pool_3x3_2",
+    "may_join_in_one_kernel",
     "packed_bytes",
     "plan_of",
     "plan_of_join",

@@ -26,7 +26,7 @@ from resnet_fast.ops import _library
 from resnet_fast.ops._conv_arguments import Call, Names
 from resnet_fast.ops._conv_arguments import check_args as check_conv_args
 from resnet_fast.ops._flops import flop_formula
-from resnet_fast.ops._library import describe, reject
+from resnet_fast.ops._library import describe, dtype_name, reject
 from resnet_fast.ops.conv_bn_act import key_of, new_output, problem_of
 from resnet_fast.spec import ConvSpec
 
@@ -91,23 +91,25 @@ def reference(call: JoinCall) -> Tensor:  # [N, P, Q, K]
 
 def check_args(call: JoinCall) -> tuple[int, int]:
     """Raise ArgumentError unless the op can take `call`; return the output's height and width."""
-    for name in ("weight", "proj_weight"):
-        weight, largest = getattr(call, name), 1 if name == "proj_weight" else None
-        filter_size = list(weight.shape[2:])
-        if weight.dim() == 4 and any(s % 2 == 0 or s > (largest or s) for s in filter_size):
-            expected = "[K, D, 1, 1]" if largest else "[K, C, R, S] with R and S odd"
-            reject(NAME, name, expected, describe(weight), "call conv_bn_act twice")
+    weight, proj_weight = call.weight, call.proj_weight
+    if weight.dim() == 4 and any(size % 2 == 0 for size in weight.shape[2:]):
+        expected = "[K, C, R, S] with R and S odd"
+        reject(NAME, "weight", expected, describe(weight), "call conv_bn_act twice")
+    if proj_weight.dim() == 4 and proj_weight.shape[2:] != (1, 1):
+        reject(NAME, "proj_weight", "[K, D, 1, 1]", describe(proj_weight), "call conv_bn_act twice")
     if call.backend not in join.names():
         reject(NAME, "backend", f"one of {join.names()}", repr(call.backend), "give 'auto'")
     p, q = check_conv_args(call.main(), OF_MAIN)
-    shape = [call.x.shape[0], call.proj_weight.shape[0]]
+    shape = [call.x.shape[0], proj_weight.shape[0]]
     shape += check_conv_args(call.projection(), OF_PROJECTION)
     h, x = call.h, call.x
-    for what, ours, theirs in (("dtype", h.dtype, x.dtype), ("device", h.device, x.device)):
-        if ours != theirs:
-            reject(NAME, "x", f"of h's {what} {ours}", describe(x), f"call .to({ours!r})")
-    if [h.shape[0], call.weight.shape[0], p, q] != shape:
-        expected = f"such that its projection has y's shape {[h.shape[0], len(call.scale), p, q]}"
+    if x.dtype != h.dtype:
+        dtype = dtype_name(h.dtype)
+        reject(NAME, "x", f"of h's dtype {dtype}", describe(x), f"call .to(torch.{dtype})")
+    if x.device != h.device:
+        reject(NAME, "x", f"on h's device {h.device}", describe(x), f"call .to('{h.device}')")
+    if shape != [h.shape[0], weight.shape[0], p, q]:
+        expected = f"such that its projection has y's shape {[h.shape[0], weight.shape[0], p, q]}"
         got = f"{describe(x)}, which gives {shape}"
         reject(NAME, "x", expected, got, "give the block's input, its projection and its stride")
     return p, q
@@ -161,6 +163,11 @@ def _implementation(*args, **kwargs) -> Tensor:
 def last_plan() -> join.JoinPlan:
     """The plan of this thread's last call."""
     return _last.plan
+
+
+def may_join_in_one_kernel(device: str) -> bool:
+    """Whether some backend that has one kernel for the op could run on tensors of `device`."""
+    return join.may_be_one_kernel(device)
 
 
 def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
@@ -258,7 +265,7 @@ def conv_bn_join(
         h: [N, C, P, Q], what the block's convolutions before the last have made; channels_last in
             memory for the fused kernels; float16, bfloat16, float32 or float64.
         weight: [K, C, R, S] of h's dtype, R and S odd: its convolution has stride 1 and a padding
-            of R // 2 and S // 2, so that it keeps the map's size. channels_last for the GPU kernels.
+            of R // 2, S // 2, so that it keeps the map's size; channels_last for the GPU kernels.
         scale, shift: [K], float32 or h's dtype: BatchNorm's weight and bias.
         x: [N, D, H, W] of h's dtype, the block's input, with P = (H - 1) // stride + 1.
         proj_weight: [K, D, 1, 1] of h's dtype.

@@ -69,7 +69,7 @@ FACTORS = {
     "both-zero": (0.0, 0.0),
     "main-tiny": (1e-30, 1.0),
     "projection-tiny": (1.0, 1e-30),
-    "far-apart": (1e-20, 1e15),
+    "far-apart": (1e-20, 1e3),
     "negative": (-1.0, 1.0),
     "cancelling": (1e4, -1e4),
 }

@@ -18,13 +18,13 @@ from tests.kernels.join_checks import Job
 
 TILE = TileConfig(
     32, 32, 32, 3, 4, GROUP_M=2
-)  # several tiles both ways, and a last one that is cut
+)  # several tiles, the last one cut
 SMALL = join_cases.join(2, 7, 9, 64, 96, 48, stride=(2, 2), odd=(1, 0))
 FILTER = join_cases.join(2, 7, 9, 64, 32, 48, r=3, s=3, stride=(2, 2), odd=(0, 1))
 NETWORKS = {
     f"resnet{depth}-{name}": spec
     for depth in (18, 50)
-    for name, spec in join_cases.resnet_joins(depth, size=64).items()
+    for name, spec in join_cases.resnet_joins(depth, size=32).items()
 }
 ARCHITECTURES = pytest.mark.parametrize("arch", compiled.MACHINE_ARCHS, ids="sm_{}".format)
 MACHINE_TILES = {80: TILE, 90: replace(TILE, BLOCK_M=64)}  # 64 rows are the least for wgmma
