@@ -43,7 +43,6 @@ MIDDLE = TileConfig(64, 64, 64, 3, 4, reason="14x14 and 7x7 maps: three blocks a
 MIDDLE_8 = TileConfig(64, 64, 64, 3, 8, reason="14x14 and 7x7 maps: with 4 warps the sums spill")
 REST = (
     TileConfig(32, 64, 64, 4, 4, reason="batch 1: more blocks, still whole rows of 64 filters"),
-    TileConfig(64, 32, 64, 4, 4, reason="batch 1: a 7x7 map fits one row of tiles"),
     TileConfig(32, 32, 64, 4, 4, reason="batch 1 on 7x7 maps: most blocks"),
     TileConfig(64, 64, 32, 3, 8, reason="TF32, and products of at most 32 channels"),
     TileConfig(32, 64, 32, 4, 4, reason="TF32 at batch 1"),
