@@ -64,11 +64,11 @@ def conv_bn_join_kernel(
     shift,  # [K]
     mean,  # [K] or None
     var,  # [K] or None
-    eps,
     proj_scale,  # [K]
     proj_shift,  # [K]
     proj_mean,  # [K] or None
     proj_var,  # [K] or None
+    eps,
     proj_eps,
     c,
     d,
@@ -146,8 +146,8 @@ def refusal(spec: JoinSpec) -> str | None:
 def launches(spec: JoinSpec, tile: TileConfig, operands: Operands) -> tuple[Launch, ...]:
     """The one launch of a call.
 
-    Its leading arguments are (h, weight, x, proj_weight, y, scale, shift, mean, var, eps,
-    proj_scale, proj_shift, proj_mean, proj_var, proj_eps).
+    Its leading arguments are (h, weight, x, proj_weight, y, scale, shift, mean, var, proj_scale,
+    proj_shift, proj_mean, proj_var, eps, proj_eps).
     """
     main, projection = spec.main, spec.projection
     element = f"*{TRITON_TYPE[main.dtype]}"
@@ -171,8 +171,8 @@ def launches(spec: JoinSpec, tile: TileConfig, operands: Operands) -> tuple[Laun
         for name, dtype in zip(VECTORS, params, strict=True):
             kind = dtype and f"*{TRITON_TYPE[str(dtype).removeprefix('torch.')]}"
             leading[prefix + name] = kind
-        leading[prefix + "eps"] = "fp32"
-    divisors = dict.fromkeys(leading.keys() - {"eps", "proj_eps"}, 16) if operands.aligned else {}
+    divisors = dict.fromkeys(leading, 16) if operands.aligned else {}
+    leading |= {"eps": "fp32", "proj_eps": "fp32"}
     divisors |= {name: math.gcd(sizes[name], 16) for name in ("c", "d", "k", *strides)}
     launch = Launch(
         kernel=conv_bn_join_kernel,
@@ -222,8 +222,13 @@ def build(
     (launch,) = launches(spec, tile, operands)
     run = bind(launch, arch)
 
-    def join(h, weight, scale, shift, mean, var, eps, x, proj_weight, *proj_vectors_and_out):
-        *proj_vectors, out = proj_vectors_and_out
-        run(h, weight, x, proj_weight, out, scale, shift, mean, var, eps, *proj_vectors)
+    def join(
+        h, weight, scale, shift, mean, var, eps,
+        x, proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps, out,
+    ):  # fmt: skip
+        run(
+            h, weight, x, proj_weight, out, scale, shift, mean, var,
+            proj_scale, proj_shift, proj_mean, proj_var, eps, proj_eps,
+        )  # fmt: skip
 
     return join

@@ -236,7 +236,7 @@ def test_autocast_does_not_round_the_vectors():
     one, beside = torch.ones(1, 1, 1, 1), torch.tensor([1 + 2.0**-12])
     small = torch.tensor([2.0**-11])
     with torch.autocast("cpu", torch.bfloat16):
-        y = conv_bn_join(one, one, torch.ones(1), -beside, one, one, torch.zeros(1), small)
+        y = conv_bn_join(one, one, torch.zeros(1), small, one, one, torch.ones(1), -beside)
     assert y.item() == 2.0**-12
 
 
