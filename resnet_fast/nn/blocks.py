@@ -4,9 +4,10 @@
     BasicBlock   relu(cb2(relu(cb1(x))) + s(x))                 cb = conv + BatchNorm
     Bottleneck   relu(cb3(relu(cb2(relu(cb1(x))))) + s(x))      s = identity, or the projection cb
 
-A block runs as one op per convolution; its last op adds the shortcut. A block is fused as a whole
-or not at all, by its `Recipe`: the names of its parts, as its class has them. ReLUs are fused per
-call site, never replaced: a torchvision block uses one ReLU module two or three times.
+A block runs as one op per convolution; its last op adds the shortcut, or makes a projection itself
+where one kernel can (`ops.conv_bn_join`: then the shortcut is no tensor). A block is fused as a
+whole or not at all, by its `Recipe`: the names of its parts, as its class has them. ReLUs are fused
+per call site, never replaced: a torchvision block uses one ReLU module two or three times.
 
 Two ways lead to the kernels: through torch's dispatcher where something there listens (compilation,
 export, autocast, profilers, modes), and past it, by programs that are kept (`program.py`).
@@ -25,7 +26,18 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
-from resnet_fast.nn.program import Bound, Program, Step, follow, key_of, may_keep, recall, remember
+from resnet_fast.nn.program import (
+    Bound,
+    JoinStep,
+    Program,
+    Step,
+    follow,
+    key_of,
+    may_keep,
+    recall,
+    remember,
+)
+from resnet_fast.spec import conv_output_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +340,8 @@ def _run_parts(
     record = record_of(owner)
     steps = [Step(unit, norm, "relu", backend, record) for unit, norm in parts.units]
     projection = parts.projection and Step(*parts.projection, "none", backend, record)
-    program = Program(owner, steps, projection, parts.joins, bypassed)
+    join = _join_step(parts, steps, projection, y, backend)
+    program = Program(owner, steps, projection, parts.joins, bypassed, join)
     key = key_of(y)
     y = program.run([step.bind() for step in program.sequence], y, owned or y is not x)
     if keep:  # only now that each step has its plan: another thread might meet it before
@@ -337,16 +350,60 @@ def _run_parts(
     return y
 
 
+def _join_step(
+    parts: Parts, steps: list[Step], projection: Step | None, x: Tensor, backend: str
+) -> JoinStep | None:
+    """The block's end as one op, where one kernel would run it; else None."""
+    if not _may_join(parts, x):
+        return None
+    h = x
+    for unit, _ in parts.units[:-1]:
+        h = _shape_after(unit, h)
+    call = fusion.join_call(parts.units[-1][0], parts.projection[0], h, x, backend)
+    try:
+        plan = ops.plan_of_join(call)
+    except ValueError:  # maps that do not fit, or a backend that cannot: each unit's op says it
+        return None
+    if not plan.is_one_kernel:
+        return None
+    record = projection.record
+    record.note(plan)
+    record.merged = "conv_bn_join"
+    steps[-1].record = projection.record = None  # see `Step`
+    return JoinStep(steps[-1], projection, plan)
+
+
+def _shape_after(unit: Unit, x: Tensor) -> Tensor:
+    """An empty tensor as the unit's op returns it for x."""
+    conv = unit.conv
+    sizes = zip(
+        *(x.shape[2:], unit.weight.shape[2:], conv.stride, conv.padding, conv.dilation),
+        strict=True,
+    )
+    shape = (x.shape[0], unit.weight.shape[0], *(max(conv_output_size(*size), 0) for size in sizes))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _may_join(parts: Parts, x: Tensor) -> bool:
+    """Whether the block ends in what `ops.conv_bn_join` takes, on a device that may have it."""
+    if parts.projection is None or not ops.may_join_in_one_kernel(x.device.type):
+        return False
+    return fusion.join_refusal(parts.units[-1][0], parts.projection[0]) is None
+
+
 def _call_ops(parts: Parts, x: Tensor, backend: str) -> Tensor:
     """The block through torch's dispatcher, without writing over anything."""
+    joins = _may_join(parts, x)
     shortcut = x if parts.joins else None
-    if parts.projection is not None:
+    if parts.projection is not None and not joins:
         unit = parts.projection[0]
         shortcut = ops.conv_bn_act_op(*fusion.call_of(unit, x, None, "none", backend))
     y = x
     for unit, _ in parts.units[:-1]:
         y = ops.conv_bn_act_op(*fusion.call_of(unit, y, None, "relu", backend))
     unit = parts.units[-1][0]
+    if joins:
+        return ops.conv_bn_join_op(*fusion.join_call(unit, parts.projection[0], y, x, backend))
     return ops.conv_bn_act_op(*fusion.call_of(unit, y, shortcut, "relu", backend))
 
 

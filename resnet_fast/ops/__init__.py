@@ -22,23 +22,39 @@ from resnet_fast.ops.conv_bn_act import (
     precision,
     reference,
 )
+from resnet_fast.ops.conv_bn_join import (
+    JoinCall,
+    conv_bn_join,
+    conv_bn_join_op,
+    may_join_in_one_kernel,
+)
+from resnet_fast.ops.conv_bn_join import explain as explain_join
+from resnet_fast.ops.conv_bn_join import last_plan as last_join_plan
+from resnet_fast.ops.conv_bn_join import plan_of as plan_of_join
 
 __all__ = [
     "ArgumentError",
     "Call",
+    "JoinCall",
     "add_relu",
     "conv_bn_act",
     "conv_bn_act_",
     "conv_bn_act_op",
     "conv_bn_act_op_",
+    "conv_bn_join",
+    "conv_bn_join_op",
     "explain",
     "explain_add_relu",
+    "explain_join",
     "forget",
+    "last_join_plan",
     "last_plan",
     "magnitude",
     "max_pool_3x3_2",
+    "may_join_in_one_kernel",
     "packed_bytes",
     "plan_of",
+    "plan_of_join",
     "plans",
     "precision",
     "reference",
