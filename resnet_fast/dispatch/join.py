@@ -12,7 +12,6 @@ The rows, and how one is chosen, are those of `backends.py`.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -20,19 +19,20 @@ import torch
 from torch import Tensor
 
 from resnet_fast import _env, _hardware
-from resnet_fast.dispatch import backends, heuristics
-from resnet_fast.dispatch.backends import (
-    AUTO,
+from resnet_fast.dispatch import backends, cuda, heuristics
+from resnet_fast.dispatch.backends import AUTO
+from resnet_fast.dispatch.problem import (
     INTERPRETED_ARCH,
     Backend,
     Problem,
+    new_output,
+    on_device_of,
     triton_interprets,
 )
 from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
 
 FUSED = ("cuda", "triton")  # the backends for which the shortcut never exists
-MAX_32BIT = 2**31 - 1
 
 # Two sums for each output element: half the tile that one convolution can keep in registers. At
 # 128x128 one block would fill an SM, and nothing would run while its pipeline drains between the
@@ -57,9 +57,10 @@ TILES: dict[int, tuple[TileConfig, ...]] = {
     100: (LARGE_8, MIDDLE_8, *REST),
     120: (LARGE_8, MIDDLE, *REST),
 }
-# The table of csrc/cuda/conv_bn_join.cu, in its order; 4 warps, two along each axis. BLOCK_K counts
-# 16-bit elements: of float32 it is half as many.
+# The table of csrc/cuda/conv_bn_join.cu, in its order. BLOCK_K counts 16-bit elements: of float32 it
+# is half as many.
 CUDA_TILES = (
+    TileConfig(128, 128, 64, 3, 8, reason="large batch: 8 warps hold two sums of 64x32 each"),
     TileConfig(128, 64, 64, 3, 4, reason="large batch: two sums of 64 registers a thread"),
     TileConfig(64, 64, 64, 3, 4, reason="14x14 and 7x7 maps: more blocks"),
 )
@@ -200,45 +201,12 @@ def _layout_refusal(problem: JoinProblem) -> str | None:
 # ---- cuda
 
 
-def _cuda_missing() -> str | None:
-    if importlib.util.find_spec("resnet_fast.kernels.cuda") is None:
-        return "the CUDA extension is not part of this package"
-    from resnet_fast.kernels import cuda
-
-    return cuda.missing()
-
-
-def _cuda_refusal(problem: JoinProblem) -> str | None:
-    from resnet_fast.kernels import cuda
-
-    return cuda.architecture_refusal(problem.arch) or cuda_refusal(problem)
-
-
 def cuda_refusal(problem: JoinProblem) -> str | None:
-    """Why csrc's kernel cannot take `problem`, whatever the GPU; None if it can."""
-    reason = _layout_refusal(problem)
-    if reason is not None:
-        return reason
-    main = problem.main.spec
-    size = ELEMENT_SIZE[main.dtype]
-    if main.dtype not in ("float16", "bfloat16", "float32"):
-        return f"dtype {main.dtype}: the CUDA kernel takes float16, bfloat16 and float32"
-    if heuristics.is_ieee(main):
-        return "IEEE float32: tensor cores compute TF32"
-    if not main.is_pointwise:
-        return f"filter {main.r}x{main.s}: the CUDA kernel takes 1x1"
+    """Why csrc's kernel cannot take `problem`, or None: it must take both convolutions."""
     for part, weight in problem.parts.values():
-        spec = part.spec
-        if spec.c % 8 or spec.k % 8:
-            return f"C {spec.c}, K {spec.k}: the CUDA kernel takes multiples of 8"
-        if any(stride * size % 16 for stride in part.x_strides):
-            return f"strides {part.x_strides} are no multiples of 16 bytes"
-        if not part.aligned:
-            return "a tensor does not start at a multiple of 16 bytes"
-        if spec.k * spec.c * size > MAX_32BIT:
-            return f"{weight} is {spec.k * spec.c * size} bytes: the CUDA kernel counts in 32 bits"
-    if main.m > MAX_32BIT:
-        return f"{main.m} output pixels: the CUDA kernel counts them in 32 bits"
+        reason = cuda.refusal(part)
+        if reason is not None:
+            return f"{weight}: {reason}"
     return None
 
 
@@ -256,29 +224,27 @@ def choose_cuda_tile(spec: JoinSpec, arch: int) -> int:
 
 
 def _cuda_build(problem: JoinProblem) -> Bind:
+    from resnet_fast.kernels import cuda as kernel
+
     spec = problem.spec
     stride, index = list(spec.projection.stride), choose_cuda_tile(spec, problem.arch)
+    kernel.module()  # registers the op's implementation
     run = torch.ops.resnet_fast._conv_bn_join_cuda.default
 
     def launch(
         h, x, weight, scale, shift, mean, var, eps,
         proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps,
     ) -> Tensor:  # fmt: skip
-        y = _new_output(spec, h)
-        run(
-            h, weight.to(h.dtype), scale, shift, mean, var, eps,
-            x, proj_weight.to(x.dtype), proj_scale, proj_shift, proj_mean, proj_var, proj_eps,
-            stride, index, y,
-        )  # fmt: skip
+        y = new_output(h, spec.main)
+        with on_device_of(h):
+            run(
+                h, weight.to(h.dtype), scale, shift, mean, var, eps,
+                x, proj_weight.to(x.dtype), proj_scale, proj_shift, proj_mean, proj_var, proj_eps,
+                stride, index, y,
+            )  # fmt: skip
         return y
 
     return lambda *tensors: JoinLaunch(launch, *tensors)
-
-
-def _new_output(spec: JoinSpec, h: Tensor) -> Tensor:
-    main = spec.main
-    shape = (main.n, main.k, main.p, main.q)
-    return torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=torch.channels_last)
 
 
 # ---- triton
@@ -346,8 +312,8 @@ def _triton_build(problem: JoinProblem) -> Bind:
     run = kernel.build(spec, choose_tile(spec, arch), operands, arch=arch)
 
     def launch(h, x, weight, scale, shift, mean, var, eps, proj_weight, *proj_vectors) -> Tensor:
-        y = _new_output(spec, h)
-        with backends._on_device_of(h):
+        y = new_output(h, spec.main)
+        with on_device_of(h):
             run(
                 h, weight.to(h.dtype), scale, shift, mean, var, eps,
                 x, proj_weight.to(x.dtype), *proj_vectors, y,
@@ -396,7 +362,7 @@ def _nothing(*_) -> None:
 
 
 JOIN_BACKENDS = (
-    Backend("cuda", "cuda", _cuda_missing, _cuda_refusal, _cuda_build),
+    Backend("cuda", "cuda", cuda.missing, cuda_refusal, _cuda_build),
     Backend("triton", "cuda", _triton_missing, _triton_refusal, _triton_build),
     Backend("cpu", "cpu", _nothing, _two_refusal("cpu"), _two_build("cpu")),
     Backend("aten", None, _nothing, _nothing, _two_build("aten")),
