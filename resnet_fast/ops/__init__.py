@@ -21,10 +21,15 @@ from resnet_fast.ops.conv_bn_act import (
     plans,
     precision,
 )
+from resnet_fast.ops.stem_pool import StemCall, stem_pool, stem_pool_op
+from resnet_fast.ops.stem_pool import explain as explain_stem_pool
+from resnet_fast.ops.stem_pool import has_kernels as has_stem_kernels
+from resnet_fast.ops.stem_pool import plan_of as stem_plan_of
 
 __all__ = [
     "ArgumentError",
     "Call",
+    "StemCall",
     "add_relu",
     "conv_bn_act",
     "conv_bn_act_",
@@ -32,7 +37,9 @@ __all__ = [
     "conv_bn_act_op_",
     "explain",
     "explain_add_relu",
+    "explain_stem_pool",
     "forget",
+    "has_stem_kernels",
     "last_plan",
     "magnitude",
     "max_pool_3x3_2",
@@ -40,4 +47,7 @@ __all__ = [
     "plan_of",
     "plans",
     "precision",
+    "stem_plan_of",
+    "stem_pool",
+    "stem_pool_op",
 ]
