@@ -157,11 +157,12 @@ def _binder(run: Callable[..., Tensor]) -> backends.Bind:
     return bind
 
 
-def new_output(x: Tensor, weight: Tensor, p: int, q: int) -> Tensor:  # [N, P, Q, K]
-    """An uninitialised map of weight's dtype and channels beside x, channels_last."""
-    shape = (x.shape[0], weight.shape[0], p, q)
-    nhwc = torch.channels_last
-    return torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=nhwc)
+def new_output(spec: ConvSpec, device: torch.device) -> Tensor:  # [N, PP, PQ, K]
+    """An uninitialised y of the stem's convolution, channels_last."""
+    dtype, nhwc = getattr(torch, spec.dtype), torch.channels_last
+    return torch.empty(
+        (spec.n, spec.k, *pooled(spec)), dtype=dtype, device=device, memory_format=nhwc
+    )
 
 
 def normalize(
@@ -228,10 +229,11 @@ def _cuda_build(stem: Stem) -> Callable[..., Tensor]:
 
     kernel.module()  # registers the op's implementation
     run = torch.ops.resnet_fast._stem_pool_cuda.default
-    tile, shape = cuda_tile(stem.conv.spec, stem.conv.arch), pooled(stem.conv.spec)
+    spec = stem.conv.spec
+    tile = cuda_tile(spec, stem.conv.arch)
 
     def launch(x, weight, scale, shift, mean, var, eps, image_mean, image_std) -> Tensor:
-        y = new_output(x, weight, *shape)
+        y = new_output(spec, x.device)
         with backends._on_device_of(x):
             run(x, weight, scale, shift, mean, var, eps, image_mean, image_std, tile, y)
         return y
@@ -263,13 +265,13 @@ def _two_steps(stem: Stem, name: str, pool: Callable[[Tensor], Tensor]) -> Calla
 def _triton_build(stem: Stem) -> Callable[..., Tensor]:
     from resnet_fast.kernels import stem_pool as kernel
 
-    spec, shape = stem.conv.spec, pooled(stem.conv.spec)
+    spec = stem.conv.spec
     arch = stem.conv.arch or backends.INTERPRETED_ARCH
     map_shape = (spec.n, spec.p, spec.q, spec.k)
     run = kernel.build_max_pool(map_shape, getattr(torch, spec.dtype), True, arch=arch)
 
     def pool(y: Tensor) -> Tensor:
-        out = y.new_empty((spec.n, *shape, spec.k)).permute(0, 3, 1, 2)
+        out = new_output(spec, y.device)
         with backends._on_device_of(y):
             run(y, out)
         return out

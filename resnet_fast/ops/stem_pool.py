@@ -17,9 +17,9 @@ from torch import Tensor
 from resnet_fast import _hardware
 from resnet_fast.dispatch import backends, stem
 from resnet_fast.ops import _library
-from resnet_fast.ops import conv_bn_act as conv
 from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
+from resnet_fast.ops.conv_bn_act import _facts, _layout, precision
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
 
 NAME = "stem_pool"
@@ -93,7 +93,7 @@ def check_args(call: StemCall) -> ConvSpec:
     return ConvSpec(
         x.shape[0], x.shape[2], x.shape[3], 3, weight.shape[0], 7, 7, (2, 2), (3, 3),
         dtype=dtype_name(weight.dtype), norm=call.mean is not None,
-        precision=conv.precision() if x.is_cuda else "ieee",
+        precision=precision() if x.is_cuda else "ieee",
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _check_vector(name: str, vector: Tensor | None, length: int, dtypes: tuple) 
 
 def _fake(*args, **kwargs) -> Tensor:
     call = StemCall(*args, **kwargs)
-    return stem.new_output(call.x, call.weight, *stem.pooled(check_args(call)))
+    return stem.new_output(check_args(call), call.x.device)
 
 
 _plans: dict[tuple, backends.Plan] = {}
@@ -137,10 +137,10 @@ def _implementation(*args, **kwargs) -> Tensor:
 
 def _key(call: StemCall) -> tuple:
     """All that check_args and the choice of a plan read."""
-    facts = tuple(t if t is None else conv._facts(t) for t in _tensors(*call))
+    facts = tuple(t if t is None else _facts(t) for t in _tensors(*call))
     key = (*facts, call.backend, call.weight.is_inference(), torch._C._get_mkldnn_enabled())
     if call.x.is_cuda:
-        key += (_is_aligned(call), conv.precision())
+        key += (_is_aligned(call), precision())
     return key
 
 
@@ -157,8 +157,8 @@ def _make_plan(call: StemCall) -> backends.Plan:
         spec=spec,
         device=x.device.type,
         arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
-        x=conv._layout(x),
-        weight=conv._layout(weight),
+        x=_layout(x),
+        weight=_layout(weight),
         residual="",
         x_strides=(x.stride(0), x.stride(2), x.stride(3)),
         vectors=all(v is None or v.is_contiguous() for v in (*vectors, *call[7:9])),
@@ -168,8 +168,7 @@ def _make_plan(call: StemCall) -> backends.Plan:
     )
     plan = stem.plan(stem.Stem(problem, x.dtype == torch.uint8), call.backend)
     if spec.m * spec.k == 0:
-        shape = stem.pooled(spec)
-        empty = backends.Direct(lambda x, *_: stem.new_output(x, weight, *shape))
+        empty = backends.Direct(lambda x, *_: stem.new_output(spec, x.device))
         plan.bind = lambda *_: empty
     return plan
 
