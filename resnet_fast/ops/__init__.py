@@ -21,12 +21,15 @@ from resnet_fast.ops.conv_bn_act import (
     plans,
     precision,
 )
+from resnet_fast.ops.stem_pool import BACKENDS as STEM_BACKENDS
 from resnet_fast.ops.stem_pool import StemCall, stem_pool, stem_pool_op
 from resnet_fast.ops.stem_pool import explain as explain_stem_pool
 from resnet_fast.ops.stem_pool import has_kernels as has_stem_kernels
 from resnet_fast.ops.stem_pool import plan_of as stem_plan_of
+from resnet_fast.ops.stem_pool import reads as stem_reads
 
 __all__ = [
+    "STEM_BACKENDS",
     "ArgumentError",
     "Call",
     "StemCall",
@@ -50,4 +53,5 @@ __all__ = [
     "stem_plan_of",
     "stem_pool",
     "stem_pool_op",
+    "stem_reads",
 ]

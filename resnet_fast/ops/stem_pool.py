@@ -29,10 +29,12 @@ SCHEMA = (
     "str backend='auto') -> Tensor"
 )
 FILTER = (3, 7, 7)  # [C, R, S]
+ANY_LAYOUT = "cuda"  # the backend whose kernel takes x in any layout
 MAX_PLANS = 256  # distinct problems remembered; past that they are planned anew
 
 reference = stem.reference
 has_kernels = stem.has_kernels
+BACKENDS = stem.names()  # what the `backend` argument may be
 
 
 class StemCall(NamedTuple):
@@ -87,8 +89,8 @@ def check_args(call: StemCall) -> ConvSpec:
     if call.image_mean is not None and x.dtype != torch.uint8:
         remedy = "normalize floating images yourself, or give them as uint8"
         reject(NAME, "image_mean", "left out unless x is uint8", describe(x), remedy)
-    if call.backend not in stem.names():
-        expected = f"one of {list(stem.names())}"
+    if call.backend not in BACKENDS:
+        expected = f"one of {list(BACKENDS)}"
         reject(NAME, "backend", expected, repr(call.backend), "give 'auto'")
     return ConvSpec(
         x.shape[0], x.shape[2], x.shape[3], 3, weight.shape[0], 7, 7, (2, 2), (3, 3),
@@ -126,6 +128,11 @@ def plan_of(call: StemCall) -> backends.Plan:
             _plans.clear()
         _plans[key] = plan
     return plan
+
+
+def reads(call: StemCall) -> bool:
+    """Whether the kernel that would run reads x as it lies; others want channels_last."""
+    return call.backend in ("auto", ANY_LAYOUT) and plan_of(call).backend == ANY_LAYOUT
 
 
 def _implementation(*args, **kwargs) -> Tensor:
