@@ -121,12 +121,12 @@ __device__ __forceinline__ float operand<float>(float v) {
 }
 
 template <class Element>
-__device__ __forceinline__ Element image_value(Element v, const Affine*) {
+__device__ __forceinline__ Element image_value(Element v, Affine) {
   return operand(v);
 }
 template <class Element>
-__device__ __forceinline__ Element image_value(uint8_t v, const Affine* normalize) {
-  return operand(from_float<Element>(fmaf(v, normalize->factor, normalize->offset)));
+__device__ __forceinline__ Element image_value(uint8_t v, Affine normalize) {
+  return operand(from_float<Element>(fmaf(v, normalize.factor, normalize.offset)));
 }
 
 // The filters of the block's channels, which lie one after the other; the rest was zeroed.
@@ -162,48 +162,59 @@ __device__ __forceinline__ void load_image(const StemProblem& problem, const Ste
   constexpr int kLanes = kByPixels ? 24 : 32;
   constexpr int kAlign = kByPixels ? 24 : 32 / sizeof(Source);
   constexpr int kChunks = (kElements + kAlign - 1 + kLanes - 1) / kLanes;
+  static_assert(Tile::kWarps % 2 == 0, "all rows of a warp are even, or all odd");
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int shift = kByPixels ? (place.w() & 7) * 3 : (place.w() * kAdjacent) & (kAlign - 1);
+
+  // What a lane has of every row.
   const auto* x = static_cast<const Source*>(problem.x) + place.n * problem.stride_n;
+  const Source* from[kChunks][kPlanes];
+  unsigned char* to[kChunks];
+  Affine affine[kChunks][kPlanes];
+  bool held[kChunks], inside[kChunks];  // by the tile; by the image as well
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int element = i * kLanes + lane - shift;
+    const int pixel = element / kAdjacent, w = place.w() + pixel;
+    held[i] = lane < kLanes && 0 <= element && element < kElements;
+    inside[i] = held[i] && 0 <= w && w < problem.w;
+    to[i] = image + Layout::image_offset(warp, held[i] ? pixel : 0);
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      const int channel = kPlanes == 1 ? (held[i] ? element % kStemChannels : 0) : plane;
+      from[i][plane] = x + (place.h() + warp) * problem.stride_h + w * problem.stride_w +
+                       channel * problem.stride_c;
+      affine[i][plane] = normalize[channel];
+      if (kPlanes == 1) to[i] += channel * sizeof(Element);
+    }
+  }
 
   for (int row = warp; row < Tile::kImageH; row += Tile::kWarps) {
     const int h = place.h() + row;
-    const Source* line = x + h * problem.stride_h;
     Source values[kChunks][kPlanes];
-    bool inside[kChunks];
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int element = i * kLanes + lane - shift;
-      const int w = place.w() + element / kAdjacent;
-      inside[i] = element >= 0 && 0 <= h && h < problem.h && 0 <= w && w < problem.w;
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        const int channel = kPlanes == 1 ? element % kStemChannels : plane;
-        const bool wanted = inside[i] && lane < kLanes && element < kElements;
-        values[i][plane] = Source(0);
-        const int64_t place_x = w * problem.stride_w + channel * problem.stride_c;
-        if (wanted) values[i][plane] = __ldg(line + place_x);
+        values[i][plane] = Source();
+        if (inside[i] && 0 <= h && h < problem.h) values[i][plane] = __ldg(from[i][plane]);
+        from[i][plane] += Tile::kWarps * problem.stride_h;
       }
     }
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const int element = i * kLanes + lane - shift;
-      if (element < 0 || element >= kElements || lane >= kLanes) continue;
-      unsigned char* to = image + Layout::image_offset(row, element / kAdjacent);
       struct alignas(Layout::kPixel) Pixel {
         Element values[4];
       } pixel = {};
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
-        const int channel = kPlanes == 1 ? element % kStemChannels : plane;
-        const Element value = image_value<Element>(values[i][plane], normalize + channel);
-        pixel.values[plane] = inside[i] ? value : Element(0.0f);
+        const Element value = image_value<Element>(values[i][plane], affine[i][plane]);
+        const bool is_zero = sizeof(Source) == 1 && !(inside[i] && 0 <= h && h < problem.h);
+        pixel.values[plane] = is_zero ? Element() : value;
       }
-      if (kPlanes == 1) {
-        reinterpret_cast<Element*>(to)[element % kStemChannels] = pixel.values[0];
-      } else {
-        *reinterpret_cast<Pixel*>(to) = pixel;
-      }
+      if (held[i] && kPlanes == 1) *reinterpret_cast<Element*>(to[i]) = pixel.values[0];
+      if (held[i] && kPlanes != 1) *reinterpret_cast<Pixel*>(to[i]) = pixel;
+      to[i] += Tile::kWarps / 2 * Layout::kPair;
     }
   }
 }
