@@ -19,12 +19,12 @@ struct StemProblem {
   Norm norm;
   int64_t stride_n, stride_c, stride_h, stride_w;  // of x, in elements
   int32_t h, w, k;
-  int32_t p, q;             // the convolution's height and width
-  int32_t pool_p, pool_q;   // y's: PP and PQ
-  Divisor tiles_image;      // tiles of one image
-  Divisor tiles_row;        // tiles side by side: ceil(PQ / the tile's BLOCK_Q)
-  int32_t tiles;            // of all images
-  int32_t bytes;            // whether x is uint8: (x / 255 - image_mean) / image_std goes in
+  int32_t p, q;            // the convolution's height and width
+  int32_t pool_p, pool_q;  // y's: PP and PQ
+  Divisor tiles_image;     // tiles of one image
+  Divisor tiles_row;       // tiles side by side: ceil(PQ / the tile's BLOCK_Q)
+  int32_t tiles;           // of all images
+  int32_t bytes;           // whether x is uint8: (x / 255 - image_mean) / image_std goes in
 };
 
 }  // namespace resnet_fast

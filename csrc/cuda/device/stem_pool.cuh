@@ -351,8 +351,8 @@ __device__ __forceinline__ void pool(const StemProblem& problem, const StemPlace
     for (int r = 0; r < 3; ++r) {
 #pragma unroll
       for (int s = 0; s < 3; ++s) {
-        const uint4 v = reinterpret_cast<const uint4*>(
-            outputs + (first + r * Tile::kConvQ + s) * Layout::kOutput)[vector];
+        const uint4 v = reinterpret_cast<const uint4*>(outputs + (first + r * Tile::kConvQ + s) *
+                                                                     Layout::kOutput)[vector];
         if (r + s == 0) {
           best = v;
         } else {
@@ -368,7 +368,7 @@ __device__ __forceinline__ void pool(const StemProblem& problem, const StemPlace
 
 template <class Element, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads)
-stem_pool(StemProblem problem) {
+    stem_pool(StemProblem problem) {
   using Layout = StemLayout<Element, Tile>;
   extern __shared__ __align__(16) unsigned char shared[];
   unsigned char* filters = shared + Layout::kFilters;
