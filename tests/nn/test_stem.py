@@ -12,6 +12,8 @@ import importlib
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
 from resnet_fast import ops
@@ -198,3 +200,21 @@ def test_triton_pools_too():
     pytest.importorskip("triton")
     with interpreted.pool(1) as pool:
         assert pool.submit(interpreted_model).result() == (True, "triton with maxpool", "")
+
+
+def test_on_a_gpu_a_traced_model_has_the_stem_in_one_node():
+    """Fake tensors have a device that need not be there."""
+    called = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad():
+        model, x = resnet_fast.models.resnet18().eval(), torch.empty(2, 3, 64, 64)
+        with Log():
+            assert model(x).shape == (2, 1000)
+    ours = [name for name in called if name.startswith("resnet_fast")]
+    assert ours[0] == "resnet_fast.stem_pool.default"
+    assert set(ours[1:]) == {"resnet_fast.conv_bn_act.default"}

@@ -29,6 +29,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../../common/stem_problem.h"
 #include "async_copy.cuh"
@@ -277,39 +278,6 @@ __device__ __forceinline__ void convolve(StemSums<Tile>& sums, int first, uint32
   }
 }
 
-// Sums -> norm, ReLU, the rounding of the unfused ops -> shared memory. A pixel outside of the
-// convolution's map becomes 0, which no maximum of ReLUs notices.
-template <class Element, class Tile>
-__device__ __forceinline__ void store_outputs(const StemProblem& problem,
-                                              const StemPlace<Tile>& place,
-                                              const StemSums<Tile>& sums, int first,
-                                              const Affine* affine, unsigned char* outputs) {
-  using Layout = StemLayout<Element, Tile>;
-  struct alignas(2 * sizeof(Element)) Pair {
-    Element values[2];
-  };
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < Tile::kWarpRows; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int pixel = first + i * 16 + half * 8 + lane / 4;
-      const int p = place.p() + pixel / Tile::kConvQ, q = place.q() + pixel % Tile::kConvQ;
-      const bool inside = 0 <= p && p < problem.p && 0 <= q && q < problem.q;
-      if (pixel >= Tile::kConvPixels) continue;
-      auto* to = reinterpret_cast<Pair*>(outputs + pixel * Layout::kOutput) + lane % 4;
-#pragma unroll
-      for (int j = 0; j < Tile::kBlockN / 8; ++j) {
-        const float4 two = reinterpret_cast<const float4*>(affine)[j * 4 + lane % 4];
-        const float v0 = relu(fmaf(sums[i][j][2 * half], two.x, two.y));
-        const float v1 = relu(fmaf(sums[i][j][2 * half + 1], two.z, two.w));
-        to[j * 4] = {from_float<Element>(inside ? v0 : 0.0f),
-                     from_float<Element>(inside ? v1 : 0.0f)};
-      }
-    }
-  }
-}
-
 // Maxima of the elements in 32 bits; a NaN wins, as in torch.
 template <class Element>
 __device__ __forceinline__ uint32_t maximum(uint32_t a, uint32_t b);
@@ -329,6 +297,46 @@ __device__ __forceinline__ uint32_t maximum<float>(uint32_t a, uint32_t b) {
   float out;
   asm("max.NaN.f32 %0, %1, %2;\n" : "=f"(out) : "f"(__uint_as_float(a)), "f"(__uint_as_float(b)));
   return __float_as_uint(out);
+}
+
+// Sums -> norm, ReLU, the rounding of the unfused ops -> shared memory. A pixel outside of the
+// convolution's map becomes 0, which no maximum of ReLUs notices.
+template <class Element, class Tile>
+__device__ __forceinline__ void store_outputs(const StemProblem& problem,
+                                              const StemPlace<Tile>& place,
+                                              const StemSums<Tile>& sums, int first,
+                                              const Affine* affine, unsigned char* outputs) {
+  using Layout = StemLayout<Element, Tile>;
+  constexpr int kWords = 2 * sizeof(Element) / 4;  // of two neighbouring channels
+  struct alignas(4 * kWords) Pair {
+    uint32_t words[kWords];
+  };
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < Tile::kWarpRows; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = first + i * 16 + half * 8 + lane / 4;
+      const int p = place.p() + pixel / Tile::kConvQ, q = place.q() + pixel % Tile::kConvQ;
+      const bool inside = 0 <= p && p < problem.p && 0 <= q && q < problem.q;
+      if (pixel >= Tile::kConvPixels) continue;
+      auto* to = reinterpret_cast<Pair*>(outputs + pixel * Layout::kOutput) + lane % 4;
+#pragma unroll
+      for (int j = 0; j < Tile::kBlockN / 8; ++j) {
+        const float4 two = reinterpret_cast<const float4*>(affine)[j * 4 + lane % 4];
+        const Element values[2] = {
+            from_float<Element>(fmaf(sums[i][j][2 * half], two.x, two.y)),
+            from_float<Element>(fmaf(sums[i][j][2 * half + 1], two.z, two.w))};
+        Pair pair;
+        memcpy(&pair, values, sizeof(pair));
+#pragma unroll
+        for (int word = 0; word < kWords; ++word) {
+          pair.words[word] = inside ? maximum<Element>(pair.words[word], 0) : 0;
+        }
+        to[j * 4] = pair;
+      }
+    }
+  }
 }
 
 // 3x3/2 maxima of the tile, 16 bytes of channels a thread, to y.
