@@ -20,6 +20,7 @@ from resnet_fast.ops.conv_bn_act import (
     plan_of,
     plans,
     precision,
+    reference,
 )
 from resnet_fast.ops.stem_pool import BACKENDS as STEM_BACKENDS
 from resnet_fast.ops.stem_pool import StemCall, stem_pool, stem_pool_op
@@ -50,6 +51,7 @@ __all__ = [
     "plan_of",
     "plans",
     "precision",
+    "reference",
     "stem_plan_of",
     "stem_pool",
     "stem_pool_op",
