@@ -13,7 +13,6 @@ Where x is bytes, all but the first normalize it in a pass of torch's own, into 
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast import _env, _hardware
-from resnet_fast.dispatch import backends
+from resnet_fast.dispatch import backends, cuda
+from resnet_fast.dispatch.problem import on_device_of
 from resnet_fast.kernels import aten, cpu
 from resnet_fast.spec import ConvSpec, conv_output_size
 
@@ -188,13 +188,11 @@ def _cuda_refusal(stem: Stem) -> str | None:
     problem, spec = stem.conv, stem.conv.spec
     if problem.device != "cuda":
         return f"runs on cuda tensors, not {problem.device}"
-    reason = _cuda_missing()
-    if reason is not None:
+    if reason := cuda.missing():
         return reason
     from resnet_fast.kernels import cuda as kernel
 
-    reason = kernel.architecture_refusal(problem.arch)
-    if reason is not None:
+    if reason := kernel.architecture_refusal(problem.arch):
         return reason
     if spec.dtype not in CUDA_DTYPES:
         return f"dtype {spec.dtype}: the CUDA kernel takes {', '.join(CUDA_DTYPES)}"
@@ -216,14 +214,6 @@ def _cuda_refusal(stem: Stem) -> str | None:
     return None
 
 
-def _cuda_missing() -> str | None:
-    if importlib.util.find_spec("resnet_fast.kernels.cuda") is None:
-        return "this copy of the package has no CUDA extension"
-    from resnet_fast.kernels import cuda as kernel
-
-    return kernel.missing()
-
-
 def _cuda_build(stem: Stem) -> Callable[..., Tensor]:
     from resnet_fast.kernels import cuda as kernel
 
@@ -234,7 +224,7 @@ def _cuda_build(stem: Stem) -> Callable[..., Tensor]:
 
     def launch(x, weight, scale, shift, mean, var, eps, image_mean, image_std) -> Tensor:
         y = new_output(spec, x.device)
-        with backends._on_device_of(x):
+        with on_device_of(x):
             run(x, weight, scale, shift, mean, var, eps, image_mean, image_std, tile, y)
         return y
 
@@ -272,7 +262,7 @@ def _triton_build(stem: Stem) -> Callable[..., Tensor]:
 
     def pool(y: Tensor) -> Tensor:
         out = new_output(spec, y.device)
-        with backends._on_device_of(y):
+        with on_device_of(y):
             run(y, out)
         return out
 
