@@ -19,7 +19,8 @@ class Row:
     """One residual block or stem.
 
     Args:
-        name: the module's path in the model; "(stem)" for conv1, bn1 and relu.
+        name: the module's path in the model; "(stem)" for conv1, bn1 and relu, and for maxpool
+            where it runs in the same op: then backend says "with maxpool".
         kind: its class.
         fused: whether it runs fused; for a block that has not run, whether it would.
         backend: what ran it so far, for example "triton" or "triton, aten"; "" before a run.

@@ -37,6 +37,7 @@ from resnet_fast.nn.program import (
     recall,
     remember,
 )
+from resnet_fast.nn.stem import PooledProgram, PooledStep, stem_call
 from resnet_fast.spec import conv_output_size
 
 
@@ -163,12 +164,7 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
     Returns:
         [N, num_classes].
     """
-    x, magnitude = stem_forward(model, x, backend)
-    owned = magnitude is not None and _is_plain_pool(model.maxpool)
-    if owned:
-        x = ops.max_pool_3x3_2(x)
-    else:
-        x, magnitude = model.maxpool(x), None
+    x, magnitude, owned = _stem_and_pool(model, x, backend)
     chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         chain += stage._modules.values() if _is_chain(stage) else [stage]
@@ -182,6 +178,64 @@ def _is_chain(stage: nn.Module) -> bool:
         return False
     forward = stage.__dict__.get("forward")
     return forward is None or getattr(forward, "runs_chain", False)
+
+
+def _stem_and_pool(model: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, float | None, bool]:
+    """conv1, bn1, relu and maxpool: the result, how large it can be, whether it is ours alone."""
+    if isinstance(x, Tensor) and _pools(x):
+        pooled = stem_pool_forward(model, x, backend)
+        if pooled is not None:
+            return pooled, None, True
+    x, magnitude = stem_forward(model, x, backend)
+    if magnitude is not None and _is_plain_pool(model.maxpool):
+        return ops.max_pool_3x3_2(x), magnitude, True
+    return model.maxpool(x), None, False
+
+
+def _pools(x: Tensor) -> bool:
+    """Whether x's device has kernels that pool; a compiler may not ask for the interpreter's."""
+    return x.is_cuda or (not torch.compiler.is_compiling() and ops.has_stem_kernels(x.device.type))
+
+
+def stem_pool_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor | None:
+    """conv1, bn1, relu and maxpool of a ResNet as one op, or None if something speaks against it.
+
+    x goes in as it is where the backend reads any layout; else it is converted here, once.
+    """
+    keeps = fusion.context_refusal(x) is None and may_keep(x)
+    key = keeps and ("pooled", x.stride(), key_of(x))
+    if keeps:
+        kept = recall(_records.get(model), key, model)
+        if kept is not None:
+            program, launches = kept
+            given = fusion.to_channels_last(x) if program.converts else x
+            return program.run(launches, given, False)
+    if backend not in ops.STEM_BACKENDS or not _is_plain_pool(model.maxpool):
+        return None
+    parts = stem_of(model, x)
+    if isinstance(parts, str) or not _is_resnet_stem(parts.units[0][0]):
+        return None
+    ((unit, norm),) = parts.units
+    if fusion.listened_to(x):
+        _note(model, None)
+        return ops.stem_pool_op(*stem_call(unit, fusion.to_channels_last(x), backend))
+    step = PooledStep(unit, norm, "relu", backend, record_of(model))
+    converts = not step.reads(x)
+    given = fusion.to_channels_last(x) if converts else x
+    bypassed = [model._modules[name] for name in ("conv1", "bn1", "relu", "maxpool")]
+    program = PooledProgram(model, step, bypassed, converts)
+    y = program.run([step.bind()], given, False)
+    if keeps:
+        remember(record_of(model), key, program)
+    _note(model, None)
+    return y
+
+
+def _is_resnet_stem(unit: Unit) -> bool:
+    """Whether it is the 7x7/2 convolution of three channels that `stem_pool` is made for."""
+    conv = unit.conv
+    shape = (*unit.weight.shape[1:], conv.stride, conv.padding, conv.dilation, conv.groups)
+    return shape == (3, 7, 7, (2, 2), (3, 3), (1, 1), 1)
 
 
 def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Tensor, float | None]:

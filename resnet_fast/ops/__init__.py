@@ -31,11 +31,19 @@ from resnet_fast.ops.conv_bn_join import (
 from resnet_fast.ops.conv_bn_join import explain as explain_join
 from resnet_fast.ops.conv_bn_join import last_plan as last_join_plan
 from resnet_fast.ops.conv_bn_join import plan_of as plan_of_join
+from resnet_fast.ops.stem_pool import BACKENDS as STEM_BACKENDS
+from resnet_fast.ops.stem_pool import StemCall, stem_pool, stem_pool_op
+from resnet_fast.ops.stem_pool import explain as explain_stem_pool
+from resnet_fast.ops.stem_pool import has_kernels as has_stem_kernels
+from resnet_fast.ops.stem_pool import plan_of as stem_plan_of
+from resnet_fast.ops.stem_pool import reads as stem_reads
 
 __all__ = [
+    "STEM_BACKENDS",
     "ArgumentError",
     "Call",
     "JoinCall",
+    "StemCall",
     "add_relu",
     "conv_bn_act",
     "conv_bn_act_",
@@ -46,7 +54,9 @@ __all__ = [
     "explain",
     "explain_add_relu",
     "explain_join",
+    "explain_stem_pool",
     "forget",
+    "has_stem_kernels",
     "last_join_plan",
     "last_plan",
     "magnitude",
@@ -58,4 +68,8 @@ __all__ = [
     "plans",
     "precision",
     "reference",
+    "stem_plan_of",
+    "stem_pool",
+    "stem_pool_op",
+    "stem_reads",
 ]
