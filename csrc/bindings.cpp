@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module resnet_fast._C: what the binary holds, and what its kernels take of a GPU. Importing it
-// registers the kernels with torch, which must have been imported before.
+// The module resnet_fast._C: what the binary holds, and what its kernels take of a GPU. Importing
+// it registers the kernels with torch, which must have been imported before.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,14 +19,15 @@ namespace {
 const std::map<std::string, Kernels& (*)()> kOps = {
     {"add_relu", add_relu_kernels},
     {"conv_bn_act", conv_bn_act_kernels},
+    {"conv_bn_join", conv_bn_join_kernels},
 };
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(std::string("resnet_fast: what a kernel takes is asked of a GPU, but: ") +
-                           cudaGetErrorString(error) +
-                           "; `resnet-fast build` prints registers and spills without one");
+  throw std::runtime_error(
+      std::string("resnet_fast: what a kernel takes is asked of a GPU, but: ") +
+      cudaGetErrorString(error) + "; `resnet-fast build` prints registers and spills without one");
 }
 
 std::vector<std::string> names(const std::string& op) {
@@ -73,7 +74,8 @@ PYBIND11_MODULE(_C, m) {
   }
   m.attr("tiles") = tiles;
   m.def("kernels", &names, py::arg("op"), "The names of an op's instantiations.");
-  m.def("resources", &resources, py::arg("op"), py::arg("kernel"), py::arg("device"),
-        "Registers, shared and local memory, threads, blocks per SM and occupancy of the `kernel`-th "
-        "instantiation of an op on a GPU; RuntimeError without one.");
+  m.def(
+      "resources", &resources, py::arg("op"), py::arg("kernel"), py::arg("device"),
+      "Registers, shared and local memory, threads, blocks per SM and occupancy of the `kernel`-th "
+      "instantiation of an op on a GPU; RuntimeError without one.");
 }

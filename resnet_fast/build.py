@@ -8,6 +8,11 @@ there is a package. nvcc compiles and links everything: it knows its own headers
 runtime statically, so that the module loads on a machine without a GPU or a driver. torch is met
 through its stable headers, so the module serves every release from `TORCH_TARGET` on.
 
+The front end runs once: the PTX of the first architecture, which the tests run on the PTX machine,
+is assembled for all. The kernels use nothing newer than that, ptxas makes code of the same length of
+it as of each architecture's own PTX, and it saves two thirds of the time. That PTX is in the module
+too, so a GPU newer than all of the list can run it.
+
 ptxas says of every kernel what it takes; it is kept beside each object and becomes the report.
 """
 
@@ -80,7 +85,7 @@ class Report:
 
     Args:
         path: the module.
-        architectures: compute capabilities times ten; of the last there is PTX as well.
+        architectures: compute capabilities times ten; of the first there is PTX as well.
         left_out: default architectures that this nvcc does not know.
         seconds: wall clock.
         usage: of every kernel and architecture.
@@ -185,6 +190,38 @@ def build(
     return Report(output, wanted, left_out, time.monotonic() - begun, usage, toolchain)
 
 
+def describe(report: Report, every_kernel: bool = False) -> list[str]:
+    """A report as lines; spills are always told, each kernel's registers on demand."""
+    names = ", ".join(str(arch / 10) for arch in report.architectures)
+    cuda = ".".join(map(str, report.toolchain.cuda))
+    target = ".".join(map(str, TORCH_TARGET))
+    lines = [
+        f"built {report.path} ({report.path.stat().st_size / 1e6:.1f} MB) in {report.seconds:.0f} s",
+        f"  GPUs     {names}; newer ones by PTX of {report.architectures[0] / 10}",
+        f"  with     nvcc {cuda}, torch {report.toolchain.torch_version}; "
+        f"loads with torch {target} and newer",
+    ]
+    if report.left_out:
+        left = ", ".join(str(arch / 10) for arch in report.left_out)
+        lines.append(f"  without  {left}, which nvcc {cuda} does not know")
+    for source in dict.fromkeys(u.source for u in report.usage):
+        usage = [u for u in report.usage if u.source == source]
+        registers = [u.registers for u in usage]
+        spilled = {u.kernel for u in usage if u.spill_bytes}
+        lines.append(
+            f"  kernels  {source}: {len({u.kernel for u in usage})}, {min(registers)} to "
+            f"{max(registers)} registers, {len(spilled) or 'none'} with spills"
+        )
+        for kernel in dict.fromkeys(u.kernel for u in usage):
+            own = [u for u in usage if u.kernel == kernel]
+            if every_kernel or kernel in spilled:
+                per_arch = ", ".join(f"{u.arch / 10}: {u.registers}" for u in own)
+                spills = [f"{u.spill_bytes} bytes on {u.arch / 10}" for u in own if u.spill_bytes]
+                told = f"; spills {', '.join(spills)}" if spills else ""
+                lines.append(f"             {kernel}: registers {per_arch}{told}")
+    return lines
+
+
 def csrc() -> Path:
     """The sources: beside the package in a checkout, inside it where it was installed."""
     inside = PACKAGE / "csrc"
@@ -211,15 +248,14 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
     """The text of build.ninja: one object for each source, and the link."""
     sources = sorted((csrc() / "cuda").glob("*.cu"), key=lambda path: -path.stat().st_size)
     sources.append(csrc() / "bindings.cpp")
-    last = architectures[-1]
-    gencode = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-    gencode.append(f"-gencode arch=compute_{last},code=compute_{last}")
+    first = architectures[0]
+    code = ",".join([*(f"sm_{arch}" for arch in architectures), f"compute_{first}"])
+    gencode = f"-gencode 'arch=compute_{first},code=[{code}]'"
     built_for = f"torch {toolchain.torch_version}, CUDA {'.'.join(map(str, toolchain.cuda))}"
     target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}{0:012x}"
     flags = [
         "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden",
         f"-DUSE_CUDA -DTORCH_TARGET_VERSION={target}",
-        # Extended lambdas and torch's headers make nvcc warn of what is not ours.
         f"-isystem {_quoted(toolchain.torch / 'include')}",
         f"-isystem {_quoted(toolchain.pybind11)}",
         f"-isystem {_quoted(sysconfig.get_paths()['include'])}",
@@ -229,7 +265,7 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
         flags.append(f"-ccbin {_quoted(toolchain.host_compiler)}")
     binding_flags = (
         f"-DRESNET_FAST_ARCHITECTURES={','.join(map(str, architectures))} "
-        f"-DRESNET_FAST_PTX={last} '-DRESNET_FAST_BUILT_FOR=\"{built_for}\"'"
+        f"-DRESNET_FAST_PTX={first} '-DRESNET_FAST_BUILT_FOR=\"{built_for}\"'"
     )
     libraries = [f"-L{_quoted(toolchain.torch / 'lib')} -ltorch_cpu -ltorch_cuda -lc10"]
     libraries += [f"-L{_quoted(w / 'lib')}" for w in toolchain.wheels if not _has_runtime(toolchain)]
@@ -237,7 +273,7 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
     lines = [
         f"nvcc = {_quoted(toolchain.nvcc)}",
         f"flags = {' '.join(flags)}",
-        f"gencode = {' '.join(gencode)} --threads {jobs} -Xptxas -v",
+        f"gencode = {gencode} --threads {jobs} -Xptxas -v",
         f"libraries = {' '.join(libraries)}",
         "rule compile",
         "  command = $nvcc $flags $more -MD -MF $out.d -c $in -o $out > $log 2>&1 "

@@ -129,10 +129,10 @@ inline bool is_dense(const Argument& a) {
 
 inline std::string Argument::describe() const {
   if (!given) return "None";
-  std::string layout = is_channels_last(*this)                      ? "channels_last"
-                       : lies_in_order(*this, {0, 1, 2, 3})         ? "contiguous"
-                       : dim < 2 && is_dense(*this)                 ? "contiguous"
-                                                                    : "strided " + list_of(strides, dim);
+  std::string layout = is_channels_last(*this)              ? "channels_last"
+                       : lies_in_order(*this, {0, 1, 2, 3}) ? "contiguous"
+                       : dim < 2 && is_dense(*this)         ? "contiguous"
+                                                            : "strided " + list_of(strides, dim);
   return list_of(sizes, dim) + " " + layout + " " + dtype_name(dtype) + " on " +
          (device < 0 ? "cpu" : "cuda:" + std::to_string(device));
 }
@@ -238,8 +238,8 @@ inline Norm norm_of(const Argument& scale, const Argument& shift, const Argument
 inline int check_devices(const Argument& x, std::initializer_list<const Argument*> others) {
   for (const Argument* other : others) {
     if (!other->given || other->device == x.device) continue;
-    other->reject("on " + x.name + "'s device",
-                  other->describe() + " beside " + x.describe(), "call .to(x.device)");
+    other->reject("on " + x.name + "'s device", other->describe() + " beside " + x.describe(),
+                  "call .to(x.device)");
   }
   if (x.device < 0) x.reject("on a CUDA device", "call .cuda()");
   return x.device;

@@ -69,15 +69,16 @@ void add_relu_backward(const Tensor& grad, const Tensor& y, const Tensor& out) {
 
 template <class Formula, class Element, bool kAligned>
 void add(Kernels& kernels, const char* formula) {
-  kernels.all.emplace_back(
-      std::string(formula) + "<" + kElementName<Element> + (kAligned ? ", 16 bytes>" : ", elements>"),
-      reinterpret_cast<const void*>(&elementwise<Formula, Element, kAligned>),
-      ElementwiseShape<Element, kAligned>::kThreads, 0);
+  kernels.all.emplace_back(std::string(formula) + "<" + kElementName<Element> +
+                               (kAligned ? ", 16 bytes>" : ", elements>"),
+                           reinterpret_cast<const void*>(&elementwise<Formula, Element, kAligned>),
+                           ElementwiseShape<Element, kAligned>::kThreads, 0);
 }
 
 template <class Formula, class... Elements>
 void add_all(Kernels& kernels, const char* formula) {
-  ((add<Formula, Elements, false>(kernels, formula), add<Formula, Elements, true>(kernels, formula)),
+  ((add<Formula, Elements, false>(kernels, formula),
+    add<Formula, Elements, true>(kernels, formula)),
    ...);
 }
 

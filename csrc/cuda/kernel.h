@@ -5,7 +5,6 @@
 
 #include <cuda_runtime.h>
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <deque>
@@ -18,7 +17,7 @@ struct Kernel {
   std::string name;  // "conv_bn_act<float16, 128x128x64 stages 3 warps 2x2, pointwise>"
   const void* function;
   int threads;
-  int shared_bytes;  // dynamic
+  int shared_bytes;                // dynamic
   std::atomic<uint64_t> ready{0};  // bit i: device i has been told about shared_bytes
 
   Kernel(std::string name, const void* function, int threads, int shared_bytes)
@@ -38,13 +37,13 @@ struct Kernel {
   }
 };
 
-// BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N
-using TileNumbers = std::array<int, 6>;
+// Of a convolution: BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N.
+using TileNumbers = std::vector<int>;
 
 inline std::string tile_name(const TileNumbers& t) {
   auto text = [&](int i) { return std::to_string(t[i]); };
-  return text(0) + "x" + text(1) + "x" + text(2) + " stages " + text(3) + " warps " + text(4) + "x" +
-         text(5);
+  return text(0) + "x" + text(1) + "x" + text(2) + " stages " + text(3) + " warps " + text(4) +
+         "x" + text(5);
 }
 
 template <class... Tiles>
@@ -69,5 +68,6 @@ struct Kernels {
 
 Kernels& add_relu_kernels();
 Kernels& conv_bn_act_kernels();
+Kernels& conv_bn_join_kernels();
 
 }  // namespace resnet_fast

@@ -54,18 +54,16 @@ def module() -> ModuleType:
     """
     reason = broken()
     if reason is not None:
-        raise RuntimeError(f"resnet_fast: the CUDA C++ extension is {reason}")
+        raise RuntimeError(f"resnet_fast: the CUDA C++ extension is {reason}; {HOW_TO_BUILD}")
     return importlib.import_module(NAME)
 
 
 def missing() -> str | None:
     """Why the extension cannot be used on this machine, or None; cheapest questions first."""
-    if not built():
-        return f"the CUDA C++ extension is not built; {HOW_TO_BUILD}"
-    if not torch.cuda.is_available():
+    if built() and not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
     reason = broken()
-    return reason and f"the CUDA C++ extension is {reason}"
+    return reason and f"the CUDA C++ extension is {reason}; {HOW_TO_BUILD}"
 
 
 @functools.cache
@@ -78,15 +76,14 @@ def built() -> bool:
 def broken() -> str | None:
     """Why the extension cannot be loaded, or None; a GPU is not asked for."""
     if not built():
-        return f"not built; {HOW_TO_BUILD}"
+        return "not built"
     try:
         extension = importlib.import_module(NAME)
     except Exception as error:
         # A module for another Python or another torch fails in many ways; all have one remedy.
         text = " ".join(str(error).split())
-        return f"broken ({type(error).__name__}: {text}); {HOW_TO_BUILD} for this torch"
-    held = {op: len(tiles) for op, tiles in extension.tiles.items()}
-    return None if held.get("conv_bn_act") else f"of another version; {HOW_TO_BUILD}"
+        return f"broken: {type(error).__name__}: {text}"
+    return None if hasattr(extension, "tiles") else "broken: it is of another version"
 
 
 @functools.cache
@@ -96,6 +93,8 @@ def architecture_refusal(arch: int) -> str | None:
     Machine code runs on its own major version, from its own minor version on; PTX is compiled by
     the driver for every capability from its own on.
     """
+    if arch < 80:
+        return f"compute capability {arch / 10} is below 8.0"
     extension = module()
     held, ptx = extension.architectures, extension.ptx
     if any(have // 10 == arch // 10 and have <= arch for have in held) or ptx <= arch:
@@ -107,13 +106,13 @@ def architecture_refusal(arch: int) -> str | None:
     )
 
 
-def summary() -> str:
-    """What the loaded extension holds, in one line.
-
-    Raises:
-        RuntimeError: as `module`.
-    """
+def explain() -> tuple[bool, str]:
+    """Whether the extension loads, and what it holds or why it does not, in one line."""
+    reason = broken()
+    if reason is not None:
+        return False, reason
     extension = module()
     held = ", ".join(str(arch / 10) for arch in extension.architectures)
-    tiles = ", ".join(f"{op}: {len(table)} tiles" for op, table in extension.tiles.items())
-    return f"for {held} and PTX of {extension.ptx / 10}; {tiles}; built with {extension.built_for}"
+    tiles = ", ".join(f"{op} in {len(table)} tiles" for op, table in extension.tiles.items())
+    what = f"for {held}, newer GPUs by PTX of {extension.ptx / 10}; {tiles}"
+    return True, f"{what}; built with {extension.built_for}"

@@ -14,18 +14,21 @@
 //   - an access is 16 bytes, the widest there is, and a thread starts all its loads before it needs
 //     the first: 2 * kUnroll are in flight, and the latency of DRAM is paid once for all of them;
 //   - neighbouring threads take neighbouring accesses, so that a warp's 512 bytes are whole sectors
-//     (32 bytes, the unit of DRAM) if they begin at one: the head ends where `out` reaches a sector,
-//     because a sector that is only partly written costs more than one that is read twice;
+//     (32 bytes, the unit of DRAM) if they begin at one: the head ends where `out` reaches a
+//     sector, because a sector that is only partly written costs more than one that is read twice;
 //   - where the three pointers do not reach multiples of 16 together, no head helps: kLength is 1,
 //     neighbouring threads take neighbouring elements, and kUnroll is higher instead.
 //
 // This is the smallest kernel here and the template of the next one. Every header in this folder
 //   1. begins with the formula, the layout of each tensor, a picture, and the reasons;
-//   2. takes one plain struct of pointers, sizes and strides, and includes nothing of torch, so that
+//   2. takes one plain struct of pointers, sizes and strides, and includes nothing of torch, so
+//   that
 //      the tests compile it alone and run what the compiler made of it on the PTX machine;
-//   3. checks nothing: the caller (`csrc/cuda/add_relu.cu`) has checked dtypes, shapes and alignment;
+//   3. checks nothing: the caller (`csrc/cuda/add_relu.cu`) has checked dtypes, shapes and
+//   alignment;
 //   4. has as template parameters only what changes the machine code.
-// The reference is `resnet_fast/kernels/aten.py`; the Triton version `resnet_fast/kernels/add_relu.py`.
+// The reference is `resnet_fast/kernels/aten.py`; the Triton version
+// `resnet_fast/kernels/add_relu.py`.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +59,8 @@ struct ReluGradient {
   __device__ static float apply(float x, float y) { return y <= 0.0f ? 0.0f : x; }
 };
 
-// How the elements are cut into accesses, threads and blocks; the host launches by the same numbers.
+// How the elements are cut into accesses, threads and blocks; the host launches by the same
+// numbers.
 template <class Element, bool kAligned>
 struct ElementwiseShape {
   static constexpr int kThreads = 256;
