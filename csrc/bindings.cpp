@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "build_facts.h"  // written by resnet_fast/build.py
 #include "cuda/kernel.h"
 
 namespace py = pybind11;

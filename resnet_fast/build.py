@@ -178,7 +178,8 @@ def build(
     wanted, left_out = _architectures(toolchain, architectures)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = jobs or len(os.sched_getaffinity(0))
-    (folder / "build.ninja").write_text(_ninja(toolchain, wanted, jobs))
+    _write(folder / "build.ninja", _ninja(toolchain, wanted, jobs))
+    _write(folder / "build_facts.h", _facts(toolchain, wanted))
     _run_ninja(toolchain, folder, jobs, progress, verbose)
     output = output or PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +252,6 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
     first = architectures[0]
     code = ",".join([*(f"sm_{arch}" for arch in architectures), f"compute_{first}"])
     gencode = f"-gencode 'arch=compute_{first},code=[{code}]'"
-    built_for = f"torch {toolchain.torch_version}, CUDA {'.'.join(map(str, toolchain.cuda))}"
     target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}{0:012x}"
     flags = [
         "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden",
@@ -263,10 +263,6 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
     ]
     if toolchain.host_compiler:
         flags.append(f"-ccbin {_quoted(toolchain.host_compiler)}")
-    binding_flags = (
-        f"-DRESNET_FAST_ARCHITECTURES={','.join(map(str, architectures))} "
-        f"-DRESNET_FAST_PTX={first} '-DRESNET_FAST_BUILT_FOR=\"{built_for}\"'"
-    )
     libraries = [f"-L{_quoted(toolchain.torch / 'lib')} -ltorch_cpu -ltorch_cuda -lc10"]
     libraries += [f"-L{_quoted(w / 'lib')}" for w in toolchain.wheels if not _has_runtime(toolchain)]
     objects = " ".join(f"{path.stem}.o" for path in sources)
@@ -291,10 +287,27 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
             f"build {path.stem}.o: compile {_escaped(path)}",
             f"  name = {path.name}",
             f"  log = {path.stem}.{'log' if is_cuda else 'out'}",
-            f"  more = {'$gencode' if is_cuda else binding_flags}",
+            f"  more = {'$gencode' if is_cuda else '-I.'}",
         ]
     lines += [f"build _C.so: link {objects}", "default _C.so", ""]
     return "\n".join(lines)
+
+
+def _facts(toolchain: Toolchain, architectures: Sequence[int]) -> str:
+    """The header in which bindings.cpp reads what was built."""
+    cuda = ".".join(map(str, toolchain.cuda))
+    return (
+        "#pragma once\n"
+        f"#define RESNET_FAST_ARCHITECTURES {', '.join(map(str, architectures))}\n"
+        f"#define RESNET_FAST_PTX {architectures[0]}\n"
+        f'#define RESNET_FAST_BUILT_FOR "torch {toolchain.torch_version}, CUDA {cuda}"\n'
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file unless it says so already: what depends on it would be built again."""
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
 
 
 def _run_ninja(toolchain, folder: Path, jobs: int, progress: Progress, verbose) -> None:
