@@ -157,8 +157,8 @@ def build(
         architectures: compute capabilities times ten; default: those of `ARCHITECTURES` that nvcc
             knows.
         jobs: processes at a time; default: the usable cores.
-        folder: where objects are kept between builds; default: build/ beside csrc in a checkout,
-            else a temporary folder.
+        folder: where objects are kept between builds; default: build/ beside csrc in a checkout;
+            a temporary folder where the package is installed or `output` is given.
         output: the module's file; default: in the package.
         progress: called at every step.
         verbose: called with every line that the tools print, commands included.
@@ -166,7 +166,7 @@ def build(
     Raises:
         BuildError: an architecture is not known, or a tool failed: with its messages.
     """
-    if folder is None and csrc().parent == PACKAGE.parent:
+    if folder is None and output is None and csrc().parent == PACKAGE.parent:
         folder = PACKAGE.parent / "build" / "extension"
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
@@ -264,7 +264,9 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
     if toolchain.host_compiler:
         flags.append(f"-ccbin {_quoted(toolchain.host_compiler)}")
     libraries = [f"-L{_quoted(toolchain.torch / 'lib')} -ltorch_cpu -ltorch_cuda -lc10"]
-    libraries += [f"-L{_quoted(w / 'lib')}" for w in toolchain.wheels if not _has_runtime(toolchain)]
+    libraries += [
+        f"-L{_quoted(w / 'lib')}" for w in toolchain.wheels if not _has_runtime(toolchain)
+    ]
     objects = " ".join(f"{path.stem}.o" for path in sources)
     lines = [
         f"nvcc = {_quoted(toolchain.nvcc)}",
