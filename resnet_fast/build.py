@@ -9,9 +9,8 @@ runtime statically, so that the module loads on a machine without a GPU or a dri
 through its stable headers, so the module serves every release from `TORCH_TARGET` on.
 
 The front end runs once: the PTX of the first architecture, which the tests run on the PTX machine,
-is assembled for all. The kernels use nothing newer than that, ptxas makes code of the same length of
-it as of each architecture's own PTX, and it saves two thirds of the time. That PTX is in the module
-too, so a GPU newer than all of the list can run it.
+is assembled for all. The kernels use nothing newer, and it saves more than half of the time. That
+PTX is in the module too, so a GPU newer than all of the list can run it.
 
 ptxas says of every kernel what it takes; it is kept beside each object and becomes the report.
 """
@@ -120,9 +119,10 @@ def find() -> Toolchain:
         raise BuildError(f"{nvcc} does not say its version; reinstall the CUDA toolkit")
     own = int(release[1]), int(release[2])
     if own[0] != int(cuda.partition(".")[0]):
+        major = cuda.partition(".")[0]
         raise BuildError(
             f"nvcc is of CUDA {own[0]}.{own[1]}, torch {text} of CUDA {cuda}; "
-            f"put a toolkit of CUDA {cuda.partition('.')[0]} first on PATH, or install another torch"
+            f"put a toolkit of CUDA {major} first on PATH, or install another torch"
         )
     chosen = os.environ.get("NVCC_CCBIN", "")
     if not shutil.which(chosen or "g++"):
@@ -196,8 +196,9 @@ def describe(report: Report, every_kernel: bool = False) -> list[str]:
     names = ", ".join(str(arch / 10) for arch in report.architectures)
     cuda = ".".join(map(str, report.toolchain.cuda))
     target = ".".join(map(str, TORCH_TARGET))
+    size = report.path.stat().st_size / 1e6
     lines = [
-        f"built {report.path} ({report.path.stat().st_size / 1e6:.1f} MB) in {report.seconds:.0f} s",
+        f"built {report.path} ({size:.1f} MB) in {report.seconds:.0f} s",
         f"  GPUs     {names}; newer ones by PTX of {report.architectures[0] / 10}",
         f"  with     nvcc {cuda}, torch {report.toolchain.torch_version}; "
         f"loads with torch {target} and newer",
@@ -369,7 +370,7 @@ def _demangled(names: list[str], toolchain: Toolchain) -> list[str]:
 
 
 def _plain(signature: str) -> str:
-    """`void resnet_fast::f<__half, resnet_fast::Tile<(int)64>, true>(P)` -> `f<half, Tile<64>, true>`."""
+    """`void resnet_fast::f<__half, resnet_fast::Tile<(int)64> >(P)` -> `f<float16, Tile<64> >`."""
     text = re.sub(r"\((?:int|bool)\)", "", signature).replace("resnet_fast::", "")
     text = re.sub(r"^void ", "", text.rpartition("(")[0] or text)
     return text.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16").strip()

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "compile the CUDA C++ kernels for the torch that is installed; no GPU is needed"
     command = commands.add_parser("build", help=text, description=f"{text[0].upper()}{text[1:]}.",
         epilog="needs nvcc (of torch's CUDA major), g++, ninja and pybind11: "
-        "pip install 'resnet_fast[build]'. exit status: 0 built; 2 not built, with the reason")  # fmt: skip
+        "pip install 'resnet_fast[build]'. exit status: 0 built; 2 not, and why")  # fmt: skip
     command.set_defaults(run=build)
     add = command.add_argument
     add("--arch", nargs="+", metavar="X.Y", type=_architecture, help="compute capabilities; "

@@ -56,10 +56,7 @@ def add_relu_kernel(
     a = tl.load(x + index, mask=mask).to(tl.float32)
     b = tl.load(y + index, mask=mask).to(tl.float32)
     # Not tl.maximum: it would turn NaN into 0, and torch's relu does not.
-    if GRADIENT:
-        result = tl.where(b <= 0, 0.0, a)
-    else:
-        result = tl.where(a + b < 0, 0.0, a + b)
+    result = tl.where(b <= 0, 0.0, a) if GRADIENT else tl.where(a + b < 0, 0.0, a + b)
     # fp32 until here: one rounding, at the store.
     tl.store(out + index, result.to(out.dtype.element_ty), mask=mask)
 

@@ -67,16 +67,14 @@ def _check_backward(grad: Tensor, y: Tensor) -> None:
         reject(BACKWARD, "grad", f"of y's shape {shape}", describe(grad), "call .expand_as(y)")
     if grad.dtype != y.dtype:
         dtype = dtype_name(y.dtype)
-        reject(
-            BACKWARD, "grad", f"of y's dtype {dtype}", describe(grad), f"call .to(torch.{dtype})"
-        )
+        remedy = f"call .to(torch.{dtype})"
+        reject(BACKWARD, "grad", f"of y's dtype {dtype}", describe(grad), remedy)
 
 
 def _fake_backward(grad: Tensor, y: Tensor) -> Tensor:
     _check_backward(grad, y)
-    return (
-        aten.add_relu_backward(grad, y) if grad.stride() != y.stride() else torch.empty_like(grad)
-    )
+    alike = grad.stride() == y.stride()
+    return torch.empty_like(grad) if alike else aten.add_relu_backward(grad, y)
 
 
 def _backward_implementation(grad: Tensor, y: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs where the extension is loaded: calls of its ops with CPU tensors, as data in and out."""
+"""What runs where the extension is loaded: calls of its ops with CPU tensors; data in and out."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def built(tmp_path_factory):
     except build.BuildError as error:
         pytest.skip(f"the extension cannot be built here: {error}")
     folder = tmp_path_factory.mktemp("extension")
-    command = "-m resnet_fast.cli build --arch 8.0 --verbose --into".split()
+    command = ("-m", "resnet_fast.cli", "build", "--arch", "8.0", "--verbose", "--into")
     done = subprocess.run(
         [sys.executable, *command, str(folder)], cwd=ROOT, capture_output=True, text=True
     )
