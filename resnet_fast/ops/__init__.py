@@ -22,6 +22,7 @@ from resnet_fast.ops.conv_bn_act import (
     plan_of,
     plans,
     precision,
+    reference,
 )
 
 __all__ = [
@@ -44,4 +45,5 @@ __all__ = [
     "plan_of",
     "plans",
     "precision",
+    "reference",
 ]
