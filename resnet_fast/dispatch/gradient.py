@@ -10,6 +10,7 @@ from torch import Tensor
 
 from resnet_fast import _hardware
 from resnet_fast.dispatch import backends
+from resnet_fast.dispatch.problem import on_device_of
 from resnet_fast.kernels import aten
 
 
@@ -30,7 +31,7 @@ def add_relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     from resnet_fast.kernels import add_relu as kernel
 
     aligned = kernel.is_aligned(grad, y, out)
-    with backends._on_device_of(grad):
+    with on_device_of(grad):
         _triton_launch(grad.numel(), grad.dtype, aligned, grad.device)(grad, y, out)
     return out
 
