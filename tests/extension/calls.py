@@ -15,8 +15,9 @@ CHANNELS_LAST = torch.channels_last
 
 
 def load(folder: str) -> None:
-    """Let this process find the extension in `folder`, before one that the package may hold."""
+    """Load the extension in `folder`, not one that the package may hold."""
     resnet_fast.__path__.insert(0, folder)
+    cuda.module()
 
 
 def facts() -> dict[str, object]:
