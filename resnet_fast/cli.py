@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `resnet-fast`: check this machine, compare with torchvision.
+"""The command `resnet-fast`: check this machine, compare with torchvision, build the extension.
 
 Only this file and `comparison/tables.py` speak to a terminal; the rest is computed elsewhere.
 argparse, because it has options of several values (`--batch 1 8`), which click and typer have not.
@@ -8,9 +8,12 @@ argparse, because it has options of several values (`--batch 1 8`), which click 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
+import sysconfig
 from pathlib import Path
 
 AGREES, DISAGREES, BAD_INPUT, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -66,7 +69,24 @@ def _parser() -> argparse.ArgumentParser:
         help="time OpenVINO too, where it is installed")  # fmt: skip
     add("--seconds", type=float, default=6.0, help="timed seconds per setting; default: 6")
     add("--json", type=Path, metavar="FILE", help="write the result here too")
+    text = "compile the CUDA C++ kernels for the torch that is installed; no GPU is needed"
+    command = commands.add_parser("build", help=text, description=f"{text[0].upper()}{text[1:]}.",
+        epilog="needs nvcc (of torch's CUDA major), g++, ninja and pybind11: "
+        "pip install 'resnet_fast[build]'. exit status: 0 built; 2 not, and why")  # fmt: skip
+    command.set_defaults(run=build)
+    add = command.add_argument
+    add("--arch", nargs="+", metavar="X.Y", type=_architecture, help="compute capabilities; "
+        "default: 8.0 8.6 8.9 9.0 10.0 12.0; newer GPUs run the PTX of the first")  # fmt: skip
+    add("--jobs", type=int, metavar="N", help="processes at a time; default: the usable cores")
+    add("--into", type=Path, metavar="FOLDER", help="put the module there; default: the package")
+    add("--verbose", action="store_true", help="print commands, and every kernel's registers")
     return parser
+
+
+def _architecture(text: str) -> int:
+    if not re.fullmatch(r"\d+\.\d", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability such as 9.0")
+    return int(text.replace(".", ""))
 
 
 def check(options: argparse.Namespace) -> int:
@@ -126,6 +146,49 @@ def compare(options: argparse.Namespace) -> int:
     if not result.agrees:
         return DISAGREES
     return SKIPPED if result.skipped else AGREES
+
+
+def build(options: argparse.Namespace) -> int:
+    """The command `build`."""
+    from resnet_fast import build as recipe
+
+    if options.jobs is not None and options.jobs < 1:
+        raise BadInput("--jobs must be positive")
+    output = None
+    if options.into is not None:
+        output = options.into / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    try:
+        toolchain = recipe.find()
+        with _steps(sys.stderr) as progress:
+            report = recipe.build(
+                toolchain,
+                architectures=options.arch,
+                jobs=options.jobs,
+                output=output,
+                progress=progress,
+                verbose=print if options.verbose else None,
+            )
+    except (recipe.BuildError, OSError) as error:
+        raise BadInput(f"not built: {error}") from None
+    print("\n".join(recipe.describe(report, every_kernel=options.verbose)))
+    return AGREES
+
+
+@contextlib.contextmanager
+def _steps(stream):
+    """Shows steps as they end: a bar at a terminal where rich is there, else a line for each."""
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        Progress = None
+    if Progress is None or not stream.isatty():
+        yield lambda done, total, text: print(f"[{done}/{total}] {text}", file=stream, flush=True)
+        return
+    with Progress(console=_console(stream), transient=True) as bar:
+        task = bar.add_task("compiling", total=None)
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=text
+        )
 
 
 def _check_writable(file: Path | None) -> None:

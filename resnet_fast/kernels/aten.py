@@ -57,6 +57,14 @@ def add_relu(
     return F.relu(x + y)
 
 
+def add_relu_backward(
+    grad: Tensor,  # any shape
+    y: Tensor,  # grad's shape: what add_relu returned
+) -> Tensor:
+    """grad where y is not 0 or less, else 0; the gradient of add_relu along each argument."""
+    return torch.ops.aten.threshold_backward(grad, y, 0)
+
+
 def per_channel(vector: Tensor) -> Tensor:
     """A [K] vector in fp32 (or wider) as [1, K, 1, 1], to broadcast over [N, K, P, Q]."""
     wide = vector if vector.dtype == torch.float64 else vector.float()
