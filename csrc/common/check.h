@@ -59,7 +59,9 @@ struct Argument {
     for (int64_t axis = 0; axis < dim; ++axis) count *= sizes[axis];
     return count;
   }
-  int element_size() const { return dtype == ScalarType::Float ? 4 : 2; }
+  int element_size() const {
+    return dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
+  }
 
   [[noreturn]] void reject(const std::string& expected, const std::string& got,
                            const std::string& remedy) const {
