@@ -67,35 +67,73 @@ StemProblem problem_of(const Argument& x, const Argument& weight, const Argument
   return problem;
 }
 
+// A stem as the op was given it.
+struct StemCall {
+  Argument x, weight, scale, shift, mean, var, image_mean, image_std, out;
+  double eps;
+  int64_t tile;
+
+  StemProblem problem() const {
+    const auto& tiles = stem_pool_kernels().tiles;
+    check_range(kOp, "tile", tile, 0, static_cast<int64_t>(tiles.size()) - 1,
+                "see resnet_fast._C.tiles");
+    check_four_dimensions(weight);
+    const Norm norm = norm_of(scale, shift, mean, var, eps, weight.sizes[0]);
+    const StemProblem made = problem_of(x, weight, out, norm, image_mean, image_std, tiles[tile]);
+    for (const Argument* a : {&x, &weight, &scale, &shift, &mean, &var, &image_mean, &image_std}) {
+      check_apart(out, *a);
+    }
+    return made;
+  }
+};
+
+StemCall call_of(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                 const OptionalTensor& mean, const OptionalTensor& var, double eps,
+                 const OptionalTensor& image_mean, const OptionalTensor& image_std, int64_t tile,
+                 const Tensor& out) {
+  return {{kOp, "x", x},
+          {kOp, "weight", weight},
+          {kOp, "scale", scale},
+          {kOp, "shift", shift},
+          {kOp, "mean", mean},
+          {kOp, "var", var},
+          {kOp, "image_mean", image_mean},
+          {kOp, "image_std", image_std},
+          {kOp, "out", out},
+          eps,
+          tile};
+}
+
 void stem_pool_op(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                   const OptionalTensor& mean, const OptionalTensor& var, double eps,
                   const OptionalTensor& image_mean, const OptionalTensor& image_std, int64_t tile,
                   const Tensor& out) {
-  const Argument image(kOp, "x", x), filters(kOp, "weight", weight), to(kOp, "out", out);
-  const Argument vectors[] = {
-      {kOp, "scale", scale}, {kOp, "shift", shift},           {kOp, "mean", mean},
-      {kOp, "var", var},     {kOp, "image_mean", image_mean}, {kOp, "image_std", image_std}};
-  auto& [kernels, tiles] = stem_pool_kernels();
-  check_range(kOp, "tile", tile, 0, static_cast<int64_t>(tiles.size()) - 1,
-              "see resnet_fast._C.tiles");
-  check_four_dimensions(filters);
-  const Norm norm = norm_of(vectors[0], vectors[1], vectors[2], vectors[3], eps, filters.sizes[0]);
-  const StemProblem problem =
-      problem_of(image, filters, to, norm, vectors[4], vectors[5], tiles[tile]);
-  check_apart(to, image);
-  check_apart(to, filters);
-  for (const Argument& vector : vectors) check_apart(to, vector);
-  const int device = check_devices(image, {&filters, &vectors[0], &vectors[1], &vectors[2],
-                                           &vectors[3], &vectors[4], &vectors[5], &to});
+  const StemCall call =
+      call_of(x, weight, scale, shift, mean, var, eps, image_mean, image_std, tile, out);
+  const StemProblem problem = call.problem();
+  const int device =
+      check_devices(call.x, {&call.weight, &call.scale, &call.shift, &call.mean, &call.var,
+                             &call.image_mean, &call.image_std, &call.out});
   if (problem.tiles == 0) return;
 
-  const size_t dtype = static_cast<size_t>(kernel_dtype(filters));
+  auto& [kernels, tiles] = stem_pool_kernels();
+  const size_t dtype = static_cast<size_t>(kernel_dtype(call.weight));
   Kernel& kernel = kernels[dtype * tiles.size() + tile];
   // Blocks walk over tiles and load the filters once: as many as the GPU holds at a time.
   const int64_t blocks = std::min<int64_t>(problem.tiles, kernel.resident_blocks(device));
-  const int64_t groups = divided_up(problem.k, 128 / filters.element_size());
+  const int64_t groups = divided_up(problem.k, 128 / call.weight.element_size());
   launch(kernel, dim3(blocks, groups), problem, device,
-         [&] { return image.describe() + ", weight " + filters.describe(); });
+         [&] { return call.x.describe() + ", weight " + call.weight.describe(); });
+}
+
+// The struct that would be launched, as bytes: a test holds it against its Python mirror.
+void stem_problem_op(const Tensor& x, const Tensor& weight, const Tensor& scale,
+                     const Tensor& shift, const OptionalTensor& mean, const OptionalTensor& var,
+                     double eps, const OptionalTensor& image_mean, const OptionalTensor& image_std,
+                     int64_t tile, const Tensor& out, const Tensor& bytes) {
+  copy_bytes(
+      "_stem_problem", bytes,
+      call_of(x, weight, scale, shift, mean, var, eps, image_mean, image_std, tile, out).problem());
 }
 
 // BLOCK_N is 128 bytes of channels: the 64 of a ResNet in half precision, two groups in float32.
@@ -135,4 +173,5 @@ Kernels& stem_pool_kernels() {
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {
   m.impl("_stem_pool_cuda", TORCH_BOX(&resnet_fast::stem_pool_op));
+  m.impl("_stem_problem", TORCH_BOX(&resnet_fast::stem_problem_op));
 }
