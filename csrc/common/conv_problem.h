@@ -39,6 +39,14 @@ struct Divisor {
   }
 };
 
+// How a position (r, s, c) in a filter, and its offset in x, advance by the products of one step: as
+// an odometer, whose digits are c, s and r.
+struct Walk {
+  int32_t c, s, r;           // a step's products as digits
+  int32_t offset;            // elements that the digits move in x
+  int32_t carry_c, carry_s;  // elements more where c, where s runs over
+};
+
 // A vector along output channels, [K]; data is null where there is none.
 struct ChannelVector {
   const void* data;
@@ -65,6 +73,7 @@ struct ConvProblem {
   int32_t m;                               // N * P * Q
   Divisor pixels, q;                       // P * Q, and Q: of a row, its image and its place
   Divisor c_of, s_of;                      // C and S: of a product, its tap and its channel
+  Walk walk;                               // by the kernel's BLOCK_K
   Divisor tiles_n;                         // column tiles: of K by the kernel's BLOCK_N
   int32_t conv_stride_h, conv_stride_w;    // the convolution's
   int32_t padding_h, padding_w;
@@ -72,5 +81,20 @@ struct ConvProblem {
   int32_t split_k, steps_per_split;        // steps of BLOCK_K products; all of them if split_k is 1
   int32_t relu;                            // whether the activation is a ReLU
 };
+
+// The walk of a problem whose sizes, strides and divisors are set, by `products` a step.
+inline Walk walk_of(const ConvProblem& problem, int products) {
+  const int taps = problem.c_of.quotient(products), rows = problem.s_of.quotient(taps);
+  const int64_t across = problem.dilation_w * problem.stride_w;
+  const int64_t down = problem.dilation_h * problem.stride_h;
+  Walk walk{};
+  walk.c = products - taps * problem.c;
+  walk.s = taps - rows * problem.s;
+  walk.r = rows;
+  walk.offset = static_cast<int32_t>(walk.c + walk.s * across + walk.r * down);
+  walk.carry_c = static_cast<int32_t>(across - problem.c);
+  walk.carry_s = static_cast<int32_t>(down - problem.s * across);
+  return walk;
+}
 
 }  // namespace resnet_fast

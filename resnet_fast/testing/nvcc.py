@@ -42,6 +42,14 @@ class Divisor(ctypes.Structure):
         return cls(divisor, -(-(1 << (31 + shift)) // divisor), shift)
 
 
+class Walk(ctypes.Structure):
+    """Mirror of struct Walk."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32) for name in ("c", "s", "r", "offset", "carry_c", "carry_s")
+    )
+
+
 class ChannelVector(ctypes.Structure):
     """Mirror of struct ChannelVector."""
 
@@ -65,7 +73,9 @@ class ConvProblem(ctypes.Structure):
         ("norm", Norm),
         *((name, ctypes.c_int64) for name in ("stride_n", "stride_h", "stride_w")),
         *((name, ctypes.c_int32) for name in ("h", "w", "c", "k", "r", "s", "m")),
-        *((name, Divisor) for name in ("pixels", "q", "c_of", "s_of", "tiles_n")),
+        *((name, Divisor) for name in ("pixels", "q", "c_of", "s_of")),
+        ("walk", Walk),
+        ("tiles_n", Divisor),
         *(
             (name, ctypes.c_int32)
             for name in (

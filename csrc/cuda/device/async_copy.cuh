@@ -11,27 +11,27 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes past the L1 cache; where `valid` is false nothing is read and zeros are written.
-__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global, bool valid) {
+// 16 bytes past the L1 cache; where any bit of `skip` is set nothing is read and zeros are written.
+__device__ __forceinline__ void copy_async_16(uint32_t shared, const void* global, uint32_t skip) {
   asm volatile(
       "{\n"
       ".reg .pred ignore;\n"
-      "setp.eq.u32 ignore, %2, 0;\n"
+      "setp.ne.u32 ignore, %2, 0;\n"
       "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, ignore;\n"
       "}\n" ::"r"(shared),
-      "l"(global), "r"(static_cast<uint32_t>(valid))
+      "l"(global), "r"(skip)
       : "memory");
 }
 
 // 4 bytes, through the L1 cache, which neighbouring accesses of one line then share.
-__device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global, bool valid) {
+__device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global, uint32_t skip) {
   asm volatile(
       "{\n"
       ".reg .pred ignore;\n"
-      "setp.eq.u32 ignore, %2, 0;\n"
+      "setp.ne.u32 ignore, %2, 0;\n"
       "cp.async.ca.shared.global [%0], [%1], 4, ignore;\n"
       "}\n" ::"r"(shared),
-      "l"(global), "r"(static_cast<uint32_t>(valid))
+      "l"(global), "r"(skip)
       : "memory");
 }
 
