@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from resnet_fast.spec import ELEMENT_SIZE, TileConfig
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 from resnet_fast.testing import nvcc, ptx
 from resnet_fast.testing.cases import ConvTensors
 from resnet_fast.testing.compiled import WARP, CompiledKernel
@@ -83,6 +83,7 @@ def conv_problem(tensors: ConvTensors, tile: TileConfig) -> ptx.Struct:
         q=nvcc.Divisor.of(spec.q),
         c_of=nvcc.Divisor.of(spec.c),
         s_of=nvcc.Divisor.of(spec.s),
+        walk=walk_of(spec, tile.BLOCK_K, stride_h, stride_w),
         tiles_n=nvcc.Divisor.of(-(-spec.k // tile.BLOCK_N)),
         **axes("conv_stride", spec.stride),
         **axes("padding", spec.padding),
@@ -93,6 +94,15 @@ def conv_problem(tensors: ConvTensors, tile: TileConfig) -> ptx.Struct:
     )
     arrays = tuple(a for a in (*vectors, *operands) if a is not None)
     return ptx.Struct(bytes(problem), arrays)
+
+
+def walk_of(spec: ConvSpec, products: int, stride_h: int, stride_w: int) -> nvcc.Walk:
+    """The steps of `products` as digits, as conv_problem.h's walk_of has them."""
+    taps, c = divmod(products, spec.c)
+    r, s = divmod(taps, spec.s)
+    across, down = spec.dilation[1] * stride_w, spec.dilation[0] * stride_h
+    offset = c + s * across + r * down
+    return nvcc.Walk(c, s, r, offset, across - spec.c, down - spec.s * across)
 
 
 def axes(name: str, values: tuple[int, int]) -> dict[str, int]:
