@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
   using Lane = SlabLane<Tile, kLength>;
   const int my_channel = first_filter + threadIdx.x / kWarpSize % Tile::kWarpsN * Tile::kWarpN +
                          Lane().channel;
-  if (my_channel >= problem.k) return;
-  const AffineVector<kLength> affine(problem.norm, my_channel);
+  const int rows = my_channel < problem.k ? problem.m - first_row : 0;  // that this lane finishes
+  const AffineVector<kLength> affine(problem.norm, min(my_channel, problem.k - kLength));
   const auto* residual = static_cast<const Element*>(problem.residual);
   auto* y = static_cast<Element*>(problem.y);
   Vector<Element> shortcut[Lane::kPasses] = {};
@@ -123,14 +123,15 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
         if (residual == nullptr) return;
 #pragma unroll
         for (int pass = 0; pass < Lane::kPasses; ++pass) {
-          const int at = first_row + row + pass * Lane::kRows;
-          if (at < problem.m) {
-            shortcut[pass] = *reinterpret_cast<const Vector<Element>*>(residual + at * k + my_channel);
+          const int at = row + pass * Lane::kRows;
+          if (at < rows) {
+            shortcut[pass] = *reinterpret_cast<const Vector<Element>*>(
+                residual + (first_row + at) * k + my_channel);
           }
         }
       },
       [&](int pass, int row, int, const float(&sums)[kLength]) {
-        if (first_row + row < problem.m) {
+        if (row < rows) {
           *reinterpret_cast<Vector<Element>*>(y + (first_row + row) * k + my_channel) =
               finished<Element>(sums, affine, shortcut[pass], problem.relu);
         }

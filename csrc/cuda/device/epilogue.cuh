@@ -10,11 +10,19 @@
 #include <cstdint>
 
 #include "../../common/conv_problem.h"
+#include "async_copy.cuh"
 #include "numeric.cuh"
 #include "pipeline.cuh"
 #include "tile.cuh"
 
 namespace resnet_fast {
+
+// Eight bytes in one access: of an ordinary float2 the compiler may make two, which meet on a bank.
+__device__ __forceinline__ void store_pair(float* shared, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(shared_address(shared)), "f"(first),
+               "f"(second)
+               : "memory");
+}
 
 // kLength channels from `channel` on, as fp32.
 template <int kLength>
@@ -97,8 +105,8 @@ __device__ __forceinline__ void for_each_vector(const Accumulators<Tile>& acc, v
 #pragma unroll
     for (int j = 0; j < Tile::kFragmentsN; ++j) {
       const auto& v = acc.values[i][j];
-      *reinterpret_cast<float2*>(to + Lane::place(j * 8)) = {v[0], v[1]};
-      *reinterpret_cast<float2*>(to + Lane::place(j * 8) + 8 * Tile::kSlabPitch) = {v[2], v[3]};
+      store_pair(to + Lane::place(j * 8), v[0], v[1]);
+      store_pair(to + Lane::place(j * 8) + 8 * Tile::kSlabPitch, v[2], v[3]);
     }
     __syncwarp();
 #pragma unroll
