@@ -86,6 +86,12 @@ class ConvProblem(ctypes.Structure):
     )  # fmt: skip
 
 
+class JoinProblem(ctypes.Structure):
+    """Mirror of struct JoinProblem."""
+
+    _fields_ = (("main", ConvProblem), ("projection", ConvProblem))
+
+
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     return None if shutil.which("nvcc") else "nvcc is not installed"
