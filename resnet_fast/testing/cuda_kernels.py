@@ -16,6 +16,17 @@ from resnet_fast.testing.cases import ConvTensors
 from resnet_fast.testing.compiled import WARP, CompiledKernel
 
 CONV = "cuda/device/conv_implicit_gemm.cuh"
+WARPS_M = 2  # of every tile: two rows of warps
+TILES = (
+    TileConfig(128, 128, 64, 3, 4),
+    TileConfig(128, 128, 32, 4, 4),
+    TileConfig(128, 64, 64, 3, 4),
+    TileConfig(64, 128, 64, 3, 4),
+    TileConfig(64, 64, 64, 3, 4),
+    TileConfig(128, 64, 32, 4, 4),
+    TileConfig(64, 64, 32, 4, 4),
+    TileConfig(64, 32, 64, 4, 4),
+)
 REDUCE_THREADS, REDUCE_CHANNELS = 256, 4  # of a block of reduce_splits, and of each thread
 
 
@@ -41,10 +52,16 @@ def conv_kernels(tensors: ConvTensors, tile: TileConfig, arch: int) -> list[Comp
 
 
 def cpp_tile(tile: TileConfig, dtype: str) -> str:
-    """The tile in C++, where BLOCK_K counts 16-bit elements and warps stand in two rows."""
+    """The tile in C++, where BLOCK_K counts 16-bit elements."""
     block_k = tile.BLOCK_K * ELEMENT_SIZE[dtype] // 2
-    sizes = (tile.BLOCK_M, tile.BLOCK_N, block_k, tile.NUM_STAGES, 2, tile.NUM_WARPS // 2)
+    sizes = (tile.BLOCK_M, tile.BLOCK_N, block_k, tile.NUM_STAGES, WARPS_M, tile.NUM_WARPS // WARPS_M)
     return f"Tile<{', '.join(map(str, sizes))}>"
+
+
+def readers(dtype: str) -> int:
+    """How often a tile requests each sector of scale and shift: by each row of warps, and in half
+    precision by two 16-byte loads, as a lane has eight channels."""
+    return WARPS_M * 4 // ELEMENT_SIZE[dtype]
 
 
 def shared_bytes(tile: TileConfig, dtype: str) -> int:
