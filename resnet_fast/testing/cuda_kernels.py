@@ -54,8 +54,8 @@ def conv_kernels(tensors: ConvTensors, tile: TileConfig, arch: int) -> list[Comp
 def cpp_tile(tile: TileConfig, dtype: str) -> str:
     """The tile in C++, where BLOCK_K counts 16-bit elements."""
     block_k = tile.BLOCK_K * ELEMENT_SIZE[dtype] // 2
-    sizes = (tile.BLOCK_M, tile.BLOCK_N, block_k, tile.NUM_STAGES, WARPS_M, tile.NUM_WARPS // WARPS_M)
-    return f"Tile<{', '.join(map(str, sizes))}>"
+    warps = f"{WARPS_M}, {tile.NUM_WARPS // WARPS_M}"
+    return f"Tile<{tile.BLOCK_M}, {tile.BLOCK_N}, {block_k}, {tile.NUM_STAGES}, {warps}>"
 
 
 def readers(dtype: str) -> int:

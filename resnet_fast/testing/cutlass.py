@@ -8,7 +8,6 @@ byte of its parameters is ours.
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -111,7 +111,7 @@ def layout_asserts(mirror: type[ctypes.Structure]) -> str:
 def compile_unit(text: str, arch: int) -> tuple[str, bytes]:
     """(PTX, cubin) of a translation unit for compute capability `arch` (90 for 9.0).
 
-    The cubin is made from that very PTX. Compiled once per process, or, with a `cache_folder`, once.
+    The cubin is made from that very PTX. Compiled once per process, or once per `cache_folder`.
 
     Raises:
         RuntimeError: with the compiler's messages.
@@ -123,8 +123,8 @@ def compile_unit(text: str, arch: int) -> tuple[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "kernel.cu"), Path(folder, "kernel.ptx")
         source.write_text(text)
-        flags = ("-std=c++17", "-O3", f"-arch=sm_{arch}", "-I", str(CSRC), "--expt-relaxed-constexpr")
-        run("nvcc", *flags, "-ptx", str(source), "-o", str(out))
+        flags = ("-std=c++17", "-O3", "-I", str(CSRC), "--expt-relaxed-constexpr")
+        run("nvcc", *flags, f"-arch=sm_{arch}", "-ptx", str(source), "-o", str(out))
         ptx = out.read_text()
     cubin = assemble(ptx, arch)
     if kept:
@@ -149,7 +149,9 @@ def assemble(ptx: str, arch: int) -> bytes:
 
 def run(*command: str) -> str:
     """Run a tool; what it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout

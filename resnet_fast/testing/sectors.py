@@ -25,8 +25,8 @@ class Sectors:
 def of_gemm(spec: ConvSpec, tile: TileConfig, readers: int) -> Sectors:
     """The least that the implicit GEMM moves.
 
-    Every tile reads its pixels inside the image at each tap, and its filters, and each of the
-    `readers` warps that share a column its scale, shift, mean and variance.
+    Every tile reads its pixels inside the image at each tap, and its filters; and `readers` times
+    the scale, shift, mean and variance of its columns. Without readers there is no BatchNorm.
     """
     size = ELEMENT_SIZE[spec.dtype]
     tiles_m, tiles_n = -(-spec.m // tile.BLOCK_M), -(-spec.k // tile.BLOCK_N)
@@ -49,7 +49,7 @@ def of_gemm(spec: ConvSpec, tile: TileConfig, readers: int) -> Sectors:
     y = spec.m * spec.k * size // SECTOR
     residual = y if spec.residual else 0
     loads += residual + tiles_m * readers * vectors(spec)
-    return Sectors(loads, y, unique + residual + vectors(spec))
+    return Sectors(loads, y, unique + residual + (vectors(spec) if readers else 0))
 
 
 def of_reduction(spec: ConvSpec, tile: TileConfig, blocks: int) -> Sectors:

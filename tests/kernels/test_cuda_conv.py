@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA C++ convolution: what nvcc makes of it, and what that computes on the PTX machine.
 
-The code is written for sm_80 and has no branch on the architecture, so the PTX of a newer one is the
-same instructions: sm_80 runs everything, sm_90 every tile once, and the others are compiled.
+The code is written for sm_80 and has no branch on the architecture, so the PTX of a newer one has
+the same instructions: sm_80 runs everything, sm_90 every tile once, the others are compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from resnet_fast import _hardware
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import cases, cuda_kernels, nvcc, sass
+from resnet_fast.testing import cases, cuda_kernels, nvcc
 from tests.kernels import machine
 from tests.kernels.machine import Job
 
@@ -76,7 +76,8 @@ def compiled_faults(arguments: Job) -> list[str]:
         f"spills {used.spill_bytes} bytes": used.spill_bytes > 0,
         f"{used.shared_bytes} bytes of shared memory on {gpu.name}": not fits,
         f"{used.blocks_per_sm(gpu)} blocks per SM": fits and used.blocks_per_sm(gpu) < blocks,
-        f"{loop.per_mma:.2f} instructions per HMMA": loop.per_mma > per_mma_at_most(tile, spec, arch),
+        f"{loop.per_mma:.2f} instructions per HMMA": loop.per_mma
+        > per_mma_at_most(tile, spec, arch),
         "divides in its main loop": any(re.match(r"MUFU|I2F|F2I", code) for code in loop.opcodes),
         f"stores by {stores}": not all(".128" in code for code in stores),
         "loads x or weight through registers": any(c.startswith("LDG.") for c in loop.opcodes),
@@ -115,7 +116,9 @@ def opcodes_of(arguments: Job) -> Counter:
     """How often the PTX has each instruction that moves data, multiplies or waits."""
     (kernel,) = arguments.source(cases.conv_tensors(arguments.spec), TILE, arguments.arch)
     body = kernel.ptx.replace(".u32", ".b32")  # one bit pattern, two names
-    return Counter(re.findall(r"^\s*(?:@!?%p\d+ )?((?:cp|mma|ldmatrix|bar|st)\.[\w.:]+)", body, re.M))
+    return Counter(
+        re.findall(r"^\s*(?:@!?%p\d+ )?((?:cp|mma|ldmatrix|bar|st)\.[\w.:]+)", body, re.M)
+    )
 
 
 def test_newer_architectures_get_the_same_ptx(compile_pool):
@@ -191,7 +194,7 @@ def test_residual_may_be_out(compile_pool):
 
 
 def test_beyond_32_bits(compile_pool):
-    """x, residual and y pass 2^31 elements; with a split the workspace does; images lie 2^30 apart."""
+    """x, residual and y pass 2^31 elements; with a split the workspace; images lie 2^30 apart."""
     spec = ConvSpec(2**17 + 2, 16, 16, 64, 64, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
     split = job(replace(spec, n=2**15 + 2), replace(TILE, SPLIT_K=4))
     assert_no_faults(compile_pool, machine.beyond_32_bits_faults, [job(spec), split])
