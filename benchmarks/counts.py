@@ -39,11 +39,11 @@ SWEPT = ("layer1-first-conv2-3x3/1", "layer2-first-downsample-1x1/2", "layer3-ne
 HOW = {
     "compiled": "registers, spills, blocks per SM and SASS per HMMA (in the main loop) are read "
     "from machine code that nvcc made",
-    "counted": "wavefronts of shared memory, sectors and DRAM bytes are counted by the PTX machine, "
-    "the whole grid; DRAM bytes are the distinct sectors, what a perfect cache would move",
+    "counted": "wavefronts of shared memory, sectors and DRAM bytes are counted by the PTX "
+    "machine, the whole grid; DRAM bytes are the distinct sectors: what a perfect cache would move",
     "minima": "one wavefront for each group of lanes that is served at once; for sectors, that "
-    "each tile reads its pixels, filters, residual and BatchNorm vectors once; for DRAM bytes, that "
-    "each tensor is moved once, without the pixels that a stride steps over",
+    "each tile reads its pixels, filters, residual and BatchNorm vectors once; for DRAM bytes, "
+    "that each tensor is moved once, without the pixels that a stride steps over",
     "tiles": "those that the chooser's estimate takes, without a split, for a batch of 32 on an "
     "A100; some layers have every tile",
     "CUTLASS": "conv2d fprop, kOptimized, with residual and ReLU; it has no BatchNorm",

@@ -79,7 +79,7 @@ def conv_faults(job: Job) -> list[str]:
             faults.append(f"{kernel.name}: {conflicts} bank conflicts beyond {minimum}")
         if spills(kernel) or done.counters.local_bytes:
             faults.append(f"{kernel.name}: spills")
-    if is_whole(job.spec, job.tile):
+    if is_whole(job.spec, job.tile) and has_plain_operands(tensors):
         faults += traffic_faults(job, kernels, runs)
     return [f"{job}: {fault}" for fault in faults]
 
@@ -100,6 +100,12 @@ def allowed_conflicts(job: Job) -> float:
 def is_whole(spec: ConvSpec, tile: TileConfig) -> bool:
     """Whether every tile and step is full; one that is cut reads what it does not use."""
     return spec.m % tile.BLOCK_M == 0 and spec.k % tile.BLOCK_N == 0 and spec.c % tile.BLOCK_K == 0
+
+
+def has_plain_operands(tensors: ConvTensors) -> bool:
+    """Whether rows of x lie next to each other, in whole sectors, and the parameters are fp32."""
+    dense = tensors.x.is_contiguous(memory_format=torch.channels_last)
+    return dense and tensors.scale.dtype == torch.float32
 
 
 def traffic_faults(job: Job, kernels, runs) -> list[str]:
