@@ -257,15 +257,25 @@ def show(rows: list[Row]) -> None:
 
 
 def markdown(result: dict) -> str:
-    """The README's table of a result that `--json` wrote."""
-    heads = [heading for name, heading in HEADINGS.items() if name != "dram_bytes"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in result["rows"]:
-        values = dict(zip(HEADINGS, cells(Row(**row)), strict=True))
-        del values["dram_bytes"]
-        lines.append("| " + " | ".join(values.values()) + " |")
+    """The README's table of a result that `--json` wrote; ours and CUTLASS's share a line."""
+    if "rows" not in result:
+        lines = ["| network | MB per image | |", "|---|---|---|"]
+        for network, moved in result["moved"].items():
+            lines += [f"| {network} | {value:.1f} | {what} |" for what, value in moved.items()]
+    else:
+        shown = [n for n in HEADINGS if n not in ("layer", "tile", "kernel", "dram_bytes")]
+        both: dict[tuple[str, str], dict[str, list[str]]] = {}
+        for row in (Row(**fields) for fields in result["rows"]):
+            kernels = both.setdefault((row.layer, row.tile), {})
+            kernels[row.kernel] = dict(zip(HEADINGS, cells(row), strict=True))
+        heads = ["layer", "tile", *(HEADINGS[name] for name in shown)]
+        lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        for place, kernels in both.items():
+            values = (" / ".join(found[name] for found in kernels.values()) for name in shown)
+            lines.append("| " + " | ".join((*place, *values)) + " |")
     made = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    return "\n".join(lines) + f"\n\n{result['title']}; {made}, commit {result['commit']}."
+    note = f"{result['title']}; ours / CUTLASS" if "rows" in result else result["title"]
+    return "\n".join(lines) + f"\n\n{note}. {made}, commit {result['commit']}."
 
 
 def versions() -> dict[str, str]:
@@ -313,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
                 options.depth = depth
                 found = rows_of(list(jobs_of(options, {})), folder)
                 moved[f"ResNet-{depth}"] = bytes_per_image(options, depth, found)
-            result = {"title": title.partition(", ")[2], "MB per image": moved}
+            result = {"title": title.partition(", ")[2], "moved": moved}
             for network, values in moved.items():
                 for what, value in values.items():
                     print(f"{network}: {value:6.1f} MB per image, {what}")
