@@ -20,6 +20,7 @@ from resnet_fast.ops.conv_bn_act import (
     plan_of,
     plans,
     precision,
+    reference,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "plan_of",
     "plans",
     "precision",
+    "reference",
 ]

@@ -171,6 +171,7 @@ def _make_plan(call: Call) -> backends.Plan:
         vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
         tracked=not weight.is_inference(),
         aligned=_addresses(call) % 16 == 0,
+        gpu=torch.cuda.get_device_name(x.device) if x.is_cuda else "",
     )
     plan = backends.plan(problem, call.backend)
     if spec.m * spec.k == 0:
