@@ -44,8 +44,8 @@ HOW = {
     "minima": "one wavefront for each group of lanes that is served at once; for sectors, that "
     "each tile reads its pixels, filters, residual and BatchNorm vectors once; for DRAM bytes, "
     "that each tensor is moved once, without the pixels that a stride steps over",
-    "tiles": "those that the chooser's estimate takes, without a split, for a batch of 32 on an "
-    "A100; some layers have every tile",
+    "tiles": "those that the chooser takes for a batch of 32, without a split; some layers have "
+    "every tile",
     "CUTLASS": "conv2d fprop, kOptimized, with residual and ReLU; it has no BatchNorm",
 }
 
@@ -113,21 +113,17 @@ def count(job: Job) -> Row:
 
 
 def chosen(spec: ConvSpec, arch: int) -> TileConfig:
-    """The tile that the chooser's estimate prefers at a batch that fills the GPU."""
-    gpu, full = _hardware.GPUS[arch], replace(spec, n=max(spec.n, FULL_BATCH))
-    return min(tiles(spec), key=lambda tile: heuristics.score(full, tile, gpu).microseconds)
-
-
-def tiles(spec: ConvSpec) -> list[TileConfig]:
-    scale = ELEMENT_SIZE[spec.dtype] / 2  # the table counts 16-bit elements
-    return [replace(tile, BLOCK_K=int(tile.BLOCK_K / scale)) for tile in cuda_kernels.TILES]
+    """What the chooser takes at a batch that fills the GPU, without a split."""
+    full = replace(spec, n=max(spec.n, FULL_BATCH))
+    return replace(heuristics.choose(full, arch, heuristics.CUDA), SPLIT_K=1)
 
 
 def jobs_of(options, programs: dict[TileConfig, cutlass.Program]) -> Iterator[Job]:
     """By layer, by tile, ours before CUTLASS's."""
     for name, spec in layers(options, options.depth).items():
         swept = options.all or (name in SWEPT and not options.bytes)
-        for tile in tiles(spec) if swept else [chosen(spec, options.arch)]:
+        table = heuristics.CUDA.tiles(options.arch, spec.dtype)
+        for tile in table if swept else [chosen(spec, options.arch)]:
             yield Job(name, spec, tile, options.arch)
             if tile in programs:
                 yield Job(name, spec, tile, options.arch, programs[tile])

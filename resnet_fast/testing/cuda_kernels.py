@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from resnet_fast.dispatch.heuristics import CUDA_TILES
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 from resnet_fast.testing import nvcc, ptx
 from resnet_fast.testing.cases import ConvTensors
@@ -17,16 +18,7 @@ from resnet_fast.testing.compiled import WARP, CompiledKernel
 
 CONV = "cuda/device/conv_implicit_gemm.cuh"
 WARPS_M = 2  # of every tile: two rows of warps
-TILES = (
-    TileConfig(128, 128, 64, 3, 4),
-    TileConfig(128, 128, 32, 4, 4),
-    TileConfig(128, 64, 64, 3, 4),
-    TileConfig(64, 128, 64, 3, 4),
-    TileConfig(64, 64, 64, 3, 4),
-    TileConfig(128, 64, 32, 4, 4),
-    TileConfig(64, 64, 32, 4, 4),
-    TileConfig(64, 32, 64, 4, 4),
-)
+TILES = CUDA_TILES
 REDUCE_THREADS, REDUCE_CHANNELS = 256, 4  # of a block of reduce_splits, and of each thread
 
 

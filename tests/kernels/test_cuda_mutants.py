@@ -26,12 +26,16 @@ EXPLAINED = {
 class Filters(Conv):
     """15 rows, so that each bound of the image is met; 34 steps, so that the last stage is 0."""
 
-    tall = ConvSpec(1, 5, 4, 24, 48, 15, 3, (1, 1), (7, 1), residual=True, norm=True)
+    tall = ConvSpec(1, 5, 4, 24, 48, 15, 3, (1, 1), (14, 1), residual=True, norm=True)
     shapes = (Conv.shapes[0], tall, Conv.shapes[1])
 
 
 class Pointwise(Conv):
-    shapes = tuple(replace(s, r=1, s=1, padding=(0, 0), c=c) for s in Conv.shapes for c in (72, 96))
+    """4 steps, so that the last stage is 0, or a step that is not full."""
+
+    shapes = tuple(
+        replace(s, r=1, s=1, padding=(0, 0), c=c) for s in Conv.shapes for c in (72, 128)
+    )
 
 
 def hunt_cuda(form: type[Conv]) -> Tally:
