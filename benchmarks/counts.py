@@ -282,6 +282,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def current_commit() -> str:
+    """Of what is counted; with a mark where files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        cwd=nvcc.CSRC,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() or "unknown"
+
+
 def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -306,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason := nvcc.missing():
         say(f"nothing can be counted: {reason}")
         return 1
+    commit = current_commit()  # before a long run, during which it may move
     title = (
         f"ResNet-{options.depth}, batch {options.batch} at {options.size}x{options.size}, "
         f"{options.dtype}, sm_{options.arch}"
@@ -331,9 +343,6 @@ def main(argv: list[str] | None = None) -> int:
     for name, text in HOW.items():
         print(f"{name}: {text}.")
     if options.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=nvcc.CSRC, capture_output=True, text=True
-        ).stdout.strip()
         result = {"versions": versions(), "commit": commit, **result}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")

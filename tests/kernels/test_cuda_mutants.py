@@ -24,9 +24,10 @@ EXPLAINED = {
 
 
 class Filters(Conv):
-    """15 rows, so that each bound of the image is met; 34 steps, so that the last stage is 0."""
+    """15 rows and three images, so that every row of a thread meets each bound of an image; 34
+    steps, so that the last stage is 0."""
 
-    tall = ConvSpec(1, 5, 4, 24, 48, 15, 3, (1, 1), (14, 1), residual=True, norm=True)
+    tall = ConvSpec(3, 5, 2, 24, 48, 15, 3, (1, 1), (14, 1), residual=True, norm=True)
     shapes = (Conv.shapes[0], tall, Conv.shapes[1])
 
 
