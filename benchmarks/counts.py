@@ -27,10 +27,12 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from resnet_fast import _hardware
-from resnet_fast.dispatch import heuristics
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import cases, cuda_kernels, cutlass, nvcc, sectors
+from resnet_fast.dispatch import heuristics, join
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, TileConfig
+from resnet_fast.testing import cases, cuda_kernels, cutlass, join_cases, nvcc, sectors, stem
 from resnet_fast.testing.tolerance import assert_within
 
 OURS, CUTLASS = "resnet_fast", "CUTLASS"
@@ -177,35 +179,95 @@ def rows_of(jobs: list[Job], folder: Path) -> list[Row]:
     return rows
 
 
-def bytes_per_image(options, depth: int, rows: Iterable[Row]) -> dict[str, float]:
-    """MB that a network moves per image beside its weights; whole tensors, once per kernel."""
+def count_join(arguments: tuple[JoinSpec, int]) -> int:
+    """Distinct bytes of conv_bn_join; in a worker process."""
+    spec, arch = arguments
+    full = JoinSpec(*(replace(part, n=FULL_BATCH) for part in (spec.main, spec.projection)))
+    tile = join.CUDA_TILES[join.choose_cuda_tile(full, arch)]
+    size = ELEMENT_SIZE[spec.main.dtype]
+    tile = replace(tile, BLOCK_K=tile.BLOCK_K * 2 // size)
+    tensors = join_cases.join_tensors(spec)
+    (kernel,) = cuda_kernels.join_kernels(tensors, tile, arch)
+    counters = kernel.run().counters
+    assert_within(tensors.out, tensors.eager(), tensors.reference(), tensors.k_gemm, str(spec))
+    return sum(counters.unique_sectors.values()) * sectors.SECTOR
+
+
+def count_stem(arguments: tuple[ConvSpec, int]) -> int:
+    """Distinct bytes of stem_pool; in a worker process."""
+    spec, arch = arguments
+    tensors = stem.stem_tensors(spec.n, spec.h, spec.w, spec.k, getattr(torch, spec.dtype))
+    kernel = stem.stem_kernel(tensors, stem.TILES[ELEMENT_SIZE[spec.dtype]][0], arch)
+    counters = kernel.run().counters
+    label = f"the stem of {spec}"
+    assert_within(tensors.out, tensors.eager(), tensors.reference(), spec.k_gemm, label)
+    return sum(counters.unique_sectors.values()) * sectors.SECTOR
+
+
+def fused_bytes(options, depth: int, folder: Path) -> dict[str, int]:
+    """Distinct bytes of each stage's conv_bn_join, and of stem_pool, counted."""
+    joins = join_cases.resnet_joins(depth, options.batch, options.size, dtype=options.dtype)
+    _, first, _ = cases.resnet_layers(depth, options.batch, options.size, dtype=options.dtype)[0]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), spawn, work_in, (str(folder),)) as pool:
+        counted = pool.map(count_join, [(spec, options.arch) for spec in joins.values()])
+        stem_counted = pool.submit(count_stem, (first, options.arch))
+        found = dict(zip(joins, counted, strict=True))
+        found["stem"] = stem_counted.result()
+    say(f"ResNet-{depth}: conv_bn_join and stem_pool counted")
+    return found
+
+
+def bytes_per_image(
+    options, depth: int, rows: Iterable[Row], fused: dict[str, int]
+) -> dict[str, float]:
+    """MB that a network moves per image beside its weights; whole tensors, once per kernel.
+
+    Args:
+        rows: of every convolution but the stem.
+        fused: from `fused_bytes`.
+    """
     size = ELEMENT_SIZE[options.dtype]
-    counted = {row.layer: row.dram_bytes for row in rows}
     names = {spec: name for name, spec in layers(options, depth).items()}
+    counted = {row.layer: row.dram_bytes for row in rows}
     listed = cases.resnet_layers(depth, options.batch, options.size, dtype=options.dtype)
-    stem = listed[0][1]
-    image, pooled = stem.h * stem.w * 3, ((stem.p + 1) // 2) ** 2 * stem.k
-    mapped = stem.p * stem.q * stem.k
-    convs = joined = 0
-    for name, spec, repeats in listed[1:]:
-        vectors = sectors.vectors(spec) * sectors.SECTOR
-        convs += repeats * (counted[names[spec]] - spec.k * spec.k_gemm * size - vectors)
-        if "downsample" in name:  # the shortcut is neither written nor read
-            joined += 2 * spec.m * spec.k * size
-    last = listed[-1][1]
+    stem_spec, last = listed[0][1], listed[-1][1]
+
+    def moved(spec: ConvSpec) -> int:
+        return counted[names[spec]] - parameters(spec)
+
+    convs = sum(repeats * moved(spec) for _, spec, repeats in listed[1:])
+    joins = join_cases.resnet_joins(depth, options.batch, options.size, dtype=options.dtype)
+    apart = sum(
+        moved(replace(spec.main, residual=True)) + moved(spec.projection) for spec in joins.values()
+    )
+    joined = sum(
+        fused[name] - parameters(spec.main) - parameters(spec.projection)
+        for name, spec in joins.items()
+    )
+    stem_moved = fused["stem"] - parameters(stem_spec)
     tail = last.m * last.k * size  # what average pooling reads
-    batch = options.batch
-    return {
-        "convolutions, counted": convs / batch / 1e6,
-        "with stem, max-pool and average pool as kernels of their own, modelled": (
-            (convs + tail) / batch + (image + 2 * mapped + pooled) * size
-        )
-        / 1e6,
-        "with stem_pool and conv_bn_join, modelled": (
-            (convs - joined + tail) / batch + (image + pooled) * size
-        )
-        / 1e6,
+    image = stem_spec.n * stem_spec.h * stem_spec.w * 3
+    mapped = stem_spec.m * stem_spec.k
+    two_kernels = (image + 2 * mapped + (stem_moved // size - image)) * size
+    found = {
+        "convolutions, counted": convs,
+        "with stem, max-pool and average pool as kernels of their own, these modelled": convs
+        + two_kernels
+        + tail,
+        "with stem_pool and conv_bn_join, counted, and the average pool's input": convs
+        - apart
+        + joined
+        + stem_moved
+        + tail,
     }
+    return {name: value / options.batch / 1e6 for name, value in found.items()}
+
+
+def parameters(spec: ConvSpec) -> int:
+    """Bytes of a convolution's weight and BatchNorm."""
+    weight = spec.k * spec.k_gemm * ELEMENT_SIZE[spec.dtype]
+    return weight + sectors.vectors(spec) * sectors.SECTOR
 
 
 HEADINGS = {
@@ -330,7 +392,8 @@ def main(argv: list[str] | None = None) -> int:
             for depth in (18, 50):
                 options.depth = depth
                 found = rows_of(list(jobs_of(options, {})), folder)
-                moved[f"ResNet-{depth}"] = bytes_per_image(options, depth, found)
+                fused = fused_bytes(options, depth, folder)
+                moved[f"ResNet-{depth}"] = bytes_per_image(options, depth, found, fused)
             result = {"title": title.partition(", ")[2], "moved": moved}
             for network, values in moved.items():
                 for what, value in values.items():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA C++ kernels as `CompiledKernel`s: what the extension would launch on CPU tensors.
 
-`conv_kernels` has the signature of Triton's in `compiled.py`, so one test serves both. A problem is
-passed as the struct that the extension's launcher fills; only the tensors whose addresses stand in
-it may be touched.
+`conv_kernels` and `join_kernels` have the signatures of Triton's, so one test serves both. A
+problem is passed as the struct that the extension's launcher fills; only the tensors whose
+addresses stand in it may be touched.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 from resnet_fast.testing import nvcc, ptx
 from resnet_fast.testing.cases import ConvTensors
 from resnet_fast.testing.compiled import WARP, CompiledKernel
+from resnet_fast.testing.join_cases import JoinTensors
 
-CONV = "cuda/device/conv_implicit_gemm.cuh"
+CONV, JOIN = "cuda/device/conv_implicit_gemm.cuh", "cuda/device/conv_bn_join.cuh"
 WARPS_M = 2  # of every tile: two rows of warps
 TILES = CUDA_TILES
 REDUCE_THREADS, REDUCE_CHANNELS = 256, 4  # of a block of reduce_splits, and of each thread
@@ -43,6 +44,24 @@ def conv_kernels(tensors: ConvTensors, tile: TileConfig, arch: int) -> list[Comp
     return [conv, reduction]
 
 
+def join_kernels(tensors: JoinTensors, tile: TileConfig, arch: int) -> list[CompiledKernel]:
+    """What `conv_bn_join` launches on `tensors`: one kernel."""
+    spec = tensors.spec.main
+    main, projection = (conv_problem(t, tile) for t in (tensors.main, tensors.projection))
+    structs = (nvcc.ConvProblem.from_buffer_copy(part.data) for part in (main, projection))
+    problem = ptx.Struct(bytes(nvcc.JoinProblem(*structs)), main.arrays + projection.arrays)
+    pointwise = str(spec.is_pointwise).lower()
+    tiles = -(-spec.m // tile.BLOCK_M) * -(-spec.k // tile.BLOCK_N)
+    instance = f"{nvcc.CPP_TYPE[spec.dtype]}, {cpp_tile(tile, spec.dtype)}, {pointwise}"
+    return [
+        compile_kernel(
+            f"conv_bn_join<{instance}>(JoinProblem)",
+            *(arch, (tiles, 1, 1), WARP * tile.NUM_WARPS),
+            *(shared_bytes(tile, spec.dtype), problem, JOIN),
+        )
+    ]
+
+
 def cpp_tile(tile: TileConfig, dtype: str) -> str:
     """The tile in C++, where BLOCK_K counts 16-bit elements."""
     block_k = tile.BLOCK_K * ELEMENT_SIZE[dtype] // 2
@@ -50,22 +69,24 @@ def cpp_tile(tile: TileConfig, dtype: str) -> str:
     return f"Tile<{tile.BLOCK_M}, {tile.BLOCK_N}, {block_k}, {tile.NUM_STAGES}, {warps}>"
 
 
-def readers(dtype: str) -> int:
-    """How often a tile requests each sector of scale and shift: by each row of warps, and in half
-    precision by two 16-byte loads, as a lane has eight channels."""
-    return WARPS_M * 4 // ELEMENT_SIZE[dtype]
-
-
 def shared_bytes(tile: TileConfig, dtype: str) -> int:
-    """Dynamic shared memory of a block: the stages, whose space the epilogue uses again."""
+    """Tile::kSharedBytes: the stages, whose space the epilogue uses again, and three numbers a
+    column."""
     step = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * ELEMENT_SIZE[dtype]
-    return tile.NUM_STAGES * step
+    return tile.NUM_STAGES * step + 3 * 4 * tile.BLOCK_N
 
 
 def compile_kernel(
-    instance: str, arch: int, grid: tuple, threads: int, shared: int, problem: ptx.Struct
+    instance: str,
+    arch: int,
+    grid: tuple,
+    threads: int,
+    shared: int,
+    problem: ptx.Struct,
+    header: str = CONV,
 ) -> CompiledKernel:
-    text, cubin = nvcc.compile_unit(nvcc.unit(CONV, instance, nvcc.ConvProblem), arch)
+    mirrors = (nvcc.ConvProblem,) if header == CONV else (nvcc.ConvProblem, nvcc.JoinProblem)
+    text, cubin = nvcc.compile_unit(nvcc.unit(header, instance, *mirrors), arch)
     name = nvcc.entry_name(text)
     return CompiledKernel(name, arch, text, cubin, grid, (threads, 1, 1), shared, (problem,))
 

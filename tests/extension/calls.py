@@ -13,6 +13,7 @@ from resnet_fast.testing import nvcc
 from resnet_fast.testing import stem as stem_mirror
 
 CHANNELS_LAST = torch.channels_last
+VECTORS = ("scale", "shift", "mean", "var")
 OPS = ("add_relu", "conv_bn_act", "conv_bn_join", "stem_pool")
 
 
@@ -258,7 +259,7 @@ def stem(name: str) -> dict[str, object]:
         "x-dtype": {"x": x.float()},
         "weight-shape": {"weight": nhwc(16, 3, 5, 5)},
         "weight-layout": {"weight": weight.contiguous()},
-        "weight-filters": {"weight": nhwc(12, 3, 7, 7)},
+        "weight-filters": {"weight": nhwc(12, 3, 7, 7), **dict.fromkeys(VECTORS, vector[:12])},
         "weight-double": {"x": x.double(), "weight": weight.double()},
         "scale": {"scale": torch.ones(15)},
         "mean-alone": {"var": None},
@@ -285,7 +286,7 @@ def stem_error(name: str) -> str:
     return error_of(lambda: torch.ops.resnet_fast._stem_pool_cuda(*stem(name).values()))
 
 
-def stem_problem(name: str) -> tuple[bytes, bytes]:
+def stem_problem(name: str) -> tuple[dict, dict]:
     """The struct that the host makes of `stem(name)`, and what the mirror makes of the same."""
     arguments = stem(name)
     given = {key: value for key, value in arguments.items() if key not in ("eps", "tile")}
@@ -296,4 +297,14 @@ def stem_problem(name: str) -> tuple[bytes, bytes]:
     )
     out = torch.zeros(ctypes.sizeof(mirror), dtype=torch.uint8)
     torch.ops.resnet_fast._stem_problem(*arguments.values(), out)
-    return bytes(out.tolist()), bytes(mirror)
+    host = type(mirror).from_buffer_copy(bytes(out.tolist()))
+    return fields_of(host), fields_of(mirror)
+
+
+def fields_of(struct: ctypes.Structure) -> dict[str, object]:
+    """A struct's fields by name; what lies between them may be anything."""
+    values = {name: getattr(struct, name) for name, _ in struct._fields_}
+    return {
+        name: fields_of(value) if isinstance(value, ctypes.Structure) else value
+        for name, value in values.items()
+    }

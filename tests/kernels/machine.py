@@ -111,7 +111,7 @@ def has_plain_operands(tensors: ConvTensors) -> bool:
 def traffic_faults(job: Job, kernels, runs) -> list[str]:
     """Sectors beyond what suffices: 1.05 times for Triton, 1.02 for us, who place every access."""
     ours = job.source is cuda_kernels.conv_kernels
-    readers = cuda_kernels.readers(job.spec.dtype) if ours else job.tile.NUM_WARPS
+    readers = 1 if ours else job.tile.NUM_WARPS  # of each vector along channels, in a tile
     minima = [sectors.of_gemm(job.spec, job.tile, readers)]
     minima += [sectors.of_reduction(job.spec, job.tile, kernel.grid[0]) for kernel in kernels[1:]]
     faults = []

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from resnet_fast.testing import cases, nvcc, sectors
+from resnet_fast.spec import ELEMENT_SIZE
+from resnet_fast.testing import cases, join_cases, nvcc, sectors
+from tests.kernels import join_checks
 
 COMMAND = Path(__file__).parents[2] / "benchmarks" / "counts.py"
 COUNTS = runpy.run_path(str(COMMAND))
@@ -26,7 +28,14 @@ def moved(depth: int, dtype: str = "float16") -> list[float]:
         minimum = sectors.of_gemm(spec, tile, readers=1)
         count = (minimum.unique_loads + minimum.stores) * sectors.SECTOR
         rows.append(SimpleNamespace(layer=name, dram_bytes=count))
-    return list(COUNTS["bytes_per_image"](options, depth, rows).values())
+    fused = {}
+    for name, spec in join_cases.resnet_joins(depth, dtype=dtype).items():
+        loads, stores = join_checks.distinct_sectors(spec)
+        fused[name] = (loads + stores) * sectors.SECTOR
+    size = ELEMENT_SIZE[dtype]
+    image, pooled = 224 * 224 * 3, 56 * 56 * 64
+    fused["stem"] = (image + pooled + 64 * 147) * size + 4 * 64 * 4
+    return list(COUNTS["bytes_per_image"](options, depth, rows, fused).values())
 
 
 def test_bytes_per_image():

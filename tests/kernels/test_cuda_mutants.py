@@ -18,9 +18,7 @@ from tests.ptx.ptx_mutants import Tally, hunt
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 
 # mutation -> how many survivors, and why none of them changes anything.
-EXPLAINED = {
-    "no wait_group": (1, "the groups that may be under way after the main loop are empty"),
-}
+EXPLAINED = {}
 
 
 class Filters(Conv):
