@@ -41,7 +41,18 @@ def missing() -> str | None:
 
 
 def refusal(problem: Problem) -> str | None:
-    """Why the C++ kernel cannot take `problem`, or None."""
+    """Why the C++ convolution cannot or should not take `problem`, or None."""
+    if reason := kernel_refusal(problem):
+        return reason
+    try:
+        heuristics.choose(problem.spec, problem.arch, heuristics.CUDA)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def kernel_refusal(problem: Problem) -> str | None:
+    """Why no C++ kernel can take `problem`, whatever its tiles; or None."""
     from resnet_fast.kernels import cuda as kernel
 
     spec, size = problem.spec, ELEMENT_SIZE[problem.spec.dtype]
@@ -54,10 +65,6 @@ def refusal(problem: Problem) -> str | None:
         return "a tensor does not start at a multiple of 16 bytes"
     if any(stride * size % 16 for stride in _strides(problem)):
         return f"x has strides {problem.x_strides}, which are no multiples of 16 bytes"
-    try:
-        heuristics.choose(spec, problem.arch, heuristics.CUDA)
-    except ValueError as error:
-        return str(error)
     return None
 
 

@@ -203,10 +203,10 @@ def _layout_refusal(problem: JoinProblem) -> str | None:
 
 def cuda_refusal(problem: JoinProblem) -> str | None:
     """Why csrc's kernel cannot take `problem`, or None: it must take both convolutions."""
-    for part, weight in problem.parts.values():
-        reason = cuda.refusal(part)
+    for name, part in (("main", problem.main), ("projection", problem.projection)):
+        reason = cuda.kernel_refusal(part)
         if reason is not None:
-            return f"{weight}: {reason}"
+            return f"{name}: {reason}"
     return None
 
 
