@@ -314,8 +314,12 @@ def show(rows: list[Row]) -> None:
     Console(width=None if sys.stdout.isatty() else 190).print(table)
 
 
-def markdown(result: dict) -> str:
-    """The README's table of a result that `--json` wrote; ours and CUTLASS's share a line."""
+def markdown(result: dict, layers: tuple[str, ...] = ("",)) -> str:
+    """The README's table of a result that `--json` wrote; ours and CUTLASS's share a line.
+
+    Args:
+        layers: parts of the names of the layers that are shown.
+    """
     if "rows" not in result:
         lines = ["| network | MB per image | |", "|---|---|---|"]
         for network, moved in result["moved"].items():
@@ -323,7 +327,8 @@ def markdown(result: dict) -> str:
     else:
         shown = [n for n in HEADINGS if n not in ("layer", "tile", "kernel", "dram_bytes")]
         both: dict[tuple[str, str], dict[str, list[str]]] = {}
-        for row in (Row(**fields) for fields in result["rows"]):
+        rows = [row for row in result["rows"] if any(part in row["layer"] for part in layers)]
+        for row in (Row(**fields) for fields in rows):
             kernels = both.setdefault((row.layer, row.tile), {})
             kernels[row.kernel] = dict(zip(HEADINGS, cells(row), strict=True))
         heads = ["layer", "tile", *(HEADINGS[name] for name in shown)]

@@ -29,15 +29,16 @@ def measured() -> str:
     return f"{tables.markdown(results)}\n\nMeasured on: {measured}."
 
 
-def counted(name: str) -> str:
-    """What `counts.py` counted."""
+def counted(name: str, *layers: str) -> str:
+    """What `counts.py` counted, of some layers or all."""
     counts = runpy.run_path(str(ROOT / "benchmarks" / "counts.py"))
-    return counts["markdown"](json.loads((RESULTS / "counts" / f"{name}.json").read_text()))
+    result = json.loads((RESULTS / "counts" / f"{name}.json").read_text())
+    return counts["markdown"](result, layers or ("",))
 
 
 TABLES = {  # by what stands in the markers <!-- begin: ... --> and <!-- end: ... -->
     "benchmarks/readme.py": measured,
-    "counts": lambda: counted("resnet50"),
+    "counts": lambda: counted("resnet50", "layer1-first-conv2", "layer3-next-conv1"),
     "bytes": lambda: counted("bytes"),
 }
 

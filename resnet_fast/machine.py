@@ -90,6 +90,7 @@ def _extension() -> Fact:
         refusal = ops.explain_extension_on(major * 10 + minor)
         if refusal:
             return Fact(name, False, f"{refusal}; Triton serves the GPU", "resnet-fast build")
+        detail = "; ".join((detail, *ops.explain_extension_resources()))
     return Fact(name, True, detail)
 
 
@@ -142,12 +143,20 @@ class Service:
     others: dict[str, str]
 
 
+EXPLAIN = {
+    "conv_bn_act": ops.explain,
+    "conv_bn_join": ops.explain_join,
+    "stem_pool": ops.explain_stem_pool,
+    "add_relu": ops.explain_add_relu,
+}
+
+
 def services() -> list[Service]:
     """For each op, device and dtype the backend that runs, asked with typical tensors."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     return [
         Service(name, device, dtype, *explain(device, dtype))
-        for name, explain in (("conv_bn_act", ops.explain), ("add_relu", ops.explain_add_relu))
+        for name, explain in EXPLAIN.items()
         for device in devices
         for dtype in ("float32", "bfloat16", "float16")
     ]

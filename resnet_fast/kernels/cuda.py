@@ -25,6 +25,7 @@ _CONV = (
     "Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, bool relu, int tile, "
     "int split_k, Tensor(b!)? workspace, Tensor(a!) out"
 )
+OPS = ("add_relu", "conv_bn_act", "conv_bn_join", "stem_pool")
 _STEM = (
     "Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, Tensor? var, float eps, "
     "Tensor? image_mean, Tensor? image_std, int tile, Tensor(a!) out"
@@ -119,3 +120,28 @@ def explain() -> tuple[bool, str]:
     tiles = ", ".join(f"{op} in {len(table)} tiles" for op, table in extension.tiles.items())
     what = f"for {held}, newer GPUs by PTX of {extension.ptx / 10}; {tiles}"
     return True, f"{what}; built with {extension.built_for}"
+
+
+def resources(device: int = 0) -> list[str]:
+    """What each op's kernels take of a GPU, a line for an op.
+
+    Raises:
+        RuntimeError: no GPU, or no extension.
+    """
+    extension = module()
+    lines = []
+    for op in OPS:
+        count = len(extension.kernels(op))
+        taken = [extension.resources(op, i, device) for i in range(count)]
+
+        def spread(key: str, taken=taken) -> str:
+            values = sorted(kernel[key] for kernel in taken)
+            return f"{values[0]} to {values[-1]}"
+
+        local = max(kernel["local_bytes"] for kernel in taken)
+        lines.append(
+            f"{op}: {count} kernels of {spread('registers')} registers, "
+            f"{spread('shared_bytes')} bytes of shared and at most {local} of local memory, "
+            f"{spread('blocks_per_sm')} blocks on an SM"
+        )
+    return lines

@@ -14,7 +14,7 @@ from resnet_fast.testing import stem as stem_mirror
 
 CHANNELS_LAST = torch.channels_last
 VECTORS = ("scale", "shift", "mean", "var")
-OPS = ("add_relu", "conv_bn_act", "conv_bn_join", "stem_pool")
+OPS = cuda.OPS
 
 
 def load(folder: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,16 @@ def test_check_names_what_a_gpu_lacks(monkeypatch):
     monkeypatch.setattr(machine.torch.cuda, "get_device_capability", lambda: (7, 5))
     fact = machine._extension()
     assert not fact.present and "not for 7.5" in fact.detail and "Triton" in fact.detail
+
+
+def test_what_the_kernels_take_is_a_line_for_each_op(monkeypatch):
+    taken = {"registers": 40, "shared_bytes": 512, "local_bytes": 0, "blocks_per_sm": 2}
+    extension = types.SimpleNamespace(
+        kernels=lambda op: [op, op],
+        resources=lambda op, kernel, device: taken | {"registers": 40 + kernel},
+    )
+    monkeypatch.setattr(cuda, "module", lambda: extension)
+    lines = cuda.resources()
+    assert [line.partition(":")[0] for line in lines] == list(cuda.OPS)
+    assert all("2 kernels of 40 to 41 registers" in line for line in lines)
+    assert all("512 to 512 bytes of shared and at most 0 of local" in line for line in lines)
