@@ -22,6 +22,7 @@ LAYERS = (
     ("models",),
     ("conversion",),
     ("machine", "comparison"),
+    ("profiling",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -33,7 +34,8 @@ OPTIONAL = {
     "triton": ("kernels", "testing"),
     "torchvision": ("models/weights.py", "comparison", "cli.py", "testing"),
     "timm": (),
-    "rich": ("cli.py", "comparison/tables.py"),
+    "rich": ("cli.py", "comparison/tables.py", "profiling/tables.py"),
+    "matplotlib": ("profiling/picture.py",),
     "PIL": ("comparison/photographs.py",),
     "numpy": ("testing",),
     "openvino": ("comparison/providers.py",),
