@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `resnet-fast`: check this machine, compare with torchvision.
+"""The command `resnet-fast`: check this machine, compare with torchvision, run the benchmarks.
 
-Only this file and `comparison/tables.py` speak to a terminal; the rest is computed elsewhere.
+Only this file and the `tables.py` speak to a terminal; the rest is computed elsewhere.
 argparse, because it has options of several values (`--batch 1 8`), which click and typer have not.
 """
 
@@ -11,12 +11,17 @@ import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 AGREES, DISAGREES, BAD_INPUT, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_STATUS = (
     "exit status: 0 all agree; 1 they do not; 2 bad input; 3 all agree, but some images could not "
     "be read"
+)
+BENCH_STATUS = (
+    "exit status: 0 done, or nothing slower; 1 an answer failed its check, or something is slower "
+    "by more than the noise; 2 bad input; 130 interrupted, with what was measured written"
 )
 
 
@@ -65,7 +70,32 @@ def _parser() -> argparse.ArgumentParser:
         help="time OpenVINO too, where it is installed")  # fmt: skip
     add("--seconds", type=float, default=6.0, help="timed seconds per setting; default: 6")
     add("--json", type=Path, metavar="FILE", help="write the result here too")
+    _bench_parser(commands)
     return parser
+
+
+def _bench_parser(commands: argparse._SubParsersAction) -> None:
+    text = (
+        "time our ops and models beside torch, cuDNN and other compilers, and write rows and a page"
+    )
+    command = commands.add_parser("bench", help=text, description=text, epilog=BENCH_STATUS)
+    command.set_defaults(run=bench)
+    add = command.add_argument
+    add("suite", nargs="?", choices=("ops", "models", "all"), default="all", metavar="SUITE",
+        help="ops, models or all; default: all")  # fmt: skip
+    add("--quick", action="store_true", help="few cases: under three minutes on two cores")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--providers", nargs="+", default=[], metavar="NAME", help="default: all of the device")
+    add("--models", nargs="+", default=[], metavar="NAME", help="default: all, or two by --quick")
+    add("--batch", type=int, nargs="+", default=[], metavar="N", help="default: 1 8 32 128 256")
+    help_dtype = "float32, tf32, float16, bfloat16; default: all of the device"
+    add("--dtype", nargs="+", default=[], metavar="DTYPE", help=help_dtype)
+    add("--seconds", type=float, help="of timed rounds per case")
+    help_out = "of the results; default: benchmarks/results/MACHINE"
+    add("--out", type=Path, metavar="DIR", help=help_out)
+    add("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"),
+        help="measure nothing: hold two results (rows.json, rows.csv or their folders) "
+        "against each other")  # fmt: skip
 
 
 def check(options: argparse.Namespace) -> int:
@@ -125,6 +155,45 @@ def compare(options: argparse.Namespace) -> int:
     if not result.agrees:
         return DISAGREES
     return SKIPPED if result.skipped else AGREES
+
+
+def bench(options: argparse.Namespace) -> int:
+    """The command `bench`."""
+    _rich()
+    for package in ("torchvision", "matplotlib"):
+        if find_spec(package) is None:
+            raise BadInput(f'{package} is not installed; pip install "resnet_fast[all]"')
+    from resnet_fast import benchmarking
+    from resnet_fast.benchmarking import command
+
+    console, notes = _console(sys.stdout), _console(sys.stderr)
+    try:
+        if options.compare is not None:
+            parts, slower = command.compare(*options.compare)
+            for part in parts:
+                console.print(part, highlight=False)
+            return DISAGREES if slower else AGREES
+        request = benchmarking.Request(
+            suites=("ops", "models") if options.suite == "all" else (options.suite,),
+            device=options.device,
+            quick=options.quick,
+            providers=options.providers,
+            models=options.models,
+            batches=options.batch,
+            dtypes=options.dtype,
+            seconds=options.seconds,
+        )
+        folder = command.writable_folder(options.out, request)
+        with notes.status("starting") as status:
+            results, files = command.measure(request, folder, status.update)
+    except (ValueError, KeyError, OSError) as error:
+        raise BadInput(str(error)) from error
+    for part in command.render(results):
+        console.print(part, highlight=False)
+    notes.print("written: " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    if not results.complete:
+        return INTERRUPTED
+    return DISAGREES if command.failed(results) else AGREES
 
 
 def _check_writable(file: Path | None) -> None:

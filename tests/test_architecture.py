@@ -23,6 +23,7 @@ LAYERS = (
     ("conversion",),
     ("machine", "comparison"),
     ("profiling",),
+    ("benchmarking",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -34,8 +35,10 @@ OPTIONAL = {
     "triton": ("kernels", "testing"),
     "torchvision": ("models/weights.py", "comparison", "cli.py", "testing"),
     "timm": (),
-    "rich": ("cli.py", "comparison/tables.py", "profiling/tables.py"),
-    "matplotlib": ("profiling/picture.py",),
+    "rich": ("cli.py", "comparison/tables.py", "profiling/tables.py", "benchmarking/tables.py"),
+    "matplotlib": ("profiling/picture.py", "benchmarking/plots.py"),
+    "onnxruntime": ("comparison/providers.py",),
+    "torch_tensorrt": ("comparison/providers.py",),
     "PIL": ("comparison/photographs.py",),
     "numpy": ("testing",),
     "openvino": ("comparison/providers.py",),

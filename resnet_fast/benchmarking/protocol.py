@@ -12,6 +12,7 @@ left with its reason, and the rest go on.
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ MIN_ROUNDS, MAX_ROUNDS = 7, 200
 WARM_UP_LIMIT = 24
 WINDOW = 3  # calls whose median is compared with that of the calls before them
 SETTLED = 0.10
+TIME_IS_UP = "the time that the run may take was up"
 
 
 class Missing(Exception):
@@ -154,6 +156,7 @@ def measure(
     clock: Clock,
     *,
     seconds: float,
+    deadline: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Outcome], bool]:
     """Take every provider through the protocol.
@@ -162,7 +165,9 @@ def measure(
         builders: by provider's name; each makes its `Candidate`, or raises to say why it cannot.
         case: inputs and references.
         clock: of the device.
-        seconds: of timed rounds for all providers together; at least 7 rounds are made.
+        seconds: of timed rounds for all providers together, and of each one's warm-up; at least 7
+            rounds are made.
+        deadline: of the clock: no step begins after it; who has too few rounds then has no time.
         progress: told what is being done.
 
     Returns:
@@ -176,14 +181,16 @@ def measure(
         for name, build in builders.items():
             progress(f"{name}: building and checking")
             with _reason_in(outcomes[name]):
-                runner = _enter(build, case, clock, outcomes[name])
+                if clock.now() > deadline:
+                    raise LeftOut(TIME_IS_UP)
+                runner = _enter(build, case, clock, outcomes[name], seconds)
                 if runner is not None:
                     runners[name] = runner
-        _rounds(runners, clock, seconds, case.back_to_back, progress)
+        _rounds(runners, clock, min(clock.now() + seconds, deadline), deadline, case, progress)
     except KeyboardInterrupt:
         interrupted = True
     for runner in runners.values():
-        _close(runner)
+        _close(runner, interrupted)
     return outcomes, interrupted
 
 
@@ -211,7 +218,9 @@ def why(error: Exception) -> tuple[str, str]:
     return rows.THREW, f"{type(error).__name__}: {line}"
 
 
-def _enter(build, case: Case, clock: Clock, outcome: Outcome) -> _Runner | None:
+def _enter(
+    build: Callable[[], Candidate], case: Case, clock: Clock, outcome: Outcome, seconds: float
+) -> _Runner | None:
     """Build, check, warm up, check again; None where the answer was not exact enough."""
     start = clock.now()
     candidate = build()
@@ -228,7 +237,7 @@ def _enter(build, case: Case, clock: Clock, outcome: Outcome) -> _Runner | None:
             said = getattr(candidate, name)
             setattr(outcome, name, said() if callable(said) else said)
         outcome.warm_up, outcome.stable = warm_up(
-            lambda: clock.lap(runner.next_call()).wall_ms, WARM_UP_LIMIT
+            lambda: clock.lap(runner.next_call()).wall_ms, seconds * 1e3
         )
         # Whoever kept anything of the calls before (a captured graph, a buffer) shows it here.
         if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):
@@ -256,41 +265,46 @@ def _agrees(result: Tensor, case: Case, outcome: Outcome, when: str) -> bool:
     return True
 
 
-def warm_up(lap: Callable[[], float], limit: int) -> tuple[int, bool]:
+def warm_up(lap: Callable[[], float], milliseconds: float) -> tuple[int, bool]:
     """Call until the median of the last three times is within 10 % of that of the three before.
 
+    Args:
+        lap: calls once and says how many milliseconds that took.
+        milliseconds: the calls may take together; three are made in any case, 24 at most.
+
     Returns:
-        How often it was called, and whether the times settled before the limit.
+        How often it was called, and whether the times settled before the limits.
     """
     times: list[float] = []
-    while len(times) < limit:
+    while len(times) < WARM_UP_LIMIT and (len(times) < WINDOW or sum(times) < milliseconds):
         times.append(lap())
         if len(times) >= 2 * WINDOW:
             now = statistics.median(times[-WINDOW:])
             before = statistics.median(times[-2 * WINDOW : -WINDOW])
             if abs(now - before) <= SETTLED * before:
                 return len(times), True
-    return limit, False
+    return len(times), False
 
 
 def _rounds(
     runners: dict[str, _Runner],
     clock: Clock,
-    seconds: float,
-    back_to_back: bool,
+    end: float,
+    deadline: float,
+    case: Case,
     progress: Callable[[str], None],
 ) -> None:
-    end = clock.now() + seconds
     count = 0
-    while runners and (count < MIN_ROUNDS or (clock.now() < end and count < MAX_ROUNDS)):
+    while runners and clock.now() < (deadline if count < MIN_ROUNDS else end):
+        if count == MAX_ROUNDS:
+            return
         count += 1
         progress(f"round {count}")
         for name, runner in list(runners.items()):
             with _reason_in(runner.outcome):
-                _lap(runner, clock, back_to_back)
+                _lap(runner, clock, case.back_to_back)
                 continue
             del runners[name]  # it threw: its reason stands in its outcome, and its times go
-            runner.wall.clear()
 
 
 def _lap(runner: _Runner, clock: Clock, back_to_back: bool) -> None:
@@ -311,10 +325,12 @@ def _lap(runner: _Runner, clock: Clock, back_to_back: bool) -> None:
         runner.device.append(device_ms)
 
 
-def _close(runner: _Runner) -> None:
-    """Turn samples into statistics; an interrupted provider with too few rounds gets none."""
+def _close(runner: _Runner, interrupted: bool) -> None:
+    """Turn samples into statistics; a provider with too few rounds gets none."""
     outcome = runner.outcome
     if len(runner.wall) < MIN_ROUNDS:
+        if not interrupted:
+            outcome.status, outcome.reason = rows.LEFT_OUT, TIME_IS_UP
         return
     outcome.status = rows.MEASURED
     outcome.wall = Statistics.of(runner.wall)

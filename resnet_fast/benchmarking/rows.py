@@ -140,13 +140,14 @@ class Modelled:
 
     Args:
         where, shape, dtype, batch: the layer.
-        kernel: whose compiled code was counted, for `arch`; empty where nothing was counted and
-            only the shape speaks.
-        counted_load_bytes, counted_store_bytes: unique bytes of global memory.
-        counted_sectors: 32-byte sectors that the accesses touch.
-        counted_macs: multiply-adds of the tensor cores.
+        kernel, tile: whose compiled code was counted, for `arch`; empty where nothing was counted
+            and only the shape speaks.
+        counted_dram_bytes: distinct 32-byte sectors of global memory, in bytes.
+        counted_sectors: sectors requested, over the fewest that this tile can do with.
+        counted_wavefronts: of shared memory, over the fewest.
+        counted_sass_per_hmma: instructions per tensor-core product in the main loop.
+        modelled_from: whether the bytes are "counted" ones, or those of the "shape" alone.
         modelled_ms: per GPU, max(bytes / bandwidth, FLOPs / peak): no kernel can be faster.
-        modelled_from: whether the model was fed "counted" numbers or the "shape" alone.
     """
 
     where: str
@@ -154,13 +155,14 @@ class Modelled:
     dtype: str
     batch: int
     kernel: str = ""
+    tile: str = ""
     arch: int | None = None
-    counted_load_bytes: int | None = None
-    counted_store_bytes: int | None = None
-    counted_sectors: int | None = None
-    counted_macs: int | None = None
-    modelled_ms: dict[str, float] = field(default_factory=dict)
+    counted_dram_bytes: int | None = None
+    counted_sectors: float | None = None
+    counted_wavefronts: float | None = None
+    counted_sass_per_hmma: float | None = None
     modelled_from: str = "shape"
+    modelled_ms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
