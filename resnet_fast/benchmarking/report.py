@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -136,16 +135,18 @@ def _picture(drawn: dict[str, bytes], name: str) -> str:
 
 
 def _row(cells: Iterable[str], text: int, kind: str = "") -> str:
-    tds = (
-        f"<td{' class=text' if i < text else ''}>{escape(cell)}</td>"
-        for i, cell in enumerate(cells)
-    )
-    return f'<tr class="{kind}">{"".join(tds)}</tr>'
+    """A table's row whose first `text` cells are words, to the left."""
+    tds = "".join(_cell("td", cell, i < text) for i, cell in enumerate(cells))
+    return f'<tr class="{kind}">{tds}</tr>'
 
 
 def _heading(names: Iterable[str], text: int) -> str:
-    ths = (f"<th{' class=text' if i < text else ''}>{escape(n)}</th>" for i, n in enumerate(names))
-    return f"<thead><tr>{''.join(ths)}</tr></thead>"
+    ths = "".join(_cell("th", name, i < text) for i, name in enumerate(names))
+    return f"<thead><tr>{ths}</tr></thead>"
+
+
+def _cell(tag: str, text: str, left: bool) -> str:
+    return f"<{tag}{' class=text' if left else ''}>{escape(text)}</{tag}>"
 
 
 def _table(found: list[Row]) -> str:
