@@ -59,7 +59,7 @@ class OpCase:
     def shape(self) -> str:
         s = self.spec
         if self.op == "add_relu":
-            return f"{s.n}x{s.p}x{s.q}x{s.k}"
+            return f"{s.n}x{s.p}x{s.q}x{s.k}, {s.dtype}"
         return f"{s} and {self.projection}" if self.projection else str(s)
 
     @property

@@ -14,7 +14,6 @@ from resnet_fast.benchmarking import report, rows, suite, tables
 from resnet_fast.benchmarking.environment import environment, machine_name
 from resnet_fast.benchmarking.rows import Results
 from resnet_fast.benchmarking.suite import Request
-from resnet_fast.profiling.roofline import Roofline, roofline_of
 
 RESULTS = Path("benchmarks") / "results"
 
@@ -54,7 +53,8 @@ def measure(
     keep(results)
     progress("drawing the page")
     files = rows.write(results, folder)
-    return results, files + report.write(results, _roofs(results, request), folder)
+    roofs = suite.roofs_of(results.rows, request.place, progress)
+    return results, files + report.write(results, roofs, folder)
 
 
 def said(request: Request) -> str:
@@ -70,16 +70,6 @@ def said(request: Request) -> str:
             option = {"batches": "batch", "dtypes": "dtype"}.get(name, name)
             words += [f"--{option}", *map(str, values)]
     return shlex.join(words)
-
-
-def _roofs(results: Results, request: Request) -> dict[str, Roofline]:
-    found = {}
-    for dtype in dict.fromkeys(row.dtype for row in results.rows if row.roof_share is not None):
-        try:
-            found[dtype] = roofline_of(request.place, dtype)
-        except ValueError:
-            continue
-    return found
 
 
 def compare(old: Path, new: Path) -> tuple[list, bool]:

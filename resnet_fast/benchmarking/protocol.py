@@ -165,8 +165,8 @@ def measure(
         builders: by provider's name; each makes its `Candidate`, or raises to say why it cannot.
         case: inputs and references.
         clock: of the device.
-        seconds: of timed rounds for all providers together, and of each one's warm-up; at least 7
-            rounds are made.
+        seconds: of timed rounds for all providers together, of which at least 7 are made; a
+            provider's warm-up takes at most half as long.
         deadline: of the clock: no step begins after it; who has too few rounds then has no time.
         progress: told what is being done.
 
@@ -237,7 +237,7 @@ def _enter(
             said = getattr(candidate, name)
             setattr(outcome, name, said() if callable(said) else said)
         outcome.warm_up, outcome.stable = warm_up(
-            lambda: clock.lap(runner.next_call()).wall_ms, seconds * 1e3
+            lambda: clock.lap(runner.next_call()).wall_ms, seconds / 2 * 1e3
         )
         # Whoever kept anything of the calls before (a captured graph, a buffer) shows it here.
         if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):

@@ -226,8 +226,7 @@ def _op_compile(work: OpWork) -> Candidate:
 
 def _op_ours(work: OpWork, backend: str = "auto") -> Candidate:
     call = formulas.ours(work.case, work.module, backend)
-    said = partial(_plan_of, work, backend)
-    return Candidate(call, backend=said, tile=_tile)
+    return Candidate(call, backend=partial(_plan_of, work, backend), tile=partial(_tile, work))
 
 
 def _plan_of(work: OpWork, backend: str) -> str:
@@ -236,8 +235,9 @@ def _plan_of(work: OpWork, backend: str) -> str:
     return ops.last_plan().backend if work.case.op == "conv_bn_act" else backend
 
 
-def _tile() -> str:
-    return str(getattr(ops.last_plan(), "tile", "") or "")
+def _tile(work: OpWork) -> str:
+    plan = ops.last_plan() if work.case.op == "conv_bn_act" else None
+    return str(getattr(plan, "tile", None) or "")
 
 
 WITH_NORM = ("conv_bn_act", "conv_bn_join", "stem_pool")  # add_relu takes no backend either

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from resnet_fast.benchmarking.providers import EAGER, OURS
 from resnet_fast.benchmarking.rows import Results, Row
-from resnet_fast.benchmarking.tables import case_text, eager_of, number
+from resnet_fast.benchmarking.tables import case_text, eager_of, inputs_of, number, shortened
 from resnet_fast.profiling.roofline import Roofline
 
 STYLE = """
@@ -156,7 +156,7 @@ def _table(found: list[Row]) -> str:
     names += ["device ms"] * device + ["first call ms", "peak MB", "error", "eager's", "rounds"]
     names += ["roof"] * (suite == "ops")
     lines, last = [], None
-    for row in found:
+    for row in shortened(found):
         first = row.case != last
         last = row.case
         kind = " ".join(["first"] * first + ["ours"] * (row.provider == OURS))
@@ -179,12 +179,11 @@ def _table(found: list[Row]) -> str:
         cells += [number(row.error, ".1e"), number(row.eager_error, ".1e"), str(row.rounds)]
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")
         lines.append(_row(cells, 3, kind))
-    inputs = "; ".join(dict.fromkeys(row.inputs for row in found if row.inputs))
     return (
         f"<p class=quiet>ratio: time over {escape(EAGER[suite])}'s in the same rounds; below 1 is "
         "faster. p20 to p80 hold the middle three fifths of the rounds. Errors are against "
-        f"float64. Inputs: {escape(inputs)}.</p><div class=scroll><table>{_heading(names, 3)}"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f"float64. Inputs: {escape(inputs_of(found))}.</p><div class=scroll>"
+        f"<table>{_heading(names, 3)}<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

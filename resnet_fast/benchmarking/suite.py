@@ -29,7 +29,7 @@ from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.spec import ELEMENT_SIZE
 
 CHECKED = 8  # images of a batch that are held against float64
-MAX_SETS = 32  # of inputs, to rotate through
+MAX_SETS = 256  # of inputs, to rotate through
 SETS_BYTES = 256 << 20
 ROOF_TOLERANCE = 1.05
 QUICK_SECONDS = (
@@ -92,7 +92,7 @@ class Request:
     def seconds_of(self, suite: str) -> float:
         if self.seconds is not None:
             return self.seconds
-        return {"models": 4.0, "ops": 1.0}[suite] * (0.5 if self.quick else 1.0)
+        return {"models": 4.0, "ops": 1.0}[suite] * (0.4 if self.quick else 1.0)
 
 
 def run(
@@ -111,11 +111,12 @@ def run(
     start = time.perf_counter()
     results = Results()
     clock = clocks.clock_of(request.place)
-    deadline = clock.now() + QUICK_SECONDS if request.quick else math.inf
+    began = clock.now()
     facts = environment(request.place)
     try:
         for suite in request.suites:
             listed = request.cases(suite)
+            deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
             for number, case in enumerate(listed, 1):
                 tell = partial(_tell, progress, f"{suite} {number}/{len(listed)}: {label(case)}")
                 found, left_out, interrupted = measure_case(
@@ -131,6 +132,7 @@ def run(
             results.modelled = counted.modelled(request.models or cases.SHAPES_FROM)
     except KeyboardInterrupt:
         results.complete = False
+    results.rows = with_shares(results.rows, roofs_of(results.rows, request.place, progress))
     results.seconds = time.perf_counter() - start
     return results
 
@@ -153,8 +155,12 @@ def measure_case(
     facts: Environment,
     deadline: float = math.inf,
     progress: Progress = lambda text: None,
+    samples: dict[str, tuple[float, ...]] | None = None,
 ) -> tuple[list[Row], dict[str, str], bool]:
-    """One case: a row per provider, who was left out and why, and whether Ctrl-C came."""
+    """One case: a row per provider, who was left out and why, and whether Ctrl-C came.
+
+    `samples`, if given, is filled with the rounds' wall times in milliseconds by provider.
+    """
     suite = "models" if isinstance(case, ModelCase) else "ops"
     asked, left_out = providers.choose(
         case, request.place.type, tuple(request.providers), request.quick
@@ -179,11 +185,10 @@ def measure_case(
         status, reason = protocol.why(error)
         outcomes = {p.name: Outcome(status, reason) for p in asked}
         shared = None
-    roof = None
-    if any(outcome.status == rows.MEASURED for outcome in outcomes.values()):
-        roof = _roof(request.place, case.dtype, progress)
+    if samples is not None:
+        samples |= {name: o.wall.samples for name, o in outcomes.items() if o.wall}
     text = shared.cache_text if shared else ""
-    found = [_row(case, p, outcomes[p.name], text, clock, facts, roof) for p in asked]
+    found = [_row(case, p, outcomes[p.name], text, clock, facts) for p in asked]
     _release(request.place)
     return found, left_out, interrupted
 
@@ -319,11 +324,33 @@ def _model(case: ModelCase, request: Request) -> tuple[Case, ModelWork]:
 # ---- rows
 
 
-def _roof(place: torch.device, dtype: str, progress: Progress) -> Roofline | None:
-    try:
-        return roofline_of(place, dtype, progress)
-    except ValueError:
-        return None  # a device that no roofline is known for
+def roofs_of(found: list[Row], place: torch.device, progress: Progress) -> dict[str, Roofline]:
+    """The device's rooflines by dtype, raised by those ops that went through them."""
+    roofs = {}
+    timed = [row for row in found if row.suite == "ops" and row.measured]
+    for dtype in dict.fromkeys(row.dtype for row in timed):
+        layers = [
+            (f"{row.subject} {row.shape}", row.flops, row.bytes, row.time_ms / 1e3)
+            for row in timed
+            if row.dtype == dtype
+        ]
+        with contextlib.suppress(ValueError):  # a device that no roofline is known for
+            roofs[dtype] = roofline_of(place, dtype, progress).raised(layers)
+    return roofs
+
+
+def with_shares(found: list[Row], roofs: dict[str, Roofline]) -> list[Row]:
+    """The rows with the share of the roofline that each measured op reaches."""
+
+    def shared(row: Row) -> Row:
+        if row.suite != "ops" or not row.measured or row.dtype not in roofs:
+            return row
+        floor = roofs[row.dtype].time_floor(row.flops, row.bytes)
+        share = floor.seconds / (row.time_ms / 1e3)
+        assert share <= ROOF_TOLERANCE, f"{row.subject} {row.shape}: {share:.0%} of its roofline"
+        return replace(row, roof_share=share, bound=floor.bound)
+
+    return [shared(row) for row in found]
 
 
 def _row(
@@ -333,7 +360,6 @@ def _row(
     cache_text: str,
     clock: clocks.Clock,
     facts: Environment,
-    roof: Roofline | None,
 ) -> Row:
     model = isinstance(case, ModelCase)
     flops, moved = work_of(case)
@@ -373,7 +399,7 @@ def _row(
         **_columns("wall", outcome.wall),
         **_columns("device", outcome.device),
     )
-    return replace(row, **_rates(row, roof))
+    return replace(row, **_rates(row))
 
 
 def _columns(name: str, found: protocol.Statistics | None) -> dict[str, float]:
@@ -383,24 +409,13 @@ def _columns(name: str, found: protocol.Statistics | None) -> dict[str, float]:
     return {f"{name}_ms": found.median, **columns}
 
 
-def _rates(row: Row, roof: Roofline | None) -> dict[str, object]:
+def _rates(row: Row) -> dict[str, float]:
     seconds = row.time_ms / 1e3
-    found: dict[str, object] = {
+    return {
         "tflops": row.flops / seconds / 1e12,
         "gbs": row.bytes / seconds / 1e9,
         "images_per_s": row.batch / seconds,
     }
-    if roof is None or row.suite == "models":
-        return found
-    floor = roof.time_floor(row.flops, row.bytes)
-    share = floor.seconds / seconds
-    found["bound"] = floor.bound
-    # A share above the roof says that the roof was measured too low, not that the row is fast.
-    if share <= ROOF_TOLERANCE:
-        found["roof_share"] = share
-    else:
-        found["reason"] = f"no roofline share: faster than the ceilings measured here ({roof})"
-    return found
 
 
 def work_of(case: ModelCase | OpCase) -> tuple[int, int]:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from rich.table import Table
+from rich.text import Text
 
 from resnet_fast.benchmarking.compare import NO_TIME, SAME, SLOWER, Change
 from resnet_fast.benchmarking.providers import EAGER, OURS
@@ -32,7 +35,7 @@ def render(results: Results) -> Iterator[Table | str]:
         found = [row for row in results.rows if row.suite == suite]
         if found:
             yield _times(suite, found)
-            yield f"inputs: {'; '.join(dict.fromkeys(r.inputs for r in found if r.inputs))}"
+            yield f"inputs: {inputs_of(found)}"
     if results.modelled:
         yield _modelled(results)
     for name, why in results.left_out.items():
@@ -51,13 +54,13 @@ def _times(suite: str, found: list[Row]) -> Table:
         text = name in ("case", "provider", "backend")
         table.add_column(name, justify="left" if text else "right", overflow="fold")
     last = None
-    for row in found:
+    for row in shortened(found):
         eager = eager_of(row, found)
         title = "" if row.case == last else case_text(row)
         last = row.case
         if not row.measured:
             reason = f"{row.status}: {row.reason}" if row.reason else row.status
-            table.add_row(title, row.provider, f"[yellow]{_escaped(reason)}[/yellow]")
+            table.add_row(title, row.provider, Text(reason, "yellow"))
             continue
         cells = [title, row.provider, row.backend + (f" {row.tile}" if row.tile else "")]
         times = (row.wall_ms, row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms)
@@ -69,6 +72,25 @@ def _times(suite: str, found: list[Row]) -> Table:
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")
         table.add_row(*cells, style="bold" if row.provider == OURS else None)
     return table
+
+
+def shortened(found: list[Row]) -> list[Row]:
+    """The rows, with those of a case in one where none has a time and all for the same reason."""
+    short = []
+    for _, group in itertools.groupby(found, key=lambda row: row.case):
+        of_case = list(group)
+        why = {(row.status, row.reason) for row in of_case}
+        if len(of_case) > 1 and len(why) == 1 and not of_case[0].measured:
+            of_case = [replace(of_case[0], provider=f"all {len(of_case)}")]
+        short += of_case
+    return short
+
+
+def inputs_of(found: list[Row]) -> str:
+    """How the rows' inputs met the caches, in a line."""
+    texts = list(dict.fromkeys(row.inputs for row in found if row.inputs))
+    more = f"; {len(texts) - 1} other ways are in the rows" if len(texts) > 1 else ""
+    return texts[0] + more if texts else "none were made"
 
 
 def number(value: float | None, form: str) -> str:
@@ -123,19 +145,13 @@ def changes(found: list[Change]) -> Iterator[Table | str]:
         style = "bold red" if change.verdict in (SLOWER, NO_TIME) else None
         verdict = change.verdict
         if verdict == NO_TIME:
-            verdict += f": {change.row.status}: {_escaped(change.row.reason)}"
+            verdict += f": {change.row.status}: {change.row.reason}"
         table.add_row(
             case_text(change.row), change.row.provider, f"{change.old_ms:.3g}",
-            number(change.new_ms, ".3g"), f"{change.ratio:.2f}", f"{change.noise:.0%}", verdict,
-            style=style,
+            number(change.new_ms, ".3g"), f"{change.ratio:.2f}", f"{change.noise:.0%}",
+            Text(verdict), style=style,
         )  # fmt: skip
     if table.row_count:
         yield table
     same = sum(change.verdict == SAME for change in found)
     yield f"{len(found)} in common, {same} the same within the noise"
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

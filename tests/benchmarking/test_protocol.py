@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_providers_take_turns_and_inputs_rotate():
     timed = log[-3 * rounds :]
     assert [name for name, _ in timed] == list(names) * rounds
     of_a = [index for name, index in timed if name == "a"]
-    assert all(later == (earlier + 1) % 3 for earlier, later in zip(of_a, of_a[1:], strict=False))
+    assert all(later == (earlier + 1) % 3 for earlier, later in itertools.pairwise(of_a))
 
 
 def test_back_to_back_calls_follow_an_untimed_one_of_the_same():

@@ -21,7 +21,7 @@ from tests.benchmarking.test_rows import EAGER, MODELLED
 
 OP = {
     "suite": "ops", "subject": "conv_bn_act", "batch": 1, "backend": "cpu",
-    "shape": "1x56x56x64 -> 64, 3x3/1 +relu, float32", "roof_share": 0.4,
+    "shape": "1x56x56x64 -> 64, 3x3/1 +relu, float32", "roof_share": 0.4, "bound": "memory",
 }  # fmt: skip
 
 
