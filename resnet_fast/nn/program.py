@@ -38,6 +38,10 @@ MAX_PROGRAMS = 16  # input sizes remembered per block
 Launch = Callable[..., Tensor]  # see dispatch/backends.py
 Bound = tuple["Program", list[Launch]]  # of its steps, projection first
 
+# While a profile runs: given a step (None for the look at a magnitude) and what would run, it
+# returns what runs in its place.
+watch: Callable[[Step | None, Callable], Callable] | None = None
+
 
 def key_of(x: Tensor) -> tuple:
     """What a program depends on beside its modules; x is channels_last."""
@@ -192,6 +196,8 @@ class Program:
             owned: x may be overwritten.
             finite: `bound` has shown that all values are finite.
         """
+        if watch is not None:
+            launches = list(map(watch, self.sequence, launches))
         steps = iter(launches)
         shortcut = x if self.joins else None
         if self.projection is not None:
@@ -248,7 +254,8 @@ def follow(
     if magnitude is not None:
         largest, result = program.bound(launches, magnitude)
     if not largest < limit:
-        largest, result = program.bound(launches, ops.magnitude(x))
+        measure = ops.magnitude if watch is None else watch(None, ops.magnitude)
+        largest, result = program.bound(launches, measure(x))
     return (True, result) if largest < limit else (False, None)
 
 
