@@ -25,7 +25,7 @@ from resnet_fast.profiling import rows as _rows
 from resnet_fast.profiling.layers import as_run
 from resnet_fast.profiling.peers import torchvision_twin
 from resnet_fast.profiling.roofline import Roofline, roofline_of
-from resnet_fast.profiling.rows import REMAINDER, Row
+from resnet_fast.profiling.rows import LAUNCHES, REMAINDER, Row
 from resnet_fast.profiling.suggest import suggestions
 from resnet_fast.profiling.timeline import Clock, Replay, Timeline, clock_of
 
@@ -48,7 +48,8 @@ class Profile:
         rows: per layer in execution order, then the gaps: they add up to `seconds`.
         seconds: median of the marked runs; on a GPU of the unmarked ones, from call to completion.
         unmarked: median of the runs that were not marked.
-        overhead: what marking costs: the median over the rounds of marked / unmarked - 1.
+        overhead: what marking costs: the quickest marked run over the quickest unmarked one, less
+            one, on the device where it has a time of its own.
         rounds: how many there were.
         interrupted: whether Ctrl-C ended them early.
         device_apart: whether host and device have times of their own.
@@ -195,7 +196,7 @@ def profile(
     found = _profile(ours, example, roofline, clock)
     found.interrupted = interrupted
     if others:
-        found.peer, found.peer_seconds = peer, statistics.median(others[0].unmarked)
+        found.peer, found.peer_seconds = peer, statistics.median(others[0].walls)
         times = _rows.peer_seconds(others[0].rows(clock))
         found.rows = [replace(row, peer=times.get(row.name)) for row in found.rows]
     found.suggestions = suggestions(found)
@@ -209,8 +210,8 @@ class _Subject:
     model: nn.Module
     x: Tensor
     timeline: Timeline | None = None
-    unmarked: list[float] = field(default_factory=list)
-    marked: list[float] = field(default_factory=list)
+    walls: list[float] = field(default_factory=list)  # from call to completion, unmarked
+    bare: list[Replay] = field(default_factory=list)  # marked at both ends only
     replays: list[Replay] = field(default_factory=list)
 
     @torch.inference_mode()
@@ -251,7 +252,7 @@ def _measure(
             done += 1
     except KeyboardInterrupt:
         for subject in subjects:  # the pairs that are complete
-            del subject.unmarked[done:], subject.marked[done:], subject.replays[done:]
+            del subject.walls[done:], subject.bare[done:], subject.replays[done:]
         if not done:
             raise
         return True
@@ -263,29 +264,29 @@ def _once(subject: _Subject, clock: Clock, marked: bool) -> None:
         subject.model(subject.x)
         clock.synchronize()
         if marked:
-            replay = subject.timeline.replay()
-            subject.replays.append(replay)
-            subject.marked.append(replay.whole.host)
+            subject.replays.append(subject.timeline.replay())
             return
         start = time.perf_counter()
         subject.model(subject.x)
         clock.synchronize()
-        subject.unmarked.append(time.perf_counter() - start)
+        subject.walls.append(time.perf_counter() - start)
+        subject.bare.append(subject.timeline.replay())
 
 
 def _profile(
     subject: _Subject, example: Tensor, roofline: Roofline | None, clock: Clock
 ) -> Profile:
     rows = subject.rows(clock)
-    unmarked, marked = statistics.median(subject.unmarked), statistics.median(subject.marked)
-    whole = unmarked if clock.device_apart else marked
+    unmarked = statistics.median(subject.walls)
+    marked = [replay.whole.device for replay in subject.replays]
+    whole = unmarked if clock.device_apart else statistics.median(marked)
     rest = whole - sum(row.seconds for row in rows)
-    rows.append(Row("host and launches" if clock.device_apart else REMAINDER, "", "gap", rest))
+    rows.append(Row(LAUNCHES if clock.device_apart else REMAINDER, "", "gap", rest))
     if roofline is not None:
         roofline = roofline.raised((row.name, row.flops, row.bytes, row.seconds) for row in rows)
     rows = [_rows.against(row, roofline, whole, clock.device_apart) for row in rows]
     rows = [_served(row, subject.timeline.steps.get(row.name)) for row in rows]
-    ratios = [m / u - 1 for m, u in zip(subject.marked, subject.unmarked, strict=True)]
+    quickest = min(replay.whole.device for replay in subject.bare)
     modules = list(subject.model.modules())
     return Profile(
         model=type(subject.model).__name__,
@@ -298,7 +299,7 @@ def _profile(
         rows=rows,
         seconds=whole,
         unmarked=unmarked,
-        overhead=statistics.median(ratios),
+        overhead=min(marked) / quickest - 1 if quickest > 0 else 0.0,
         rounds=len(subject.replays),
         device_apart=clock.device_apart,
         unoptimized=any(
@@ -354,4 +355,3 @@ def _check(model, example, warmup: int, seconds: float, rounds: int | None, comp
         raise ValueError(f"resnet_fast.profile: unknown compare {compare!r}; known are {known}")
     if compare is not None and not isinstance(compare, (str, nn.Module)):
         raise TypeError(f"resnet_fast.profile: compare is a {type(compare)}, not a name or a model")
-

@@ -18,7 +18,10 @@ from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.profiling.timeline import Edge, Replay
 
 GAP = "between layers"  # the host, and on a GPU the launches that the device waits for
-REMAINDER = "medians do not add"  # the whole's median less the sum of the layers' medians
+# The whole's median less the sum of the layers' medians. What hits a few layers of every run, other
+# ones each time, is in the median of no layer: other processes, as a rule.
+REMAINDER = "interruptions"
+LAUNCHES = "host and launches"  # of a GPU's wall time, what the device's layers are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ def _medians(edges: Sequence[Edge], device_apart: bool) -> tuple[float, float | 
 
 def _row(place: Place, device: float, host: float | None, before: list[Row]) -> Row:
     if not place.layers:
-        stage = before[-1].stage if before else ""
+        stage = before[-1].stage if before else "stem"
         return Row(place.name, stage, "other", device, host)
     first = max(place.layers, key=lambda layer: (layer.flops, layer.bytes))
     total = {
