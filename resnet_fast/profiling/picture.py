@@ -111,7 +111,7 @@ def told(box: Box, profile: Profile) -> str:
 
 
 def label_of(box: Box, letters: float) -> str:
-    """The name, or its end that is not clear from the box above, if it fits into so many letters."""
+    """The name, or what it adds to the box above, if so many letters can hold it."""
     above = box.row.stage if box.level == 2 else block_of(box.row) if box.level == 3 else ""
     for text in (box.name, box.name.removeprefix(f"{above}.")):
         if len(text) + 1 <= letters:
