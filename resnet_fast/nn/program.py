@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 
@@ -38,9 +38,9 @@ MAX_PROGRAMS = 16  # input sizes remembered per block
 Launch = Callable[..., Tensor]  # see dispatch/backends.py
 Bound = tuple["Program", list[Launch]]  # of its steps, projection first
 
-# While a profile runs: given a step (None for the look at a magnitude) and what would run, it
-# returns what runs in its place.
-watch: Callable[[Step | None, Callable], Callable] | None = None
+# While a profile runs, it gives out what is to be launched: from when it is asked for one until it
+# is asked for the next, that one runs. Without steps it is the look at a magnitude.
+watch: Callable[[Sequence[Step], Sequence[Callable]], Iterator[Callable]] | None = None
 
 
 def key_of(x: Tensor) -> tuple:
@@ -196,9 +196,7 @@ class Program:
             owned: x may be overwritten.
             finite: `bound` has shown that all values are finite.
         """
-        if watch is not None:
-            launches = list(map(watch, self.sequence, launches))
-        steps = iter(launches)
+        steps = iter(launches) if watch is None else watch(self.sequence, launches)
         shortcut = x if self.joins else None
         if self.projection is not None:
             shortcut, owned = next(steps)(x, None, False, finite), True
@@ -206,6 +204,7 @@ class Program:
         for _ in self.steps[1:]:
             y = next(steps)(y, None, False, finite)
         y = next(steps)(y, shortcut, owned and self.joins, finite)
+        next(steps, None)
         if self.next_key is None:
             self.next_key = key_of(y)
         return y
@@ -254,8 +253,9 @@ def follow(
     if magnitude is not None:
         largest, result = program.bound(launches, magnitude)
     if not largest < limit:
-        measure = ops.magnitude if watch is None else watch(None, ops.magnitude)
-        largest, result = program.bound(launches, measure(x))
+        steps = iter((ops.magnitude,)) if watch is None else watch((), (ops.magnitude,))
+        largest, result = program.bound(launches, next(steps)(x))
+        next(steps, None)
     return (True, result) if largest < limit else (False, None)
 
 

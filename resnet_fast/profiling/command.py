@@ -29,7 +29,11 @@ def profile_by_name(
         ValueError: unknown model, dtype, device or peer; the known ones are listed.
         MemoryError: the batch does not fit.
     """
-    place = pick_device(device)
+    try:
+        place = pick_device(device)
+    except ValueError as error:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ValueError(f"{error}; known here are {', '.join(['auto', 'cpu', *gpus])}") from None
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if compare is not None and compare not in PEERS:

@@ -48,8 +48,9 @@ class Profile:
         rows: per layer in execution order, then the gaps: they add up to `seconds`.
         seconds: median of the marked runs; on a GPU of the unmarked ones, from call to completion.
         unmarked: median of the runs that were not marked.
-        overhead: what marking costs: the quickest marked run over the quickest unmarked one, less
-            one, on the device where it has a time of its own.
+        overhead: what marking costs: the median over the rounds of marked over unmarked, less one;
+            of the device's time where that is apart, else of the CPU's time in the calling thread,
+            in which other processes do not count.
         rounds: how many there were.
         interrupted: whether Ctrl-C ended them early.
         device_apart: whether host and device have times of their own.
@@ -211,8 +212,8 @@ class _Subject:
     x: Tensor
     timeline: Timeline | None = None
     walls: list[float] = field(default_factory=list)  # from call to completion, unmarked
-    bare: list[Replay] = field(default_factory=list)  # marked at both ends only
     replays: list[Replay] = field(default_factory=list)
+    busy: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
     @torch.inference_mode()
     def prepare(self, clock: Clock, warmup: int, progress: Callable[[str], None]) -> None:
@@ -252,7 +253,8 @@ def _measure(
             done += 1
     except KeyboardInterrupt:
         for subject in subjects:  # the pairs that are complete
-            del subject.walls[done:], subject.bare[done:], subject.replays[done:]
+            for kept in (subject.walls, subject.replays, *subject.busy.values()):
+                del kept[done:]
         if not done:
             raise
         return True
@@ -263,14 +265,17 @@ def _once(subject: _Subject, clock: Clock, marked: bool) -> None:
     with subject.timeline.open() if marked else nullcontext():
         subject.model(subject.x)
         clock.synchronize()
+        if not marked:
+            start = time.perf_counter()
+            subject.model(subject.x)
+            clock.synchronize()
+            subject.walls.append(time.perf_counter() - start)
+        start = time.thread_time()
+        replay = subject.timeline.replay()  # with marks inside only while it is open
+        busy = time.thread_time() - start
+        subject.busy[marked].append(replay.whole.device if clock.device_apart else busy)
         if marked:
-            subject.replays.append(subject.timeline.replay())
-            return
-        start = time.perf_counter()
-        subject.model(subject.x)
-        clock.synchronize()
-        subject.walls.append(time.perf_counter() - start)
-        subject.bare.append(subject.timeline.replay())
+            subject.replays.append(replay)
 
 
 def _profile(
@@ -278,15 +283,15 @@ def _profile(
 ) -> Profile:
     rows = subject.rows(clock)
     unmarked = statistics.median(subject.walls)
-    marked = [replay.whole.device for replay in subject.replays]
-    whole = unmarked if clock.device_apart else statistics.median(marked)
+    marked = statistics.median(replay.whole.device for replay in subject.replays)
+    whole = unmarked if clock.device_apart else marked
     rest = whole - sum(row.seconds for row in rows)
     rows.append(Row(LAUNCHES if clock.device_apart else REMAINDER, "", "gap", rest))
     if roofline is not None:
         roofline = roofline.raised((row.name, row.flops, row.bytes, row.seconds) for row in rows)
     rows = [_rows.against(row, roofline, whole, clock.device_apart) for row in rows]
     rows = [_served(row, subject.timeline.steps.get(row.name)) for row in rows]
-    quickest = min(replay.whole.device for replay in subject.bare)
+    ratios = [m / u for m, u in zip(subject.busy[True], subject.busy[False], strict=True) if u]
     modules = list(subject.model.modules())
     return Profile(
         model=type(subject.model).__name__,
@@ -299,7 +304,7 @@ def _profile(
         rows=rows,
         seconds=whole,
         unmarked=unmarked,
-        overhead=min(marked) / quickest - 1 if quickest > 0 else 0.0,
+        overhead=statistics.median(ratios) - 1 if ratios else 0.0,
         rounds=len(subject.replays),
         device_apart=clock.device_apart,
         unoptimized=any(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WAITING = 0.15  # of the whole: below that, launches are hidden behind the device's work
 SLOW = 0.4  # of the roofline: half of what good kernels reach
 LARGE = 0.03  # of the whole: a layer worth a line
-ARITHMETIC = 0.3  # of the whole in arithmetic-bound layers: a narrower dtype pays
+BOUND = 0.3  # of the whole in layers that one thing binds: worth to change that
 CONVERTING = 0.02  # of the whole spent on changing the layout
 WEIGHTS = 0.6  # of the bytes are weights: they would be read once for a whole batch
 UNFUSED = 0.05  # of the whole in norms, ReLUs and additions of their own
@@ -82,15 +82,20 @@ def _channels_last(p: Profile) -> Iterator[str]:
 
 def _bfloat16(p: Profile) -> Iterator[str]:
     share = sum(row.share for row in p.rows if row.bound == "arithmetic")
-    if p.dtype == "float32" and share > ARITHMETIC and _has_bfloat16(p.device):
+    if p.dtype == "float32" and share > BOUND and _has_bfloat16(p.device):
         yield f"{share:.0%} of the time in arithmetic-bound float32 layers; try bfloat16"
 
 
 def _batch(p: Profile) -> Iterator[str]:
-    moved = sum(row.bytes for row in p.rows)
-    weights = sum(row.weight_bytes for row in p.rows)
-    if moved and weights > WEIGHTS * moved:
-        yield f"{weights / moved:.0%} of the bytes at batch {p.batch} are weights; try a larger one"
+    rows = [row for row in p.rows if row.bound == "memory"]
+    moved = sum(row.bytes for row in rows)
+    weights = sum(row.weight_bytes for row in rows)
+    share = sum(row.share for row in rows)
+    if share > BOUND and weights > WEIGHTS * moved:
+        yield (
+            f"{share:.0%} of the time in memory-bound layers, and {weights / moved:.0%} of their "
+            f"bytes are weights; try a batch larger than {p.batch}"
+        )
 
 
 def _tune(p: Profile) -> Iterator[str]:

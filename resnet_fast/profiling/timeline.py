@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -160,7 +160,7 @@ class Timeline:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.steps: dict[str, program.Step] = {}  # by name, those that ran by a program
         self._thread = threading.get_ident()
-        self._names: list[str] = []
+        self._names: list[str] = []  # of the replay that is under way
         self._marks: list[object] = []
         self._leaves = self._find_leaves()
 
@@ -178,11 +178,10 @@ class Timeline:
             finally:
                 stack.pop()
 
-        def watch(step: program.Step | None, launch: Callable) -> Callable:
+        def watch(steps: Sequence[program.Step], launches: Sequence[Callable]) -> Iterator:
             inner.update(stack[-1:])
-            if step is not None:
-                self.steps[self._name(step.unit.conv)] = step
-            return launch
+            self.steps.update({self._name(step.unit.conv): step for step in steps})
+            return iter(launches)
 
         with self._watching(around, watch), torch.inference_mode():
             self.model(self.x)
@@ -199,8 +198,9 @@ class Timeline:
 
     def replay(self) -> Replay:
         """Run the model once and mark its layers."""
-        self._names, self._marks = names, marks = [], []
-        clock = self.clock
+        names, marks, clock = self._names, self._marks, self.clock
+        names.clear()
+        marks.clear()
         clock.start()
         marks.append(clock.mark())
         self.model(self.x)
@@ -211,18 +211,12 @@ class Timeline:
 
     @contextmanager
     def _watching(self, around: Callable, watch: Callable) -> Iterator[None]:
-        program.watch = self._in_this_thread(watch)
+        program.watch = watch
         try:
             with around_calls(around):
                 yield
         finally:
             program.watch = None
-
-    def _in_this_thread(self, watch: Callable) -> Callable:
-        def asked(step: program.Step | None, launch: Callable) -> Callable:
-            return watch(step, launch) if threading.get_ident() == self._thread else launch
-
-        return asked
 
     def _around(self, module: nn.Module, call: Callable, args: tuple, kwargs: dict) -> object:
         name = self._leaves.get(id(module))
@@ -235,15 +229,23 @@ class Timeline:
         self._names.append(name)
         return out
 
-    def _watch(self, step: program.Step | None, launch: Callable) -> Callable:
-        name = RANGE_CHECK if step is None else self._name(step.unit.conv)
-        mark, marks, names = self.clock.mark, self._marks, self._names
+    def _watch(
+        self, steps: Sequence[program.Step], launches: Sequence[Callable]
+    ) -> Iterator[Callable]:
+        if threading.get_ident() != self._thread:
+            return iter(launches)
+        if steps:
+            self._names += [self._name(step.unit.conv) for step in steps]
+        else:
+            self._names.append(RANGE_CHECK)
+        return self._give_out(launches)
 
-        def timed(*args):
-            marks.append(mark())
-            out = launch(*args)
-            marks.append(mark())
-            names.append(name)
-            return out
-
-        return timed
+    def _give_out(self, launches: Sequence[Callable]) -> Iterator[Callable]:
+        """The launches, each from one mark to the next: half as many marks as ends."""
+        mark, add = self.clock.mark, self._marks.append
+        moment = mark()
+        for launch in launches:
+            add(moment)
+            yield launch
+            moment = mark()
+            add(moment)
