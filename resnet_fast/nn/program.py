@@ -38,9 +38,9 @@ MAX_PROGRAMS = 16  # input sizes remembered per block
 Launch = Callable[..., Tensor]  # see dispatch/backends.py
 Bound = tuple["Program", list[Launch]]  # of its steps, projection first
 
-# While a profile runs, it gives out what is to be launched: from when it is asked for one until it
-# is asked for the next, that one runs. Without steps it is the look at a magnitude.
-watch: Callable[[Sequence[Step], Sequence[Callable]], Iterator[Callable]] | None = None
+# While a profile runs, it gives out the launches: from when it is asked for one until it is asked
+# for the next, that one runs.
+watch: Callable[[Sequence[Step], Sequence[Launch]], Iterator[Launch]] | None = None
 
 
 def key_of(x: Tensor) -> tuple:
@@ -253,9 +253,7 @@ def follow(
     if magnitude is not None:
         largest, result = program.bound(launches, magnitude)
     if not largest < limit:
-        steps = iter((ops.magnitude,)) if watch is None else watch((), (ops.magnitude,))
-        largest, result = program.bound(launches, next(steps)(x))
-        next(steps, None)
+        largest, result = program.bound(launches, ops.magnitude(x))
     return (True, result) if largest < limit else (False, None)
 
 

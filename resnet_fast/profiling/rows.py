@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from resnet_fast.profiling.layers import Layer
 from resnet_fast.profiling.roofline import Roofline
-from resnet_fast.profiling.timeline import Edge, Replay
+from resnet_fast.profiling.timeline import POOL, RANGE_CHECK, Edge, Replay
 
 GAP = "between layers"  # the host, and on a GPU the launches that the device waits for
 # The whole's median less the sum of the layers' medians. What hits a few layers of every run, other
@@ -90,17 +90,23 @@ def places(layers: Sequence[Layer], names: Sequence[str]) -> list[Place]:
     found: list[Place] = []
     at = 0
     for index, name in enumerate(names):
-        match = next((i for i in range(at, len(layers)) if layers[i].name == name), None)
+        match = next((i for i in range(at, len(layers)) if _is_of(name, layers[i])), None)
         if match is None:
             found.append(Place(index, False, [], name))
             continue
         if match > at:
             found.append(_between(index, layers[at:match]))
-        found.append(Place(index, False, [layers[match]], name))
+            if names[index - 1] == RANGE_CHECK:  # it looks at the result of what is in between
+                found[-2:] = _between(index - 1, layers[at:match]), found[-2]
+        found.append(Place(index, False, [layers[match]], layers[match].name))
         at = match + 1
     if at < len(layers):
         found.append(_between(len(names), layers[at:]))
     return found
+
+
+def _is_of(name: str, layer: Layer) -> bool:
+    return layer.kind == "pool" if name == POOL else layer.name == name
 
 
 def _between(index: int, skipped: Sequence[Layer]) -> Place:

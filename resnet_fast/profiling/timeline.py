@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """When each layer of a running model begins and ends.
 
-Two places are watched while a `Timeline` is open: calls of modules that call no others, and the
-launches of kept programs, by which our blocks run without calling their modules. What runs between
-two of them is seen as the time between: an addition in a block's forward, or the host alone.
+Three places are watched while a `Timeline` is open: calls of modules that call no others; the
+launches of kept programs, by which our blocks run without calling their modules; and the few
+functions that our models call beside them. What runs between two of them is seen as the time
+between: an addition in a block's forward, or the host alone.
 
 A `Clock` is read at both ends of a layer. On a GPU it records an event, which tells when the device
 got there; a spin kernel in front lets the host run ahead, so that the device never waits for it and
@@ -23,10 +24,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from resnet_fast import ops
 from resnet_fast.nn import program
 from resnet_fast.profiling.calls import around_calls
 
-RANGE_CHECK = "range check"  # what follows the bounds that let oneDNN's ReLU be used
+RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
+POOL = "max-pool"  # whose layer has the name of the module that is not called
+FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`
 HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
 
 
@@ -211,12 +215,29 @@ class Timeline:
 
     @contextmanager
     def _watching(self, around: Callable, watch: Callable) -> Iterator[None]:
+        plain = {name: getattr(ops, name) for name in FUNCTIONS}
         program.watch = watch
+        for name, function in plain.items():
+            setattr(ops, name, self._marked(function, FUNCTIONS[name]))
         try:
             with around_calls(around):
                 yield
         finally:
             program.watch = None
+            for name, function in plain.items():
+                setattr(ops, name, function)
+
+    def _marked(self, function: Callable, name: str) -> Callable:
+        def marked(*args) -> object:
+            if threading.get_ident() != self._thread:
+                return function(*args)
+            begin = self.clock.mark()
+            out = function(*args)
+            self._marks += begin, self.clock.mark()
+            self._names.append(name)
+            return out
+
+        return marked
 
     def _around(self, module: nn.Module, call: Callable, args: tuple, kwargs: dict) -> object:
         name = self._leaves.get(id(module))
@@ -234,10 +255,7 @@ class Timeline:
     ) -> Iterator[Callable]:
         if threading.get_ident() != self._thread:
             return iter(launches)
-        if steps:
-            self._names += [self._name(step.unit.conv) for step in steps]
-        else:
-            self._names.append(RANGE_CHECK)
+        self._names += [self._name(step.unit.conv) for step in steps]
         return self._give_out(launches)
 
     def _give_out(self, launches: Sequence[Callable]) -> Iterator[Callable]:

@@ -16,6 +16,7 @@ import torchvision
 from torch import nn
 
 import resnet_fast
+from resnet_fast import ops
 from resnet_fast.nn import program
 from resnet_fast.profiling import profile as module
 from resnet_fast.profiling import suggest
@@ -201,6 +202,19 @@ def test_a_layer_that_runs_in_no_module_has_its_place():
 
     found = profile(Tail(nn.Conv2d(3, 4, 3), nn.ReLU()).eval())
     assert [row.name for row in found.layers] == ["0", "1", "mul"]
+
+
+def test_the_pool_and_the_layout_of_the_fused_model_have_rows_of_their_own(ours, monkeypatch):
+    """Beside the guards, which are asked for all blocks between the pool and the first of them."""
+    pool = ops.max_pool_3x3_2
+    monkeypatch.setattr(ops, "max_pool_3x3_2", lambda x: (time.sleep(SLEEP), pool(x))[1])
+    found = profile(ours, X.contiguous())
+    assert [row.name for row in found.layers[:4]] == ["clone", "range check", "conv1", "maxpool"]
+    assert only_slow(found) == ["maxpool"]
+    holds = program.Program.holds
+    monkeypatch.setattr(ops, "max_pool_3x3_2", pool)
+    monkeypatch.setattr(program.Program, "holds", lambda *a: (time.sleep(SLEEP / 5), holds(*a))[1])
+    assert only_slow(profile(ours)) == [GAP]
 
 
 def test_layers_without_a_mark_lie_between_those_with_one(ours):
