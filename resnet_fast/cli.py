@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `resnet-fast`: check this machine, compare with torchvision, run the benchmarks.
+"""The command `resnet-fast`: check this machine, compare, profile a model, run the benchmarks.
 
 Only this file and the `tables.py` speak to a terminal; the rest is computed elsewhere.
 argparse, because it has options of several values (`--batch 1 8`), which click and typer have not.
@@ -8,10 +8,11 @@ argparse, because it has options of several values (`--batch 1 8`), which click 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 AGREES, DISAGREES, BAD_INPUT, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -70,11 +71,30 @@ def _parser() -> argparse.ArgumentParser:
         help="time OpenVINO too, where it is installed")  # fmt: skip
     add("--seconds", type=float, default=6.0, help="timed seconds per setting; default: 6")
     add("--json", type=Path, metavar="FILE", help="write the result here too")
-    _bench_parser(commands)
+    _add_profile(commands)
+    _add_bench(commands)
     return parser
 
 
-def _bench_parser(commands: argparse._SubParsersAction) -> None:
+def _add_profile(commands) -> None:
+    text = "where a model's time goes: its layers, what bounds them, and what to try"
+    command = commands.add_parser("profile", help=text, description=text)
+    command.set_defaults(run=profile)
+    command.add_argument("model", metavar="MODEL", help="resnet18 ... wide_resnet101_2")
+    add = command.add_argument
+    add("--batch", type=int, default=1, metavar="N", help="default: 1")
+    add("--dtype", default="float32", help="float32 (the default), bfloat16 or float16")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--layers", action="store_true", help="all layers in order, not the slowest alone")
+    add("--compare", metavar="WHO", help="torchvision: the same layers' times there")
+    add("--seconds", type=float, default=4.0, help="of timed runs; default: 4")
+    add("--trace", type=Path, metavar="FILE", help="write a Chrome trace, for ui.perfetto.dev")
+    add("--html", type=Path, metavar="FILE", help="write a page with the flame picture")
+    add("--png", type=Path, metavar="FILE", help="write the flame picture")
+    add("--json", type=Path, metavar="FILE", help="write the rows")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
     text = (
         "time our ops and models beside torch, cuDNN and other compilers, and write rows and a page"
     )
@@ -126,7 +146,7 @@ def compare(options: argparse.Namespace) -> int:
         raise BadInput(f'{error}; pip install "resnet_fast[all]"') from None
     if min(options.batch) < 1 or options.seconds <= 0:
         raise BadInput("--batch and --seconds must be positive")
-    _check_writable(options.json)
+    _check_writable("--json", options.json)
     from resnet_fast.comparison import compare, photographs, tables
 
     notes = _console(sys.stderr)
@@ -161,7 +181,7 @@ def bench(options: argparse.Namespace) -> int:
     """The command `bench`."""
     _rich()
     for package in ("torchvision", "matplotlib"):
-        if find_spec(package) is None:
+        if importlib.util.find_spec(package) is None:
             raise BadInput(f'{package} is not installed; pip install "resnet_fast[all]"')
     from resnet_fast import benchmarking
     from resnet_fast.benchmarking import command
@@ -196,10 +216,53 @@ def bench(options: argparse.Namespace) -> int:
     return DISAGREES if command.failed(results) else AGREES
 
 
-def _check_writable(file: Path | None) -> None:
+def profile(options: argparse.Namespace) -> int:
+    """The command `profile`."""
+    if options.batch < 1 or options.seconds < 0:
+        raise BadInput("--batch must be positive, and --seconds not negative")
+    for name in ("trace", "html", "png", "json"):
+        _check_writable(f"--{name}", getattr(options, name))
+    if options.png is not None and importlib.util.find_spec("matplotlib") is None:
+        raise BadInput('--png needs matplotlib; pip install "resnet_fast[bench]"')
+    from resnet_fast.profiling import command
+
+    with _progress() as tell:
+        try:
+            found = command.profile_by_name(
+                options.model, options.batch, options.dtype, options.device, options.compare,
+                options.seconds, tell,
+            )  # fmt: skip
+        except (ValueError, KeyError, MemoryError) as error:
+            raise BadInput(str(error)) from error
+    print(found.table(layers=options.layers))
+    if options.trace is not None:
+        options.trace.write_text(json.dumps(found.trace()))
+    if options.html is not None:
+        options.html.write_text(found.html())
+    if options.png is not None:
+        found.png(options.png)
+    if options.json is not None:
+        options.json.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    return INTERRUPTED if found.interrupted else AGREES
+
+
+@contextlib.contextmanager
+def _progress():
+    """What is being done, on one line of stderr; without rich, or away from a terminal, none."""
+    if importlib.util.find_spec("rich") is None:
+        yield lambda text: None
+        return
+    with _console(sys.stderr).status("") as status:
+        yield status.update
+
+
+def _check_writable(option: str, file: Path | None) -> None:
     """Refuse a file that cannot be written before the work, not after it."""
-    if file is not None and not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise BadInput(f"--json: {file} cannot be written")
+    if file is None:
+        return
+    there = file.exists()
+    if file.is_dir() or not os.access(file if there else file.parent, os.W_OK):
+        raise BadInput(f"{option}: {file} cannot be written")
 
 
 def _rich():

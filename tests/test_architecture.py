@@ -21,7 +21,7 @@ LAYERS = (
     ("nn",),
     ("models",),
     ("conversion",),
-    ("machine", "comparison"),
+    ("machine", "comparison", "graphs"),
     ("profiling",),
     ("benchmarking",),
     ("cli",),
@@ -33,9 +33,9 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "testing" not in path.p
 # Imported lazily or not at all by the core: only these places may name them.
 OPTIONAL = {
     "triton": ("kernels", "testing"),
-    "torchvision": ("models/weights.py", "comparison", "cli.py", "testing"),
+    "torchvision": ("models/weights.py", "comparison", "cli.py", "profiling/peers.py", "testing"),
     "timm": (),
-    "rich": ("cli.py", "comparison/tables.py", "profiling/tables.py", "benchmarking/tables.py"),
+    "rich": ("cli.py", "comparison/tables.py", "benchmarking/tables.py"),
     "matplotlib": ("profiling/picture.py", "benchmarking/plots.py"),
     "onnxruntime": ("comparison/providers.py",),
     "torch_tensorrt": ("comparison/providers.py",),

@@ -205,8 +205,8 @@ class _Recorder(TorchDispatchMode):
             return op
         module = self._calls[-1][0]
         name = self._names.get(module, type(module).__name__)
-        if not module._modules and name:
-            return name
+        if not module._modules:
+            return name or type(module).__name__
         return f"{self._caller or name}.{op.rstrip('_')}".lstrip(".")
 
     def _append(self, layer: Layer, merge: bool) -> None:

@@ -27,7 +27,7 @@ from resnet_fast import _hardware, ops
 
 # Bytes read and written by one measured copy: inside a core's cache, up to far outside of it.
 COPY_SIZES = (1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
-SECONDS_PER_CEILING = 0.08
+SECONDS_PER_CEILING = 0.05
 # On a GPU, from one kernel's start to the next one's in a full queue (order of magnitude).
 GPU_LAUNCH_SECONDS = 2e-6
 # Data sheets: float32 on CUDA cores, TFLOP/s; the tensor cores' TF32 is half of fp16.
