@@ -174,7 +174,9 @@ def _ours_graph(work: ModelWork) -> Candidate:
         raise Missing("this resnet_fast has no cuda_graph")
     if not work.x.is_cuda:
         raise Missing(f"CUDA graphs run on a GPU, not on the {work.x.device.type}")
-    return Candidate(capture(work.placed(work.ours), work.x), backend="CUDA graph", graphable=False)
+    # Recorded in the first call, which is made under inference_mode; it is no graph to capture.
+    graph = capture(work.placed(work.ours), clone=False)
+    return Candidate(graph, backend="CUDA graph", graphable=False)
 
 
 MODEL_PROVIDERS = (

@@ -134,6 +134,33 @@ def _modelled(results: Results) -> Table:
     return table
 
 
+def markdown(results: Results) -> str:
+    """The models' times as a README's table: eager's in milliseconds, the others over it.
+
+    Only what was measured stands in it; below it, on what and by which command.
+    """
+    found = [row for row in results.rows if row.suite == "models" and row.measured]
+    names = [n for n in dict.fromkeys(row.provider for row in found) if n != EAGER["models"]]
+    head = ["model", "dtype", "batch", f"{EAGER['models']} (ms)", *names]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in found:
+        if row.provider != EAGER["models"]:
+            continue
+        cells = [row.subject, row.dtype, str(row.batch), f"{row.time_ms:.1f}"]
+        for name in names:
+            same = (r for r in found if r.case == row.case and r.provider == name)
+            other = next(same, None)
+            cells.append(f"{other.time_ms / row.time_ms:.2f}" if other else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    if not found:
+        return "No model was measured."
+    e = found[0].environment
+    return "\n".join(lines) + (
+        f"\n\nMeasured by `{results.command}` on: {e.device}, threads {e.threads}, "
+        f"torch {e.torch}, resnet_fast {e.resnet_fast}, commit {e.commit}."
+    )
+
+
 def changes(found: list[Change]) -> Iterator[Table | str]:
     """What `resnet-fast bench --compare` prints: all that moved, and how many did not."""
     table = Table(title="old against new: measured; ratio of times over eager's where both have it")

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from resnet_fast.benchmarking import report, rows
+from resnet_fast.benchmarking import report, rows, tables
 from resnet_fast.benchmarking.rows import Results
 from resnet_fast.profiling.roofline import Roofline
 from tests.benchmarking.fakes import row
@@ -85,6 +85,18 @@ def test_a_run_that_measured_nothing_has_a_page_too(tmp_path):
     report.write(Results(rows=[lost], complete=False), {}, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Interrupted" in page and "gone" in page
+
+
+def test_the_readmes_table_has_what_was_measured_and_nothing_else():
+    found = results()
+    table = tables.markdown(found)
+    assert table.splitlines()[0].startswith(f"| model | dtype | batch | {EAGER} (ms) | openvino |")
+    assert "| resnet18 | float32 | 1 | 20.0 | 0.60 | 0.65 |" in table
+    assert "script" not in table and "Test Processor" in table
+    # A provider without a time in one of the cases has a dash there.
+    del found.rows[1]
+    assert "| resnet18 | float32 | 1 | 20.0 | 0.65 | - |" in tables.markdown(found)
+    assert tables.markdown(Results()) == "No model was measured."
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -356,16 +356,7 @@ def test_each_level_of_fusion_moves_less():
 
 def test_cudnns_fused_model_is_the_same_function(monkeypatch):
     """Its calls exist on GPUs only: here they are played by their definitions."""
-    import torch.nn.functional as F
-
-    def relu(x, w, b, *geometry):
-        return F.relu(F.conv2d(x, w, b, *geometry))
-
-    def add_relu(x, w, z, alpha, b, *geometry):
-        return F.relu(F.conv2d(x, w, b, *geometry) + alpha * z)
-
-    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
-    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+    play_cudnn(monkeypatch)
     import torchvision
 
     for build in (torchvision.models.resnet18, torchvision.models.resnet50):
@@ -377,6 +368,85 @@ def test_cudnns_fused_model_is_the_same_function(monkeypatch):
         x = torch.randn(1, 3, 32, 32)
         with torch.inference_mode():
             torch.testing.assert_close(cudnn.CudnnFused(model)(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def play_cudnn(monkeypatch):
+    """cuDNN's fused calls, which exist on GPUs only, by their definitions."""
+    import torch.nn.functional as F
+
+    def relu(x, w, b, *geometry):
+        return F.relu(F.conv2d(x, w, b, *geometry))
+
+    def add_relu(x, w, z, alpha, b, *geometry):
+        return F.relu(F.conv2d(x, w, b, *geometry) + alpha * z)
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", add_relu)
+
+
+@pytest.mark.parametrize("name", ["conv", "residual", "linear", "bfloat16"])
+def test_cudnns_fused_op_is_the_same_function(name, monkeypatch):
+    play_cudnn(monkeypatch)
+    monkeypatch.setattr(cudnn, "check_available", lambda device: None)
+    request = Request(device="cpu", seconds=0.01, providers=["aten", "cudnn-fused"])
+    found, *_ = suite.measure_case(SMALL_CASES[name], request, clocks.Clock(), ENVIRONMENT)
+    row = found[-1]
+    assert row.provider == "cudnn-fused"
+    assert row.status == (rows.LEFT_OUT if name == "linear" else rows.MEASURED), row.reason
+
+
+def test_cudnn_benchmark_is_on_within_the_call_and_off_after_it():
+    before = torch.backends.cudnn.benchmark
+    model = nn.Identity()
+    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
+    for name, value in (("torchvision-cudnn-benchmark", True), (providers.EAGER["models"], False)):
+        (row,) = (p for p in providers.MODEL_PROVIDERS if p.name == name)
+        with row.build(work).around():
+            assert torch.backends.cudnn.benchmark is value and torch.is_inference_mode_enabled()
+        assert torch.backends.cudnn.benchmark == before
+
+
+@pytest.mark.parametrize("dtype, value", [("tf32", "tf32"), ("float32", "ieee")])
+def test_float32_on_a_gpu_is_multiplied_as_the_case_says(dtype, value):
+    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
+    with suite._precision(dtype, torch.device("cuda")):
+        assert [flag.fp32_precision for flag in flags] == [value, value]
+    assert [flag.fp32_precision for flag in flags] == before
+
+
+def test_compilers_are_asked_for_what_their_names_say(monkeypatch):
+    asked = []
+
+    def compile(model, **options):
+        asked.append(options["mode"])
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = nn.Identity()
+    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
+    built = {p.name: p.build(work) for p in providers.MODEL_PROVIDERS if "compile" in p.name}
+    assert asked == [None, "reduce-overhead", "max-autotune"]
+    assert [c.graphable for c in built.values()] == [True, False, False]  # they are graphs already
+    with built["compile"].around():
+        assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_our_cuda_graph_is_recorded_under_the_protocols_mode(monkeypatch):
+    import resnet_fast
+
+    seen = {}
+
+    def cuda_graph(model, **options):
+        seen.update(options)
+        return model
+
+    monkeypatch.setattr(resnet_fast, "cuda_graph", cuda_graph)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model = nn.Identity()
+    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
+    candidate = providers._ours_graph(work)
+    assert seen == {"clone": False} and not candidate.graphable
 
 
 @pytest.mark.parametrize("name", ["conv", "residual", "join", "stem"])
