@@ -235,6 +235,25 @@ def test_one_row_per_case_and_provider_whatever_happens(monkeypatch):
     assert kept == [2, 4] and results.complete
 
 
+def test_quick_keeps_to_its_time_and_says_what_it_left_out(monkeypatch):
+    """On a machine so slow that a call takes ten seconds."""
+    box = {}
+
+    def build(work):
+        def call(x):
+            box["clock"].seconds += 10
+            return x
+
+        return protocol.Candidate(call)
+
+    box["clock"] = fake_suite(monkeypatch, Provider("slow", "", build))
+    results = suite.run(Request(suites=("models",), device="cpu", quick=True, models=["resnet18"]))
+    assert len(results.rows) == 4 and results.complete
+    assert {row.status for row in results.rows} == {rows.LEFT_OUT}
+    assert protocol.TIME_IS_UP in results.rows[-1].reason
+    assert box["clock"].seconds < suite.QUICK_SECONDS["models"] + 100
+
+
 def test_ctrl_c_keeps_rows_and_writes_them(monkeypatch, tmp_path, capsys):
     box, calls = {}, []
 
