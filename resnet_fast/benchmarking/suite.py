@@ -32,9 +32,8 @@ CHECKED = 8  # images of a batch that are held against float64
 MAX_SETS = 256  # of inputs, to rotate through
 SETS_BYTES = 256 << 20
 ROOF_TOLERANCE = 1.05
+# When `--quick` begins nothing new in a suite; the rest of its three minutes is for the page.
 QUICK_SECONDS = {"ops": 50.0, "models": 150.0}
-    150.0  # after which `--quick` begins nothing new; the rest of its time is for the page
-)
 
 Progress = Callable[[str], None]
 
