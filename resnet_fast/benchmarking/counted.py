@@ -59,7 +59,10 @@ def counts(folder: Path = COUNTS) -> list[dict]:
     """The rows of all counts files, each with its "arch"; what is no such file is passed over."""
     found = []
     for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text())
+        try:
+            data = json.loads(path.read_text())
+        except ValueError:
+            continue
         arch = re.search(r"sm_(\d+)", str(data.get("title", "")))
         for row in data.get("rows", ()) if arch else ():
             found.append({**row, "arch": int(arch.group(1))})

@@ -21,9 +21,10 @@ img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 13px; width: 100%; }
 th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e4e7eb; }
 th { position: sticky; top: 0; background: #f5f7fa; }
-th.text, td.text { text-align: left; }
+td { white-space: nowrap; }
+th.text, td.text { text-align: left; white-space: normal; }
 tr.first td { border-top: 2px solid #9aa5b1; } tr.ours { font-weight: 600; }
-td.why { text-align: left; color: #8d5a00; }
+td.why { text-align: left; white-space: normal; color: #8d5a00; }
 .how { display: inline-block; padding: 0 .5rem; border-radius: .6rem; color: white;
        font-size: 12px; vertical-align: middle; }
 .measured { background: #2e4057; } .counted { background: #66793c; }

@@ -112,18 +112,9 @@ def compile_unit(text: str, arch: int) -> tuple[str, bytes]:
         RuntimeError: with the compiler's messages.
     """
     with tempfile.TemporaryDirectory() as folder:
-        source, ptx, cubin = (
-            Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx", "cubin")
-        )
+        source, ptx, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx", "cubin"))
         source.write_text(text)
-        flags = (
-            "-std=c++17",
-            "-O3",
-            f"-arch=sm_{arch}",
-            "-I",
-            str(CSRC),
-            "--expt-relaxed-constexpr",
-        )
+        flags = ("-std=c++17", "-O3", f"-arch=sm_{arch}", "-I", str(CSRC), "--expt-relaxed-constexpr")
         run("nvcc", *flags, "-ptx", str(source), "-o", str(ptx))
         run("nvcc", f"-arch=sm_{arch}", "-cubin", str(ptx), "-o", str(cubin))
         return ptx.read_text(), cubin.read_bytes()
@@ -131,9 +122,7 @@ def compile_unit(text: str, arch: int) -> tuple[str, bytes]:
 
 def run(*command: str) -> str:
     """Run a tool; what it prints."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout

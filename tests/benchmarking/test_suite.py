@@ -341,6 +341,7 @@ def test_counts_become_modelled_rows_and_the_rest_speak_by_their_shape(tmp_path)
         '"sectors": 1.02, "dram_bytes": 3350000, "dram": 1.0}]}'
     )
     (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "damaged.json").write_text("")
     found = counted.modelled(("resnet50",), tmp_path)
     first, *rest = found
     assert first.modelled_from == "counted" and first.shape == shape and first.arch == 80
