@@ -33,6 +33,8 @@ POOL = "max-pool"  # whose layer has the name of the module that is not called
 FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`
 HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
 
+Steps = program.Step | program.JoinStep
+
 
 class Clock(Protocol):
     """Tells the time on the host and, where it has one, on the device; marks are its own."""
@@ -162,7 +164,7 @@ class Timeline:
     def __init__(self, model: nn.Module, x: Tensor, clock: Clock) -> None:
         self.model, self.x, self.clock = model, x, clock
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.steps: dict[str, program.Step] = {}  # by name, those that ran by a program
+        self.steps: dict[str, Steps] = {}  # by name, those that ran by a program
         self._thread = threading.get_ident()
         self._names: list[str] = []  # of the replay that is under way
         self._marks: list[object] = []
@@ -182,14 +184,18 @@ class Timeline:
             finally:
                 stack.pop()
 
-        def watch(steps: Sequence[program.Step], launches: Sequence[Callable]) -> Iterator:
+        def watch(steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator:
             inner.update(stack[-1:])
-            self.steps.update({self._name(step.unit.conv): step for step in steps})
+            self.steps.update({self._name_of(step): step for step in steps})
             return iter(launches)
 
         with self._watching(around, watch), torch.inference_mode():
             self.model(self.x)
         return {key: name for key, name in called.items() if key not in inner}
+
+    def _name_of(self, step: Steps) -> str:
+        """The convolution's; of a join, that of the main one of the two."""
+        return self._name(getattr(step, "main", step).unit.conv)
 
     def _name(self, module: nn.Module) -> str:
         return self.names.get(id(module)) or type(module).__name__
@@ -250,12 +256,10 @@ class Timeline:
         self._names.append(name)
         return out
 
-    def _watch(
-        self, steps: Sequence[program.Step], launches: Sequence[Callable]
-    ) -> Iterator[Callable]:
+    def _watch(self, steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator[Callable]:
         if threading.get_ident() != self._thread:
             return iter(launches)
-        self._names += [self._name(step.unit.conv) for step in steps]
+        self._names += map(self._name_of, steps)
         return self._give_out(launches)
 
     def _give_out(self, launches: Sequence[Callable]) -> Iterator[Callable]:
