@@ -4,11 +4,14 @@
 RESNET_FAST_DISABLE=1     every model takes its plain path, as under `resnet_fast.disabled()`.
 RESNET_FAST_BACKEND=name  ask for one backend (`resnet-fast check` lists them); where it cannot
                           take a convolution, the usual choice is made and `report` says why.
+RESNET_FAST_CACHE=folder  where `resnet-fast tune` keeps what it measured; otherwise `resnet_fast`
+                          in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache).
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def disabled() -> bool:
@@ -19,3 +22,15 @@ def disabled() -> bool:
 def backend() -> str | None:
     """The backend that RESNET_FAST_BACKEND asks for, or None."""
     return os.environ.get("RESNET_FAST_BACKEND") or None
+
+
+def cache_folder() -> Path | None:
+    """The folder of measured choices, which need not exist; None where there is no home either."""
+    if named := os.environ.get("RESNET_FAST_CACHE"):
+        return Path(named)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "resnet_fast"
+    try:
+        return Path.home() / ".cache" / "resnet_fast"
+    except RuntimeError:
+        return None

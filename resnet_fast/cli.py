@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `resnet-fast`: check this machine, compare, profile a model, run the benchmarks.
+"""The command `resnet-fast`: check this machine, compare, profile, bench, build the extension.
 
 Only this file and the `tables.py` speak to a terminal; the rest is computed elsewhere.
 argparse, because it has options of several values (`--batch 1 8`), which click and typer have not.
@@ -12,7 +12,9 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import sys
+import sysconfig
 from pathlib import Path
 
 AGREES, DISAGREES, BAD_INPUT, SKIPPED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "what this machine has, which backend serves which op, and why the others do not"
     command = commands.add_parser("check", help=text, description=f"Print {text}.")
     command.set_defaults(run=check)
+    _tune_parser(commands)
     text = "compare torchvision's model with ours: same weights, real photographs, one run"
     command = commands.add_parser("compare", help=text, description=text, epilog=EXIT_STATUS)
     command.set_defaults(run=compare)
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write the result here too")
     _add_profile(commands)
     _add_bench(commands)
+    _add_build(commands)
     return parser
 
 
@@ -116,6 +120,26 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     add("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"),
         help="measure nothing: hold two results (rows.json, rows.csv or their folders) "
         "against each other")  # fmt: skip
+
+
+def _add_build(commands) -> None:
+    text = "compile the CUDA C++ kernels for the torch that is installed; no GPU is needed"
+    command = commands.add_parser("build", help=text, description=f"{text[0].upper()}{text[1:]}.",
+        epilog="needs nvcc (of torch's CUDA major), g++, ninja and pybind11: "
+        "pip install 'resnet_fast[build]'. exit status: 0 built; 2 not, and why")  # fmt: skip
+    command.set_defaults(run=build)
+    add = command.add_argument
+    add("--arch", nargs="+", metavar="X.Y", type=_architecture, help="compute capabilities; "
+        "default: 8.0 8.6 8.9 9.0 10.0 12.0; newer GPUs run the PTX of the first")  # fmt: skip
+    add("--jobs", type=int, metavar="N", help="processes at a time; default: the usable cores")
+    add("--into", type=Path, metavar="FOLDER", help="put the module there; default: the package")
+    add("--verbose", action="store_true", help="print commands, and every kernel's registers")
+
+
+def _architecture(text: str) -> int:
+    if not re.fullmatch(r"\d+\.\d", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability such as 9.0")
+    return int(text.replace(".", ""))
 
 
 def check(options: argparse.Namespace) -> int:
@@ -256,6 +280,49 @@ def _progress():
         yield status.update
 
 
+def build(options: argparse.Namespace) -> int:
+    """The command `build`."""
+    from resnet_fast import build as recipe
+
+    if options.jobs is not None and options.jobs < 1:
+        raise BadInput("--jobs must be positive")
+    output = None
+    if options.into is not None:
+        output = options.into / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    try:
+        toolchain = recipe.find()
+        with _steps(sys.stderr) as progress:
+            report = recipe.build(
+                toolchain,
+                architectures=options.arch,
+                jobs=options.jobs,
+                output=output,
+                progress=progress,
+                verbose=print if options.verbose else None,
+            )
+    except (recipe.BuildError, OSError) as error:
+        raise BadInput(f"not built: {error}") from None
+    print("\n".join(recipe.describe(report, every_kernel=options.verbose)))
+    return AGREES
+
+
+@contextlib.contextmanager
+def _steps(stream):
+    """Shows steps as they end: a bar at a terminal where rich is there, else a line for each."""
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        Progress = None
+    if Progress is None or not stream.isatty():
+        yield lambda done, total, text: print(f"[{done}/{total}] {text}", file=stream, flush=True)
+        return
+    with Progress(console=_console(stream), transient=True) as bar:
+        task = bar.add_task("compiling", total=None)
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=text
+        )
+
+
 def _check_writable(option: str, file: Path | None) -> None:
     """Refuse a file that cannot be written before the work, not after it."""
     if file is None:
@@ -278,6 +345,104 @@ def _console(stream):
     # Away from a terminal the tables keep their whole width: logs and pipes have no columns.
     width = None if stream.isatty() else 160
     return _rich().console.Console(file=stream, width=width)
+
+
+def _tune_parser(commands) -> None:
+    text = "measure which backend and tile is fastest for each convolution of a model, and keep it"
+    more = "The choices are used from the next start on; a GPU is needed, except for --dry-run."
+    command = commands.add_parser("tune", help=text, description=f"{text}. {more}")
+    command.set_defaults(run=tune)
+    add = command.add_argument
+    add("model", metavar="MODEL", nargs="?", default="resnet50", help="default: resnet50")
+    add("--batch", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    help_dtype = "float16, bfloat16, float32; default: float16"
+    add("--dtype", nargs="+", default=["float16"], metavar="DTYPE", help=help_dtype)
+    add("--backend", nargs="+", default=[], metavar="NAME", help="cuda, triton, aten; default: all")
+    add("--seconds", type=float, default=1.0, help="of timing per convolution; default: 1")
+    add("--device", default="cuda", help="cuda, cuda:1, ...")
+    add("--dry-run", action="store_true", help="print the candidates, modelled; measure nothing")
+    add("--arch", type=int, metavar="SM",
+        help="for --dry-run: compute capability times ten; default: this GPU's, or 80")  # fmt: skip
+    add("--clear", action="store_true", help="forget what was measured, on any GPU, and stop")
+
+
+def tune(options: argparse.Namespace) -> int:
+    """The command `tune`."""
+    _rich()
+    from resnet_fast import tune as tuner
+
+    console, notes = _console(sys.stdout), _console(sys.stderr)
+    try:
+        if options.clear:
+            files = tuner.clear()
+            console.print("\n".join(f"removed {file}" for file in files) or "nothing was kept")
+            return AGREES
+        if min(options.batch) < 1 or options.seconds <= 0:
+            raise BadInput("--batch and --seconds must be positive")
+        tuner.check(options.backend, options.dtype)
+        if options.dry_run:
+            arch = options.arch or tuner.arch_here() or 80
+            specs = tuner.convolutions(options.model, options.batch, options.dtype)
+            console.print(_candidates_table(specs, arch, options.backend), highlight=False)
+            return AGREES
+        device = tuner.gpu(options.device)
+        specs = tuner.convolutions(options.model, options.batch, options.dtype)
+    except (ValueError, OSError) as error:
+        raise BadInput(str(error)) from error
+    results, interrupted = [], False
+    try:
+        with notes.status("preparing") as status:
+            for result in tuner.tune(
+                specs, device, options.backend, options.seconds, status.update
+            ):
+                results.append(result)
+                notes.print(f"{len(results)}/{len(specs)} {result.spec}", highlight=False)
+    except KeyboardInterrupt:
+        interrupted = True
+    except OSError as error:
+        raise BadInput(f"the choices cannot be kept: {error}") from error
+    console.print(_results_table(results, device), highlight=False)
+    for result in results:
+        for candidate, fault in result.faults.items():
+            notes.print(f"{result.spec}: {candidate}: {fault}", style="yellow", highlight=False)
+    console.print(f"kept in {tuner.path_of(device)}", highlight=False)
+    if interrupted:
+        notes.print("resnet-fast: interrupted; what is in the table was kept")
+        return INTERRUPTED
+    return DISAGREES if any(result.faults for result in results) else AGREES
+
+
+def _candidates_table(specs, arch: int, names):
+    from resnet_fast import tune as tuner
+
+    title = f"Candidates on sm_{arch}: modelled microseconds, nothing was measured"
+    table = _rich().table.Table("convolution", "times", "candidate", "modelled us", title=title)
+    for spec, count in specs.items():
+        found = tuner.modelled(spec, arch, names)
+        rows = [(str(candidate), f"{time:.1f}") for candidate, time in found.items()]
+        for number, row in enumerate(rows or [("aten", "")]):
+            table.add_row(*((str(spec), str(count)) if number == 0 else ("", "")), *row)
+        table.add_section()
+    return table
+
+
+def _results_table(results, device):
+    from resnet_fast import tune as tuner
+
+    title = f"Measured on {tuner.name_of(device)}: medians in microseconds, L2 flushed"
+    headings = ("convolution", "chosen", "us", "without measuring", "us", "ratio")
+    table = _rich().table.Table(*headings, title=title)
+    for result in results:
+        if not result.choices:
+            why = "none was right" if result.faults else "no other"
+            table.add_row(str(result.spec), str(result.usual), why)
+            continue
+        best, usual = result.choices[0], result.timings.get(result.usual)
+        chosen = str(tuner.Candidate(best.backend, best.tile))
+        theirs = (f"{usual.median:.1f}", f"{best.microseconds / usual.median:.2f}") if usual else ()
+        times = (f"{best.microseconds:.1f}", str(result.usual), *theirs)
+        table.add_row(str(result.spec), chosen, *times)
+    return table
 
 
 if __name__ == "__main__":

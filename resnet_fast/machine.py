@@ -78,11 +78,19 @@ def _compiler() -> Fact:
 
 def _nvcc() -> Fact:
     found = shutil.which("nvcc")
-    return Fact("nvcc", found is not None, found or "not needed: no CUDA C++ kernels yet")
+    return Fact("nvcc", found is not None, found or "only `resnet-fast build` needs it")
 
 
 def _extension() -> Fact:
-    return Fact("CUDA C++ extension", False, "this version has none; Triton serves the GPU")
+    name, (loads, detail) = "CUDA C++ extension", ops.explain_extension()
+    if not loads:
+        return Fact(name, False, f"{detail}; Triton serves the GPU", "resnet-fast build")
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        refusal = ops.explain_extension_on(major * 10 + minor)
+        if refusal:
+            return Fact(name, False, f"{refusal}; Triton serves the GPU", "resnet-fast build")
+    return Fact(name, True, detail)
 
 
 def _cpu() -> list[Fact]:

@@ -10,7 +10,7 @@ value names a problem to the heuristics, a backend, a test, a benchmark row and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ACTIVATIONS = ("none", "relu")
 ELEMENT_SIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -100,6 +100,43 @@ class ConvSpec:
             f"{self.n}x{self.h}x{self.w}x{self.c} -> {self.k}, "
             f"{self.r}x{self.s}{' '.join(extras)}, {self.dtype}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class JoinSpec:
+    """The end of a projection block: relu(norm(conv(h)) + norm'(conv1x1(x))), two products.
+
+    Args:
+        main: of h, [N, P, Q, C] in memory: a convolution that keeps the map's size.
+        projection: of x, [N, H, W, D] in memory: pointwise, perhaps strided; it has main's output.
+    """
+
+    main: ConvSpec
+    projection: ConvSpec
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of both products, a multiply-add counted as two."""
+        return self.main.flops + self.projection.flops
+
+    @property
+    def bytes_minimum(self) -> int:
+        """Bytes that any kernel must move: each tensor once, and of x the pixels it samples."""
+        vectors = 4 if self.main.norm else 2, 4 if self.projection.norm else 2
+        return self.as_one_product.bytes_minimum + 4 * self.main.k * (sum(vectors) - 2)
+
+    @property
+    def as_one_product(self) -> ConvSpec:
+        """The pointwise convolution of as many products and bytes: what a tile's time depends on.
+
+        h and the sampled pixels of x side by side, [N, P, Q, C + D], where the main convolution is
+        pointwise itself; a larger filter counts its products, not its input, R*S times.
+        """
+        products = self.main.k_gemm + self.projection.k_gemm
+        return replace(self.main, c=products, r=1, s=1, padding=(0, 0))
+
+    def __str__(self) -> str:
+        return f"{self.main} joined by {self.projection}"
 
 
 @dataclass(frozen=True, slots=True)

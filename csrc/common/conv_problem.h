@@ -39,8 +39,8 @@ struct Divisor {
   }
 };
 
-// How a position (r, s, c) in a filter, and its offset in x, advance by the products of one step: as
-// an odometer, whose digits are c, s and r.
+// How a position (r, s, c) in a filter, and its offset in x, advance by the products of one step:
+// as an odometer, whose digits are c, s and r.
 struct Walk {
   int32_t c, s, r;           // a step's products as digits
   int32_t offset;            // elements that the digits move in x
@@ -70,20 +70,21 @@ struct ConvProblem {
   int64_t stride_n, stride_h, stride_w;  // of x, in elements
   int32_t h, w, c;
   int32_t k, r, s;
-  int32_t m;                               // N * P * Q
-  Divisor pixels, q;                       // P * Q, and Q: of a row, its image and its place
-  Divisor c_of, s_of;                      // C and S: of a product, its tap and its channel
-  Walk walk;                               // by the kernel's BLOCK_K
-  Divisor tiles_n;                         // column tiles: of K by the kernel's BLOCK_N
-  int32_t conv_stride_h, conv_stride_w;    // the convolution's
+  int32_t m;                             // N * P * Q
+  Divisor pixels, q;                     // P * Q, and Q: of a row, its image and its place
+  Divisor c_of, s_of;                    // C and S: of a product, its tap and its channel
+  Walk walk;                             // by the kernel's BLOCK_K
+  Divisor tiles_n;                       // column tiles: of K by the kernel's BLOCK_N
+  int32_t conv_stride_h, conv_stride_w;  // the convolution's
   int32_t padding_h, padding_w;
   int32_t dilation_h, dilation_w;
-  int32_t split_k, steps_per_split;        // steps of BLOCK_K products; all of them if split_k is 1
-  int32_t relu;                            // whether the activation is a ReLU
+  int32_t split_k, steps_per_split;  // steps of BLOCK_K products; all of them if split_k is 1
+  int32_t relu;                      // whether the activation is a ReLU
 };
 
 // The end of a projection block: y = relu(norm(main) + norm(projection)), a sum of two convolutions
-// with the same y, whose pointer main has. Neither has a residual, a split or an activation of its own.
+// with the same y, whose pointer main has. Neither has a residual, a split or an activation of its
+// own.
 struct JoinProblem {
   ConvProblem main;        // of h, the block's inner tensor
   ConvProblem projection;  // 1x1 and strided, of x, the block's input

@@ -19,12 +19,14 @@ class Row:
     """One residual block or stem.
 
     Args:
-        name: the module's path in the model; "(stem)" for conv1, bn1 and relu.
+        name: the module's path in the model; "(stem)" for conv1, bn1 and relu, and for maxpool
+            where it runs in the same op: then backend says "with maxpool".
         kind: its class.
         fused: whether it runs fused; for a block that has not run, whether it would.
         backend: what ran it so far, for example "triton" or "triton, aten"; "" before a run.
         reason: why it runs plain, or why some of it runs on the unfused backend "aten".
         fused_calls, plain_calls: how often it ran either way.
+        merged: the op that runs several units as one kernel, such as "conv_bn_join"; "" if none.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Row:
     reason: str
     fused_calls: int
     plain_calls: int
+    merged: str = ""
 
 
 class Report:
@@ -67,7 +70,7 @@ class Report:
                 row.name,
                 row.kind,
                 "fused" if row.fused else "plain",
-                row.backend or "not run yet",
+                row.backend + f" ({row.merged})" * bool(row.merged) or "not run yet",
                 f"{row.fused_calls}+{row.plain_calls}",
                 row.reason,
             )
@@ -129,8 +132,9 @@ def _row(name: str, module: nn.Module, examine) -> Row:
     fallback = "; ".join(f"{why}" for why in record.backends.values() if why)
     names = ", ".join(sorted(record.backends)) if fused else "aten"
     return Row(
-        name, type(module).__name__, fused, names, reason or fallback, record.fused, record.plain
-    )
+        name, type(module).__name__, fused, names, reason or fallback, record.fused, record.plain,
+        record.merged if fused else "",
+    )  # fmt: skip
 
 
 def _would_refuse(module: nn.Module, examine) -> str | None:

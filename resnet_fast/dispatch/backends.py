@@ -2,145 +2,86 @@
 """The backends: one row each, and each row says what it refuses and why.
 
     name    device     what it runs
-    triton  cuda       kernels/conv_bn_act.py: one kernel for conv, BatchNorm, residual and ReLU
+    cuda    cuda       csrc/cuda: one C++ kernel for conv, BatchNorm, residual and ReLU
+    triton  cuda       kernels/conv_bn_act.py: the same in Triton
     cpu     cpu        kernels/cpu.py: oneDNN's fused convolution on weights packed once
     aten    any        kernels/aten.py: torch's own functions, unfused; refuses nothing
+    cudnn   cuda       kernels/aten.py: cuDNN's fused convolution; only where asked for by name
 
-The first row that does not refuse is taken, unless one is asked for by name.
+They are asked in this order: the one named by argument or by RESNET_FAST_BACKEND, what
+`resnet-fast tune` measured (tuning.py), what is preferred for the GPU and the kind of convolution
+(preferences.py), this table. The first that does not refuse is taken.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from resnet_fast import _env, _hardware
+from resnet_fast.dispatch import cuda, tuning
+from resnet_fast.dispatch.preferences import preference
+from resnet_fast.dispatch.problem import (
+    INTERPRETED_ARCH,
+    Backend,
+    Bind,
+    Direct,
+    Launch,
+    Problem,
+    layout_refusal,
+    new_output,
+    on_device_of,
+    triton_interprets,
+)
 from resnet_fast.kernels import aten, cpu
-from resnet_fast.spec import ConvSpec
+from resnet_fast.spec import TileConfig
+
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "INTERPRETED_ARCH",
+    "Backend",
+    "Bind",
+    "Direct",
+    "Launch",
+    "Plan",
+    "Problem",
+    "add_relu",
+    "check_name",
+    "explain",
+    "explain_add_relu",
+    "names",
+    "plan",
+    "triton_interprets",
+    "why_not",
+]
 
 AUTO = "auto"
-INTERPRETED_ARCH = 80  # whose tiles Triton's interpreter runs
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A convolution as a backend sees it: what is computed, where, and how its tensors lie.
-
-    Args:
-        spec: the convolution.
-        device: "cpu", "cuda", ...
-        arch: compute capability times ten of a CUDA device, else 0.
-        x, weight, residual: how the tensor lies in memory: "channels_last", "channels_inner"
-            (channels adjacent, the rest strided, as in a slice), "contiguous" or "strided";
-            residual is "" where there is none.
-        x_strides: of x along (n, h, w), in elements.
-        vectors: whether scale, shift, mean and var are contiguous.
-        vector_dtypes: of scale, shift, mean and var; None where one is not given.
-        tracked: whether changes of the weight can be seen (tensors made under
-            torch.inference_mode() have no version counter).
-        aligned: whether every tensor starts at a multiple of 16 bytes.
-    """
-
-    spec: ConvSpec
-    device: str
-    arch: int
-    x: str
-    weight: str
-    residual: str
-    x_strides: tuple[int, int, int]
-    vectors: bool
-    vector_dtypes: tuple[str | None, ...]
-    tracked: bool
-    aligned: bool
-
-
-class Launch(Protocol):
-    """A convolution bound to a layer's tensors.
-
-    Args:
-        growth: (gain, offset): results are at most gain * (largest input) + offset, shortcut apart;
-            or None where the backend has no use for the knowledge that all values are finite.
-    """
-
-    growth: tuple[float, float] | None
-
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, inplace: bool = False, finite: bool = False
-    ) -> Tensor:
-        """Run it: y, [N, P, Q, K] in memory; with `inplace` written over residual.
-
-        `finite`: the caller knows that no value can be NaN or infinite.
-        """
-
-    def fresh(self, weight: Tensor) -> bool:
-        """Whether it still stands for the layer, whose tensors are known to be where they were."""
-
-
-Bind = Callable[..., Launch]  # (weight, scale, shift, mean, var, eps) -> Launch
-
-
-class Direct:
-    """A `Launch` that keeps nothing of the layer but the tensors themselves: always fresh."""
-
-    __slots__ = ("function", "tensors")
-    growth = None
-
-    def __init__(self, function: Callable[..., Tensor], *tensors) -> None:
-        self.function, self.tensors = function, tensors
-
-    def __call__(
-        self, x: Tensor, residual: Tensor | None, inplace: bool = False, finite: bool = False
-    ) -> Tensor:
-        return self.function(x, residual, inplace, *self.tensors)
-
-    def fresh(self, weight: Tensor) -> bool:
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """One way to run a fused convolution.
-
-    Args:
-        name: what `report`, RESNET_FAST_BACKEND and the ops' `backend` argument call it.
-        device: the device type it needs, or None for any.
-        missing: why it cannot run on this machine at all, or None.
-        refusal: why it cannot take a `Problem`, or None.
-        build: prepares a `Problem`: all that can be kept between calls is made here; the bind it
-            returns is called with the tensors of a layer, its launch with those of a call.
-    """
-
-    name: str
-    device: str | None
-    missing: Callable[[], str | None]
-    refusal: Callable[[Problem], str | None]
-    build: Callable[[Problem], Bind]
+_on_device_of = on_device_of  # as join.py and stem.py know it
 
 
 @dataclass(slots=True)
 class Plan:
-    """A problem, the backend that was chosen for it, and why the others were not."""
+    """A problem, the backend that was chosen for it and why, and why those before it were not."""
 
     problem: Problem
     backend: str
     refusals: dict[str, str]
     bind: Bind
     calls: int = 0
+    why: str = ""
 
     def why_fallback(self) -> str:
         """Why no fused kernel of this device took the problem; empty where one did."""
         if self.backend != "aten":
             return ""
-        devices = {row.name: row.device for row in BACKENDS}
-        why = [r for name, r in self.refusals.items() if devices[name] == self.problem.device]
+        fused = {row.name for row in BACKENDS if row.device == self.problem.device}
+        why = [reason for name, reason in self.refusals.items() if name in fused]
         return "; ".join(why) or f"no fused kernel for {self.problem.device}"
 
 
@@ -149,29 +90,52 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
 
     Args:
         problem: what is to be run.
-        backend: a backend's name, or "auto" for RESNET_FAST_BACKEND or else the table's order.
+        backend: a backend's name, or "auto" for the order that this module's docstring tells.
 
     Raises:
         ValueError: an unknown backend, of either kind, or one asked for by argument that refuses.
     """
     wanted = backend if backend != AUTO else _env.backend() or AUTO
     check_name(wanted)
-    rows = sorted(BACKENDS, key=lambda row: row.name != wanted)
+    spec = problem.spec
+    measured = tuning.measured(problem.gpu, spec)
     refusals: dict[str, str] = {}
-    for row in rows:
-        reason = _refusal(row, problem)
+    for row, why in _in_order(problem, wanted, measured):
+        reason = why_not(row, problem, asked=row.name == wanted)
         if reason is None:
-            return Plan(problem, row.name, refusals, row.build(problem))
+            tile = tuning.tile_of(measured, row.name, spec, problem.arch) if measured else None
+            return Plan(problem, row.name, refusals, row.build(problem, tile), why=why)
         if row.name == backend:
-            text = f"backend {backend!r} cannot take {problem.spec}: {reason}"
+            text = f"backend {backend!r} cannot take {spec}: {reason}"
             raise ValueError(f"resnet_fast: {text}")
         refusals[row.name] = reason
     raise AssertionError("aten refuses nothing")
 
 
+def _in_order(
+    problem: Problem, wanted: str, measured: tuple[tuning.Choice, ...]
+) -> Iterator[tuple[Backend, str]]:
+    """The backends in the order in which they are asked, each with why it stands where it does."""
+    rows = {row.name: row for row in BACKENDS}
+    preferred = preference(problem.spec, problem.arch) if problem.device == "cuda" else None
+    reasons = [(wanted, "asked for")]
+    reasons += [(c.backend, f"measured: {c.microseconds:.1f} us") for c in measured]
+    if preferred:
+        first, *others = preferred.order
+        reasons += [(first, preferred.reason), *((name, "") for name in others)]
+    reasons += [(row.name, "") for row in BACKENDS]
+    for name, why in reasons:
+        row = rows.pop(name, None)
+        if row is not None:
+            yield row, why
+
+
 def explain(problem: Problem) -> tuple[str, dict[str, str]]:
     """The first backend that takes `problem`, and for each other why it does not run."""
-    return _first({row.name: _refusal(row, problem) for row in BACKENDS})
+    measured = tuning.measured(problem.gpu, problem.spec)
+    rows = list(_in_order(problem, AUTO, measured))
+    whys = {row.name: why for row, why in rows}
+    return _first({row.name: why_not(row, problem) for row, _ in rows}, whys)
 
 
 def names() -> list[str]:
@@ -185,16 +149,14 @@ def check_name(backend: str) -> None:
         raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
 
 
-def _refusal(row: Backend, problem: Problem) -> str | None:
+def why_not(row: Backend, problem: Problem, asked: bool = False) -> str | None:
+    """Why a backend does not take `problem` here, `asked` for by name or not; None if it does."""
     interpreted = row.name == "triton" and triton_interprets()
     if row.device not in (None, problem.device) and not interpreted:
         return f"runs on {row.device} tensors, not {problem.device}"
+    if row.by_name and not asked:
+        return row.by_name
     return row.missing() or row.refusal(problem)
-
-
-def triton_interprets() -> bool:
-    """Whether Triton's interpreter is on, which runs the GPU kernels on CPU tensors for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 # ---- triton
@@ -211,19 +173,12 @@ def _triton_missing() -> str | None:
 def _triton_refusal(problem: Problem) -> str | None:
     if not triton_interprets() and _hardware.nearest_architecture(problem.arch) is None:
         return f"compute capability {problem.arch / 10} is below 8.0"
-    if problem.x not in ("channels_last", "channels_inner"):
-        return f"x is {problem.x}, not channels_last"
-    if problem.weight != "channels_last":
-        return f"weight is {problem.weight}, not channels_last"
-    if problem.residual not in ("", "channels_last"):
-        return f"residual is {problem.residual}, not channels_last"
-    if not problem.vectors:
-        return "scale, shift, mean or var is not contiguous"
+    if reason := layout_refusal(problem):
+        return reason
     from resnet_fast.dispatch import heuristics
     from resnet_fast.kernels import conv_bn_act as kernel
 
-    reason = kernel.refusal(problem.spec)
-    if reason is not None:
+    if reason := kernel.refusal(problem.spec):
         return reason
     try:
         heuristics.choose(problem.spec, problem.arch or INTERPRETED_ARCH)
@@ -232,32 +187,21 @@ def _triton_refusal(problem: Problem) -> str | None:
     return None
 
 
-def _triton_build(problem: Problem) -> Bind:
+def _triton_build(problem: Problem, tile: TileConfig | None = None) -> Bind:
     from resnet_fast.dispatch import heuristics
     from resnet_fast.kernels import conv_bn_act as kernel
 
     spec, arch = problem.spec, problem.arch or INTERPRETED_ARCH
     operands = kernel.Operands(problem.x_strides, problem.vector_dtypes, problem.aligned)
-    run = kernel.build(spec, heuristics.choose(spec, arch), operands, arch=arch)
-    shape = (spec.n, spec.k, spec.p, spec.q)
+    run = kernel.build(spec, tile or heuristics.choose(spec, arch), operands, arch=arch)
 
     def launch(x, residual, inplace, weight, scale, shift, mean, var, eps) -> Tensor:
-        y = residual
-        if not inplace:
-            nhwc = torch.channels_last
-            y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=nhwc)
-        with _on_device_of(x):
+        y = residual if inplace else new_output(x, spec)
+        with on_device_of(x):
             run(x, weight.to(x.dtype), scale, shift, mean, var, eps, residual, y)
         return y
 
     return lambda *tensors: Direct(launch, *tensors)
-
-
-def _on_device_of(x: Tensor):
-    """Triton launches on the current device: make it x's where it is another."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
 
 
 # ---- cpu
@@ -280,21 +224,37 @@ def _cpu_refusal(problem: Problem) -> str | None:
     return cpu.refusal(problem.spec)
 
 
-def _cpu_build(problem: Problem) -> Bind:
+def _cpu_build(problem: Problem, tile: None = None) -> Bind:
     return cpu.build(problem.spec)
 
 
-# ---- aten
+# ---- aten, and what of cuDNN torch offers beside it
 
 
-def _aten_build(problem: Problem) -> Bind:
+def _aten_build(problem: Problem, tile: None = None) -> Bind:
+    return _torch_build(aten.conv_bn_act, problem)
+
+
+def _cudnn_missing() -> str | None:
+    return None if torch.backends.cudnn.is_available() else "torch has no cuDNN here"
+
+
+def _cudnn_refusal(problem: Problem) -> str | None:
+    if problem.x == "channels_inner":
+        return "x is a slice, which torch would copy before cuDNN"
+    return layout_refusal(problem) or aten.cudnn_refusal(problem.spec)
+
+
+def _cudnn_build(problem: Problem, tile: None = None) -> Bind:
+    return _torch_build(aten.cudnn_conv_bn_act, problem)
+
+
+def _torch_build(function, problem: Problem) -> Bind:
     spec = problem.spec
     geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
 
     def launch(x, residual, inplace, weight, scale, shift, mean, var, eps) -> Tensor:
-        vectors = (mean, var, eps)
-        narrow = weight.to(x.dtype)
-        y = aten.conv_bn_act(x, narrow, scale, shift, residual, *geometry, *vectors)
+        y = function(x, weight.to(x.dtype), scale, shift, residual, *geometry, mean, var, eps)
         return residual.copy_(y) if inplace else y
 
     return lambda *tensors: Direct(launch, *tensors)
@@ -305,9 +265,11 @@ def _nothing(*_) -> None:
 
 
 BACKENDS = (
+    Backend("cuda", "cuda", cuda.missing, cuda.refusal, cuda.build),
     Backend("triton", "cuda", _triton_missing, _triton_refusal, _triton_build),
     Backend("cpu", "cpu", _nothing, _cpu_refusal, _cpu_build),
     Backend("aten", None, _nothing, _nothing, _aten_build),
+    Backend("cudnn", "cuda", _cudnn_missing, _cudnn_refusal, _cudnn_build, aten.CUDNN_BY_NAME),
 )
 
 
@@ -324,6 +286,8 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
     if not dense or x.stride() != y.stride() or x.numel() == 0:
         return aten.add_relu(x, y)
     chosen, _ = explain_add_relu(x.device.type, str(x.dtype).removeprefix("torch."))
+    if chosen == "cuda":
+        return cuda.add_relu(x, y)
     if chosen == "triton":
         return _triton_add_relu(x, y)
     return cpu.add_relu(x, y) if chosen == "cpu" else aten.add_relu(x, y)
@@ -333,7 +297,7 @@ def _triton_add_relu(x: Tensor, y: Tensor) -> Tensor:
     from resnet_fast.kernels import add_relu as kernel
 
     out = torch.empty_like(x)
-    with _on_device_of(x):
+    with on_device_of(x):
         _add_relu_launch(x.numel(), x.dtype, kernel.is_aligned(x, y, out), x.device)(x, y, out)
     return out
 
@@ -355,13 +319,17 @@ def explain_add_relu(device: str, dtype: str) -> tuple[str, dict[str, str]]:
         reason = None
         if row.device not in (None, device):
             reason = f"runs on {row.device} tensors, not {device}"
+        elif row.by_name:
+            reason = f"{row.name} has no such function"
         elif row.name != "aten":
-            reason = row.missing() or (None if known else f"takes {ADD_RELU_DTYPES}, not {dtype}")
+            reason = cuda.add_relu_missing(device) if row.name == "cuda" else row.missing()
+            reason = reason or (None if known else f"takes {ADD_RELU_DTYPES}, not {dtype}")
         reasons[row.name] = reason
-    return _first(reasons)
+    return _first(reasons, {})
 
 
-def _first(reasons: dict[str, str | None]) -> tuple[str, dict[str, str]]:
+def _first(reasons: dict[str, str | None], whys: dict[str, str]) -> tuple[str, dict[str, str]]:
     chosen = next(name for name, reason in reasons.items() if reason is None)
+    first = f"{chosen} comes first" + (f": {whys[chosen]}" if whys.get(chosen) else "")
     others = {name: reason for name, reason in reasons.items() if name != chosen}
-    return chosen, {name: why or f"{chosen} comes first" for name, why in others.items()}
+    return chosen, {name: why or first for name, why in others.items()}

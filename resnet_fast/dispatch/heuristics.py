@@ -6,6 +6,10 @@ products. A candidate is refused with a reason or scored with an estimate of its
 time wins. Nothing is measured or compiled here: `explain` shows every candidate, and
 `resnet-fast tune` replaces the estimate by measurements.
 
+Both families of kernels, Triton's and the CUDA C++ ones, are chosen by the same rules and the same
+score; a `Family` is all in which they differ: the table, how a filter is walked, and what one of
+them alone refuses.
+
 The estimate is a roofline with two corrections: whole waves of blocks, and the latency of a block
 that walks its steps alone. Its constants are round figures of the hardware, not fits.
 """
@@ -13,10 +17,11 @@ that walks its steps alone. Its constants are round figures of the hardware, not
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from resnet_fast import _hardware
-from resnet_fast.kernels.filter_walk import filter_walk
+from resnet_fast.kernels.filter_walk import FilterWalk, filter_walk
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -105,6 +110,70 @@ TILES: dict[int, tuple[TileConfig, ...]] = {
     120: COMPACT,
 }
 
+# The CUDA C++ kernels, the same on every architecture: `tile` of the private ops is the index of a
+# row, and the C++ table at the end of csrc/cuda/conv_bn_act.cu has the same rows. All have 2x2
+# warps. BLOCK_K counts 16-bit elements; in float32 a step of the same bytes is half as many.
+CUDA_TILES = (
+    TileConfig(128, 128, 64, 3, 4, reason="most products a byte: warps of 64x64"),
+    TileConfig(128, 128, 32, 4, 4, reason="the same in 64 KiB: two blocks on an SM of 163 KiB"),
+    TileConfig(128, 64, 64, 3, 4, reason="64 channels"),
+    TileConfig(64, 128, 64, 3, 4, reason="14x14 maps: wide in channels"),
+    TileConfig(64, 64, 64, 3, 4, reason="small batch: two blocks even in 99 KiB"),
+    TileConfig(128, 64, 32, 4, 4, reason="64 channels in 48 KiB: two blocks in 99 KiB"),
+    TileConfig(64, 64, 32, 4, 4, reason="short sums (1x1 on 64 channels): 32 KiB, many blocks"),
+    TileConfig(64, 32, 64, 4, 4, reason="batch 1 on 7x7 maps: most blocks"),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """One kernel's side of the choice.
+
+    Args:
+        name: of the kernels, for messages.
+        tiles: (arch, dtype) -> the rows of the table, in the elements of dtype.
+        walk: how the kernel walks a filter; its steps are what the score counts.
+        refusal: why a tile is not for a spec, by rules of this kernel alone; None where it is.
+    """
+
+    name: str
+    tiles: Callable[[int, str], tuple[TileConfig, ...]]
+    walk: Callable[[ConvSpec], FilterWalk]
+    refusal: Callable[[ConvSpec, TileConfig], str | None]
+
+
+def _cuda_tiles(arch: int, dtype: str) -> tuple[TileConfig, ...]:
+    size = ELEMENT_SIZE[dtype]
+    return tuple(replace(tile, BLOCK_K=tile.BLOCK_K * 2 // size) for tile in CUDA_TILES)
+
+
+def _flat_walk(spec: ConvSpec) -> FilterWalk:
+    """All R*S*C products in the order they have in memory: padding only at the very end."""
+    return FilterWalk(1, spec.k_gemm, True)
+
+
+def _triton_refusal(spec: ConvSpec, tile: TileConfig) -> str | None:
+    size = ELEMENT_SIZE[spec.dtype]
+    products = filter_walk(spec).products
+    threads = 32 * tile.NUM_WARPS
+    unit = "scalar" if is_ieee(spec) else "tensor"
+    if tile.BLOCK_K * size > ROW_BYTES[unit]:
+        return f"{tile.BLOCK_K * size} bytes a row, {ROW_BYTES[unit]} at most for {unit} arithmetic"
+    if tile.BLOCK_K * size < ROW_BYTES[unit] and products >= 2 * tile.BLOCK_K:
+        return f"BLOCK_K {tile.BLOCK_K}: {products} products a tap fill longer rows"
+    sums = tile.BLOCK_M * tile.BLOCK_N // threads
+    if tile.BLOCK_K * size < 64 and sums > SHORT_ROW_ACCUMULATORS:
+        return f"{sums} accumulators a thread, {SHORT_ROW_ACCUMULATORS} at most for 32-byte rows"
+    if spec.c * size % 16 != 0:
+        gathered = max(tile.BLOCK_M, tile.BLOCK_N) * tile.BLOCK_K // threads
+        if gathered > GATHERED:
+            return f"C {spec.c} is gathered: {gathered} addresses a thread, {GATHERED} at most"
+    return None
+
+
+TRITON = Family("Triton", lambda arch, dtype: TILES[arch], filter_walk, _triton_refusal)
+CUDA = Family("CUDA", _cuda_tiles, _flat_walk, lambda spec, tile: None)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -127,70 +196,71 @@ class Candidate:
         return f"{self.tile}: {verdict}"
 
 
-def choose(spec: ConvSpec, arch: int) -> TileConfig:
+def choose(spec: ConvSpec, arch: int, family: Family = TRITON) -> TileConfig:
     """The tile for `spec` on compute capability `arch` (90 for 9.0).
 
     Raises:
         ValueError: no tile of the table is legal, or the architecture is older than sm_80.
     """
-    best = min(explain(spec, arch), key=lambda candidate: candidate.microseconds)
+    best = min(explain(spec, arch, family), key=lambda candidate: candidate.microseconds)
     if best.refusal:
-        raise ValueError(f"no Triton tile for {spec} on sm_{arch}: {best}")
+        raise ValueError(f"no {family.name} tile for {spec} on sm_{arch}: {best}")
     return best.tile
 
 
 @functools.lru_cache(maxsize=1024)
-def explain(spec: ConvSpec, arch: int) -> tuple[Candidate, ...]:
+def explain(spec: ConvSpec, arch: int, family: Family = TRITON) -> tuple[Candidate, ...]:
     """Every candidate for `spec` on `arch`, in table order, refused with a reason or scored."""
     known = _hardware.nearest_architecture(arch)
     if known is None:
-        raise ValueError(f"compute capability {arch / 10}: the Triton kernels need 8.0 or newer")
+        needed = f"the {family.name} kernels need 8.0 or newer"
+        raise ValueError(f"compute capability {arch / 10}: {needed}")
     gpu = _hardware.GPUS[known]
     candidates = []
-    for row in TILES[known]:
-        refused = refusal(spec, row, gpu)
+    for row in family.tiles(known, spec.dtype):
+        refused = refusal(spec, row, gpu, family)
         if refused:
             candidates.append(Candidate(row, refused))
             continue
         for split in SPLITS:
             tile = replace(row, SPLIT_K=split)
-            refused = split_refusal(spec, tile, gpu)
-            scored = Candidate(tile, refused) if refused else score(spec, tile, gpu)
+            refused = split_refusal(spec, tile, gpu, family)
+            scored = Candidate(tile, refused) if refused else score(spec, tile, gpu, family)
             candidates.append(scored)
     return tuple(candidates)
 
 
-def refusal(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | None:
+def cuda_index(spec: ConvSpec, tile: TileConfig) -> int:
+    """The row of `CUDA_TILES` that `tile` is, its split aside: what the private ops call `tile`."""
+    return _cuda_tiles(0, spec.dtype).index(replace(tile, SPLIT_K=1))
+
+
+def refusal(
+    spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu, family: Family = TRITON
+) -> str | None:
     """Why `tile` cannot or should not cut `spec` on `gpu`, its split aside; None where it may."""
-    size = ELEMENT_SIZE[spec.dtype]
-    walk = filter_walk(spec)
-    threads = 32 * tile.NUM_WARPS
+    products = family.walk(spec).products
     unit = "scalar" if is_ieee(spec) else "tensor"
     if (shared := shared_bytes(spec, tile)) > gpu.shared_per_block:
         return f"{shared} bytes of shared memory, {gpu.shared_per_block} available"
-    if tile.BLOCK_K * size > ROW_BYTES[unit]:
-        return f"{tile.BLOCK_K * size} bytes a row, {ROW_BYTES[unit]} at most for {unit} arithmetic"
-    if tile.BLOCK_K * size < ROW_BYTES[unit] and walk.products >= 2 * tile.BLOCK_K:
-        return f"BLOCK_K {tile.BLOCK_K}: {walk.products} products a tap fill longer rows"
-    if (sums := tile.BLOCK_M * tile.BLOCK_N // threads) > ACCUMULATORS[unit]:
+    if reason := family.refusal(spec, tile):
+        return reason
+    sums = tile.BLOCK_M * tile.BLOCK_N // (32 * tile.NUM_WARPS)
+    if sums > ACCUMULATORS[unit]:
         return f"{sums} accumulators a thread, {ACCUMULATORS[unit]} at most for {unit} arithmetic"
-    if tile.BLOCK_K * size < 64 and sums > SHORT_ROW_ACCUMULATORS:
-        return f"{sums} accumulators a thread, {SHORT_ROW_ACCUMULATORS} at most for 32-byte rows"
-    if spec.c * size % 16 != 0:
-        gathered = max(tile.BLOCK_M, tile.BLOCK_N) * tile.BLOCK_K // threads
-        if gathered > GATHERED:
-            return f"C {spec.c} is gathered: {gathered} addresses a thread, {GATHERED} at most"
-    if tile.BLOCK_K > 16 and 2 * walk.products <= tile.BLOCK_K:
-        return f"BLOCK_K {tile.BLOCK_K} for taps of {walk.products} products: half were padding"
+    if tile.BLOCK_K > 16 and 2 * products <= tile.BLOCK_K:
+        return f"BLOCK_K {tile.BLOCK_K} for taps of {products} products: half were padding"
     return None
 
 
-def split_refusal(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | None:
+def split_refusal(
+    spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu, family: Family = TRITON
+) -> str | None:
     """Why `tile.SPLIT_K` should not be used; None where it may."""
     split = tile.SPLIT_K
     if split == 1:
         return None
-    steps = filter_walk(spec).steps(tile.BLOCK_K)
+    steps = family.walk(spec).steps(tile.BLOCK_K)
     share = -(-steps // split)
     if share < tile.NUM_STAGES:
         return f"{share} steps a share would not fill {tile.NUM_STAGES} stages"
@@ -203,11 +273,13 @@ def split_refusal(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str |
     return None
 
 
-def score(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> Candidate:
+def score(
+    spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu, family: Family = TRITON
+) -> Candidate:
     """The estimated time: the slowest of four resources, and a tenth of what the others take."""
     size = ELEMENT_SIZE[spec.dtype]
     count = blocks(spec, tile)
-    steps = -(-filter_walk(spec).steps(tile.BLOCK_K) // tile.SPLIT_K)
+    steps = -(-family.walk(spec).steps(tile.BLOCK_K) // tile.SPLIT_K)
     products = tile.BLOCK_M * tile.BLOCK_N
     edges = tile.BLOCK_M + tile.BLOCK_N
     resident = resident_blocks(spec, tile, gpu)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""relu(x + y), element by element: the join of a residual block.
+"""relu(x + y), element by element: the join of a residual block; and the mask of its gradient.
 
     out[i] = max(x[i] + y[i], 0), a NaN staying NaN
+    out[i] = y[i] <= 0 ? 0 : x[i]      with GRADIENT: x the gradient of the result, y the result
 
 x, y, out: any shape, dense, all three in the same memory order, so that one index serves them all.
 
@@ -43,6 +44,7 @@ def add_relu_kernel(
     numel,
     BLOCK: tl.constexpr,
     INDEX64: tl.constexpr,
+    GRADIENT: tl.constexpr,
 ):
     # One program per BLOCK elements. The index is 32 bits wide where that is enough: 64-bit
     # arithmetic costs two instructions for one.
@@ -51,12 +53,12 @@ def add_relu_kernel(
     mask = index < numel
     # Neighbouring threads take neighbouring vectors: `numel` and the pointers are declared to be
     # multiples of what they are, and the compiler then forms 16-byte accesses by itself.
-    total = tl.load(x + index, mask=mask).to(tl.float32)
-    total += tl.load(y + index, mask=mask).to(tl.float32)
+    a = tl.load(x + index, mask=mask).to(tl.float32)
+    b = tl.load(y + index, mask=mask).to(tl.float32)
     # Not tl.maximum: it would turn NaN into 0, and torch's relu does not.
-    total = tl.where(total < 0, 0.0, total)
+    result = tl.where(b <= 0, 0.0, a) if GRADIENT else tl.where(a + b < 0, 0.0, a + b)
     # fp32 until here: one rounding, at the store.
-    tl.store(out + index, total.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + index, result.to(out.dtype.element_ty), mask=mask)
 
 
 def is_aligned(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> bool:
@@ -64,7 +66,9 @@ def is_aligned(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> bool:
     return (x.data_ptr() | y.data_ptr() | out.data_ptr()) % 16 == 0
 
 
-def launches(numel: int, dtype: torch.dtype, aligned: bool) -> tuple[Launch, ...]:
+def launches(
+    numel: int, dtype: torch.dtype, aligned: bool, gradient: bool = False
+) -> tuple[Launch, ...]:
     """The one launch of a call; its leading arguments are (x, y, out)."""
     element = TRITON_TYPE[str(dtype).removeprefix("torch.")]
     block = NUM_WARPS * 32 * BYTES_PER_THREAD // dtype.itemsize
@@ -82,7 +86,7 @@ def launches(numel: int, dtype: torch.dtype, aligned: bool) -> tuple[Launch, ...
             (triton.cdiv(numel, block), 1, 1),
             dict.fromkeys(("x", "y", "out"), f"*{element}"),
             {"numel": numel},
-            {"BLOCK": block, "INDEX64": index64},
+            {"BLOCK": block, "INDEX64": index64, "GRADIENT": gradient},
             divisors,
             frozenset({"numel"} if index64 else ()),
             NUM_WARPS,
@@ -91,7 +95,13 @@ def launches(numel: int, dtype: torch.dtype, aligned: bool) -> tuple[Launch, ...
 
 
 def build(
-    numel: int, dtype: torch.dtype, aligned: bool, *, arch: int, bind: Bind = Launch.bind
+    numel: int,
+    dtype: torch.dtype,
+    aligned: bool,
+    *,
+    arch: int,
+    bind: Bind = Launch.bind,
+    gradient: bool = False,
 ) -> Callable[..., None]:
     """All that can be decided before the pointers are known.
 
@@ -101,8 +111,9 @@ def build(
         aligned: `is_aligned(x, y, out)`.
         arch: compute capability of the current device times ten.
         bind: what makes a function of a launch; tests that have no GPU pass another.
+        gradient: the mask instead of the sum.
 
     Returns:
         launch(x, y, out): runs on the current stream of the current device, and checks nothing.
     """
-    return bind(launches(numel, dtype, aligned)[0], arch)
+    return bind(launches(numel, dtype, aligned, gradient)[0], arch)

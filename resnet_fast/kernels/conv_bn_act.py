@@ -51,13 +51,7 @@ import triton
 import triton.language as tl
 from triton import cdiv
 
-from resnet_fast.kernels.conv_tile import (
-    finish_tile,
-    grouped_tile,
-    inside_mask,
-    outside_bits,
-    round_to_tf32,
-)
+from resnet_fast.kernels.conv_tile import finish_tile, grouped_tile, tile_sums
 from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.kernels.launch import TRITON_TYPE, Bind, Launch
 from resnet_fast.spec import ConvSpec, TileConfig
@@ -112,74 +106,12 @@ def conv_bn_act_kernel(
     pid_m, pid_n = grouped_tile(m, k, BLOCK_M, BLOCK_N, GROUP_M)
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-
-    # rows and columns past the end compute something that is never stored: they read tile 0's
-    index = tl.where(rows < m, rows, 0)
-    if INDEX64:
-        index = index.to(tl.int64)
-    if FLAT:
-        row_offsets = index * stride_w
-    else:
-        image = index // (p * q)
-        first_h = (index // q % p) * conv_stride_h - padding_h
-        first_w = (index % q) * conv_stride_w - padding_w
-        row_offsets = image * stride_n + first_h * stride_h + first_w * stride_w
-    x_offsets = row_offsets[:, None] + ks[None, :]
-    filters = tl.where(cols < k, cols, 0)
-    if INDEX64:
-        filters = filters.to(tl.int64)
-    w_offsets = filters[None, :] * (R * S * c) + ks[:, None]
-
-    TAPS_S: tl.constexpr = 1 if MERGE_S else S
-    tap_c = S * c if MERGE_S else c
-    outside = tl.zeros((BLOCK_M,), dtype=tl.int32)
-    x_elements = None
-    if not POINTWISE:
-        # bits 0..14: outside in height at tap r; bits 16..30: outside in width at tap s
-        outside |= outside_bits(first_h, dilation_h, h, R).to(tl.int32)
-        if MERGE_S:
-            x_elements = (first_w * c).to(tl.int32)[:, None] + ks[None, :]
-        else:
-            outside |= outside_bits(first_w, dilation_w, w, S).to(tl.int32) << 16
-
-    steps_per_tap = tl.cdiv(tap_c, BLOCK_K)
-    steps = R * TAPS_S * steps_per_tap
-    first_step = 0
-    if SPLIT_K > 1:
-        share = tl.cdiv(steps, SPLIT_K)
-        first_step = tl.program_id(1) * share
-        steps = tl.minimum(share, steps - first_step)
-    tap = first_step // steps_per_tap
-    r = tap // TAPS_S
-    s = tap % TAPS_S
-    c0 = (first_step % steps_per_tap) * BLOCK_K
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for _ in range(steps):
-        x_ptrs = x + (x_offsets + (r * dilation_h * stride_h + s * dilation_w * stride_w + c0))
-        w_ptrs = weight + (w_offsets + ((r * TAPS_S + s) * tap_c + c0))
-        if EVEN_C:
-            w_tile = tl.load(w_ptrs)
-        else:
-            w_tile = tl.load(w_ptrs, mask=(ks < tap_c - c0)[:, None], other=0.0)
-        if POINTWISE and EVEN_C:
-            x_tile = tl.load(x_ptrs)
-        else:
-            mask = inside_mask(outside, x_elements, ks, r, s, c0, tap_c, w * c, MERGE_S, EVEN_C)
-            x_tile = tl.load(x_ptrs, mask=mask, other=0.0)
-        if x_tile.dtype == tl.float32 and PRECISION == "tf32":
-            x_tile, w_tile = round_to_tf32(x_tile), round_to_tf32(w_tile)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-
-        c0 += BLOCK_K
-        if not POINTWISE:
-            end_of_tap = c0 >= tap_c
-            c0 = tl.where(end_of_tap, 0, c0)
-            s = tl.where(end_of_tap, s + 1, s)
-            end_of_row = s == TAPS_S
-            s = tl.where(end_of_row, 0, s)
-            r = tl.where(end_of_row, r + 1, r)
+    acc = tile_sums(
+        x, weight, rows, cols, h, w, c, k, p, q, m, stride_n, stride_h, stride_w,
+        conv_stride_h, conv_stride_w, padding_h, padding_w, dilation_h, dilation_w,
+        R, S, POINTWISE, FLAT, MERGE_S, EVEN_C, INDEX64, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        SPLIT_K,
+    )  # fmt: skip
 
     if SPLIT_K > 1:
         y += tl.program_id(1).to(tl.int64) * m * k if INDEX64 else tl.program_id(1) * m * k

@@ -4,9 +4,10 @@
     BasicBlock   relu(cb2(relu(cb1(x))) + s(x))                 cb = conv + BatchNorm
     Bottleneck   relu(cb3(relu(cb2(relu(cb1(x))))) + s(x))      s = identity, or the projection cb
 
-A block runs as one op per convolution; its last op adds the shortcut. A block is fused as a whole
-or not at all, by its `Recipe`: the names of its parts, as its class has them. ReLUs are fused per
-call site, never replaced: a torchvision block uses one ReLU module two or three times.
+A block runs as one op per convolution; its last op adds the shortcut, or makes a projection itself
+where one kernel can (`ops.conv_bn_join`: then the shortcut is no tensor). A block is fused as a
+whole or not at all, by its `Recipe`: the names of its parts, as its class has them. ReLUs are fused
+per call site, never replaced: a torchvision block uses one ReLU module two or three times.
 
 Two ways lead to the kernels: through torch's dispatcher where something there listens (compilation,
 export, autocast, profilers, modes), and past it, by programs that are kept (`program.py`).
@@ -25,7 +26,19 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
-from resnet_fast.nn.program import Bound, Program, Step, follow, key_of, may_keep, recall, remember
+from resnet_fast.nn.program import (
+    Bound,
+    JoinStep,
+    Program,
+    Step,
+    follow,
+    key_of,
+    may_keep,
+    recall,
+    remember,
+)
+from resnet_fast.nn.stem import PooledProgram, PooledStep, stem_call
+from resnet_fast.spec import conv_output_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +164,7 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
     Returns:
         [N, num_classes].
     """
-    x, magnitude = stem_forward(model, x, backend)
-    owned = magnitude is not None and _is_plain_pool(model.maxpool)
-    if owned:
-        x = ops.max_pool_3x3_2(x)
-    else:
-        x, magnitude = model.maxpool(x), None
+    x, magnitude, owned = _stem_and_pool(model, x, backend)
     chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         chain += stage._modules.values() if _is_chain(stage) else [stage]
@@ -170,6 +178,64 @@ def _is_chain(stage: nn.Module) -> bool:
         return False
     forward = stage.__dict__.get("forward")
     return forward is None or getattr(forward, "runs_chain", False)
+
+
+def _stem_and_pool(model: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, float | None, bool]:
+    """conv1, bn1, relu and maxpool: the result, how large it can be, whether it is ours alone."""
+    if isinstance(x, Tensor) and _pools(x):
+        pooled = stem_pool_forward(model, x, backend)
+        if pooled is not None:
+            return pooled, None, True
+    x, magnitude = stem_forward(model, x, backend)
+    if magnitude is not None and _is_plain_pool(model.maxpool):
+        return ops.max_pool_3x3_2(x), magnitude, True
+    return model.maxpool(x), None, False
+
+
+def _pools(x: Tensor) -> bool:
+    """Whether x's device has kernels that pool; a compiler may not ask for the interpreter's."""
+    return x.is_cuda or (not torch.compiler.is_compiling() and ops.has_stem_kernels(x.device.type))
+
+
+def stem_pool_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor | None:
+    """conv1, bn1, relu and maxpool of a ResNet as one op, or None if something speaks against it.
+
+    x goes in as it is where the backend reads any layout; else it is converted here, once.
+    """
+    keeps = fusion.context_refusal(x) is None and may_keep(x)
+    key = keeps and ("pooled", x.stride(), key_of(x))
+    if keeps:
+        kept = recall(_records.get(model), key, model)
+        if kept is not None:
+            program, launches = kept
+            given = fusion.to_channels_last(x) if program.converts else x
+            return program.run(launches, given, False)
+    if backend not in ops.STEM_BACKENDS or not _is_plain_pool(model.maxpool):
+        return None
+    parts = stem_of(model, x)
+    if isinstance(parts, str) or not _is_resnet_stem(parts.units[0][0]):
+        return None
+    ((unit, norm),) = parts.units
+    if fusion.listened_to(x):
+        _note(model, None)
+        return ops.stem_pool_op(*stem_call(unit, fusion.to_channels_last(x), backend))
+    step = PooledStep(unit, norm, "relu", backend, record_of(model))
+    converts = not step.reads(x)
+    given = fusion.to_channels_last(x) if converts else x
+    bypassed = [model._modules[name] for name in ("conv1", "bn1", "relu", "maxpool")]
+    program = PooledProgram(model, step, bypassed, converts)
+    y = program.run([step.bind()], given, False)
+    if keeps:
+        remember(record_of(model), key, program)
+    _note(model, None)
+    return y
+
+
+def _is_resnet_stem(unit: Unit) -> bool:
+    """Whether it is the 7x7/2 convolution of three channels that `stem_pool` is made for."""
+    conv = unit.conv
+    shape = (*unit.weight.shape[1:], conv.stride, conv.padding, conv.dilation, conv.groups)
+    return shape == (3, 7, 7, (2, 2), (3, 3), (1, 1), 1)
 
 
 def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Tensor, float | None]:
@@ -328,7 +394,8 @@ def _run_parts(
     record = record_of(owner)
     steps = [Step(unit, norm, "relu", backend, record) for unit, norm in parts.units]
     projection = parts.projection and Step(*parts.projection, "none", backend, record)
-    program = Program(owner, steps, projection, parts.joins, bypassed)
+    join = _join_step(parts, steps, projection, y, backend)
+    program = Program(owner, steps, projection, parts.joins, bypassed, join)
     key = key_of(y)
     y = program.run([step.bind() for step in program.sequence], y, owned or y is not x)
     if keep:  # only now that each step has its plan: another thread might meet it before
@@ -337,16 +404,60 @@ def _run_parts(
     return y
 
 
+def _join_step(
+    parts: Parts, steps: list[Step], projection: Step | None, x: Tensor, backend: str
+) -> JoinStep | None:
+    """The block's end as one op, where one kernel would run it; else None."""
+    if not _may_join(parts, x):
+        return None
+    h = x
+    for unit, _ in parts.units[:-1]:
+        h = _shape_after(unit, h)
+    call = fusion.join_call(parts.units[-1][0], parts.projection[0], h, x, backend)
+    try:
+        plan = ops.plan_of_join(call)
+    except ValueError:  # maps that do not fit, or a backend that cannot: each unit's op says it
+        return None
+    if not plan.is_one_kernel:
+        return None
+    record = projection.record
+    record.note(plan)
+    record.merged = "conv_bn_join"
+    steps[-1].record = projection.record = None  # see `Step`
+    return JoinStep(steps[-1], projection, plan)
+
+
+def _shape_after(unit: Unit, x: Tensor) -> Tensor:
+    """An empty tensor as the unit's op returns it for x."""
+    conv = unit.conv
+    sizes = zip(
+        *(x.shape[2:], unit.weight.shape[2:], conv.stride, conv.padding, conv.dilation),
+        strict=True,
+    )
+    shape = (x.shape[0], unit.weight.shape[0], *(max(conv_output_size(*size), 0) for size in sizes))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _may_join(parts: Parts, x: Tensor) -> bool:
+    """Whether the block ends in what `ops.conv_bn_join` takes, on a device that may have it."""
+    if parts.projection is None or not ops.may_join_in_one_kernel(x.device.type):
+        return False
+    return fusion.join_refusal(parts.units[-1][0], parts.projection[0]) is None
+
+
 def _call_ops(parts: Parts, x: Tensor, backend: str) -> Tensor:
     """The block through torch's dispatcher, without writing over anything."""
+    joins = _may_join(parts, x)
     shortcut = x if parts.joins else None
-    if parts.projection is not None:
+    if parts.projection is not None and not joins:
         unit = parts.projection[0]
         shortcut = ops.conv_bn_act_op(*fusion.call_of(unit, x, None, "none", backend))
     y = x
     for unit, _ in parts.units[:-1]:
         y = ops.conv_bn_act_op(*fusion.call_of(unit, y, None, "relu", backend))
     unit = parts.units[-1][0]
+    if joins:
+        return ops.conv_bn_join_op(*fusion.join_call(unit, parts.projection[0], y, x, backend))
     return ops.conv_bn_act_op(*fusion.call_of(unit, y, shortcut, "relu", backend))
 
 

@@ -50,6 +50,7 @@ class Record:
     plain: int = 0
     backends: dict[str, str] = field(default_factory=dict)  # name -> why no fused kernel took it
     reason: str | None = None
+    merged: str = ""  # the op that ran several units as one kernel, if one did
     programs: dict[tuple, Any] = field(default_factory=dict)  # see program.py
 
     def count_fused(self) -> None:
@@ -261,6 +262,37 @@ def call_of(
         x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
         activation, mean, var, eps, backend,
     )  # fmt: skip
+
+
+def join_call(
+    main: Unit,
+    projection: Unit,
+    h: Tensor,  # [N, P, Q, C]
+    x: Tensor,  # [N, H, W, D]
+    backend: str,
+) -> ops.JoinCall:
+    """The arguments of `ops.conv_bn_join` for a block's last unit and its projection."""
+    _, weight, scale, shift, mean, var, eps = main
+    conv, proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps = projection
+    return ops.JoinCall(
+        h, weight, scale, shift, x, proj_weight, proj_scale, proj_shift, conv.stride,
+        mean, var, eps, proj_mean, proj_var, proj_eps, backend,
+    )  # fmt: skip
+
+
+def join_refusal(main: Unit, projection: Unit) -> str | None:
+    """Why the two convolutions are none that `ops.conv_bn_join` takes, or None."""
+    for name, conv in (("convolution", main.conv), ("projection", projection.conv)):
+        if conv.groups != 1 or conv.dilation != (1, 1):
+            return f"the {name} has groups or a dilation"
+    height, width = main.weight.shape[2:]
+    if not height % 2 == width % 2 == 1 or main.conv.padding != (height // 2, width // 2):
+        return "the convolution changes the map's size"
+    if main.conv.stride != (1, 1):
+        return "the convolution has a stride"
+    if projection.weight.shape[2:] != (1, 1) or projection.conv.padding != (0, 0):
+        return "the projection is not pointwise"
+    return None
 
 
 def to_channels_last(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ Bound = tuple["Program", list[Launch]]  # of its steps, projection first
 
 # While a profile runs, it gives out the launches: from when it is asked for one until it is asked
 # for the next, that one runs.
-watch: Callable[[Sequence[Step], Sequence[Launch]], Iterator[Launch]] | None = None
+watch: Callable[[Sequence[Step | JoinStep], Sequence[Launch]], Iterator[Launch]] | None = None
 
 
 def key_of(x: Tensor) -> tuple:
@@ -110,6 +110,23 @@ class Step:
         return self.bind()(x, residual, inplace, finite)
 
 
+class JoinStep:
+    """The last unit and the projection of a program as one op, `ops.conv_bn_join`."""
+
+    __slots__ = ("launch", "main", "plan", "projection")
+
+    def __init__(self, main: Step, projection: Step, plan) -> None:
+        self.main, self.projection, self.plan = main, projection, plan
+        self.launch = None
+
+    def bind(self) -> Launch:
+        """The launch, of (h, x), for what the tensors hold now."""
+        self.plan.calls += 1
+        if self.launch is None or not self.launch.fresh(self.main.unit.weight):
+            self.launch = self.plan.bind(*self.main.unit[1:], *self.projection.unit[1:])
+        return self.launch
+
+
 class Program:
     """A block's (or stem's) steps for one input size.
 
@@ -121,12 +138,14 @@ class Program:
         projection: the shortcut's unit, or None for the identity.
         joins: whether the last step adds a shortcut.
         bypassed: all modules under the owner that the program runs without calling.
+        join: runs the last step and the projection as one, or None.
     """
 
     __slots__ = (
         "facts",
         "forward",
         "hooks",
+        "join",
         "joins",
         "next_key",
         "owner_facts",
@@ -144,13 +163,15 @@ class Program:
         projection: Step | None,
         joins: bool,
         bypassed: list[nn.Module],
+        join: JoinStep | None = None,
     ) -> None:
-        self.steps, self.projection, self.joins = steps, projection, joins
-        self.sequence = steps if projection is None else [projection, *steps]
+        self.steps, self.projection, self.joins, self.join = steps, projection, joins, join
+        units = steps if projection is None else [projection, *steps]
+        self.sequence = units if join is None else [*steps[:-1], join]
         self.next_key: tuple | None = None
-        convs = [step.unit.conv for step in self.sequence]
-        norms = [step.norm for step in self.sequence]
-        tensors = [t for step in self.sequence for t in step.unit[1:-1]]
+        convs = [step.unit.conv for step in units]
+        norms = [step.norm for step in units]
+        tensors = [t for step in units for t in step.unit[1:-1]]
         others = [m for m in bypassed if m not in convs and m not in norms]
         looks = (
             (type, bypassed),
@@ -197,6 +218,8 @@ class Program:
             finite: `bound` has shown that all values are finite.
         """
         steps = iter(launches) if watch is None else watch(self.sequence, launches)
+        if self.join is not None:
+            return self._run_join(steps, x, finite)
         shortcut = x if self.joins else None
         if self.projection is not None:
             shortcut, owned = next(steps)(x, None, False, finite), True
@@ -209,11 +232,23 @@ class Program:
             self.next_key = key_of(y)
         return y
 
+    def _run_join(self, steps: Iterator[Launch], x: Tensor, finite: bool) -> Tensor:
+        h = x
+        for _ in self.steps[:-1]:
+            h = next(steps)(h, None, False, finite)
+        y = next(steps)(h, x)
+        next(steps, None)
+        if self.next_key is None:
+            self.next_key = key_of(y)
+        return y
+
     def bound(self, launches: list[Launch], magnitude: float) -> tuple[float, float]:
         """How large the block's values can get if x is at most `magnitude`: (any, the result).
 
         By the growth that each launch states; NaN where one does not know.
         """
+        if self.join is not None:
+            return _UNKNOWN
         steps = iter(launches)
         shortcut = magnitude if self.joins else 0.0
         if self.projection is not None:

@@ -52,6 +52,8 @@ def register(
     implementation: Callable,
     fake: Callable,
     tensors: Callable[..., Sequence[Tensor | None]],
+    save: Callable | None = None,
+    backward: Callable | None = None,
 ) -> Callable:
     """Define `resnet_fast::name` and return its overload packet.
 
@@ -60,6 +62,8 @@ def register(
         implementation: runs on real tensors, on any device.
         fake: the same checks and an output without data.
         tensors: picks the tensor arguments that could need a gradient out of the arguments.
+        save: save(ctx, inputs, output) keeps what `backward` needs; None: there is no gradient yet.
+        backward: backward(ctx, gradient of the output) -> a gradient or None for each argument.
     """
     LIBRARY.define(schema, tags=TAGS)
     for key in ("CPU", "CUDA"):
@@ -68,6 +72,10 @@ def register(
         LIBRARY.impl(name, fake, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if backward is not None:
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.register_autograd(qualified, backward, setup_context=save, lib=LIBRARY)
+        return op
 
     def without_gradient(*args):
         # The default would return a tensor that silently has no gradient.

@@ -2,8 +2,8 @@
 """The residual join: relu(x + y). The smallest op, and the guide for the next one.
 
 A new op is this file with another formula: schema -> reference -> check_args -> fake ->
-implementation -> public function; a kernel file in `kernels/`; tests that compare the two; a line
-in `ops/__init__.py`.
+implementation -> gradient -> public function; a kernel file in `kernels/`; tests that compare the
+two; a line in `ops/__init__.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet_fast.dispatch import backends
+from resnet_fast.dispatch import backends, gradient
 from resnet_fast.kernels import aten
 from resnet_fast.ops import _library
 from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
 
-NAME = "add_relu"
+NAME, BACKWARD = "add_relu", "_add_relu_backward"
 # 1. The schema: every argument and default, once.
 SCHEMA = "add_relu(Tensor x, Tensor y) -> Tensor"
 
@@ -59,7 +59,51 @@ def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
     return backends.explain_add_relu(device, dtype)
 
 
-_op = _library.register(NAME, SCHEMA, _implementation, _fake, lambda x, y: (x, y))
+# 6. The gradient: an op of its own, so that a traced backward stays whole as well. What is saved is
+#    the output, which the next layer keeps anyway; where it is 0 or less, nothing passes.
+def _check_backward(grad: Tensor, y: Tensor) -> None:
+    if grad.shape != y.shape:
+        shape = list(y.shape)
+        reject(BACKWARD, "grad", f"of y's shape {shape}", describe(grad), "call .expand_as(y)")
+    if grad.dtype != y.dtype:
+        dtype = dtype_name(y.dtype)
+        remedy = f"call .to(torch.{dtype})"
+        reject(BACKWARD, "grad", f"of y's dtype {dtype}", describe(grad), remedy)
+
+
+def _fake_backward(grad: Tensor, y: Tensor) -> Tensor:
+    _check_backward(grad, y)
+    alike = grad.stride() == y.stride()
+    return torch.empty_like(grad) if alike else aten.add_relu_backward(grad, y)
+
+
+def _backward_implementation(grad: Tensor, y: Tensor) -> Tensor:
+    _check_backward(grad, y)
+    return gradient.add_relu_backward(grad, y)
+
+
+def _save(ctx, inputs, output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    masked = _op_backward(grad, *ctx.saved_tensors)
+    return masked, masked
+
+
+# The mask is linear in grad and the same at every order: it is its own gradient.
+_op_backward = _library.register(
+    BACKWARD,
+    f"{BACKWARD}(Tensor grad, Tensor y) -> Tensor",
+    _backward_implementation,
+    _fake_backward,
+    lambda grad, y: (grad,),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+    backward=lambda ctx, grad: (_op_backward(grad, *ctx.saved_tensors), None),
+)
+_op = _library.register(
+    NAME, SCHEMA, _implementation, _fake, lambda x, y: (x, y), save=_save, backward=_backward
+)
 
 
 @flop_formula(torch.ops.resnet_fast.add_relu)
@@ -68,12 +112,12 @@ def _flops(*_, **__) -> int:
     return 0
 
 
-# 6. The public function: shapes, layouts, errors, an example, the source.
+# 7. The public function: shapes, layouts, errors, an example, the source.
 def add_relu(
     x: Tensor,  # any shape
     y: Tensor,  # x's shape
 ) -> Tensor:
-    """relu(x + y) in one pass over memory; NaN passes the ReLU, as in torch.
+    """relu(x + y) in one pass over memory; NaN passes the ReLU, as in torch. Differentiable.
 
     Args:
         x, y: floating tensors of one shape, dtype and device. Where both lie in memory in the same
@@ -84,7 +128,6 @@ def add_relu(
 
     Raises:
         ArgumentError: a ValueError that names the argument, what was expected and what was given.
-        RuntimeError: a gradient would be needed; the op has none yet.
 
     Example:
         >>> y = add_relu(torch.randn(1, 64, 56, 56), torch.randn(1, 64, 56, 56))

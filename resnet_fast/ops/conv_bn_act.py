@@ -47,14 +47,14 @@ def reference(call: Call) -> Tensor:  # [N, P, Q, K]
     return aten.conv_bn_act(*call[:-2])
 
 
-def _new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, K]
+def new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, K]
     shape = (x.shape[0], filters, p, q)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _fake(*args, **kwargs) -> Tensor:
     call = Call(*args, **kwargs)
-    return _new_output(call.x, call.weight.shape[0], *check_args(call))
+    return new_output(call.x, call.weight.shape[0], *check_args(call))
 
 
 def _fake_inplace(*args, **kwargs) -> None:
@@ -69,7 +69,7 @@ _last = threading.local()
 
 def plan_of(call: Call) -> backends.Plan:
     """The plan for a call's problem; made, and the arguments checked, when it is first met."""
-    key = _key(call)
+    key = key_of(call)
     plan = _plans.get(key)
     if plan is None:
         plan = _make_plan(call)
@@ -122,7 +122,7 @@ def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
     return backends.explain(problem)
 
 
-def _key(call: Call) -> tuple:
+def key_of(call: Call) -> tuple:
     """All that check_args and the choice of a plan read: the same key needs neither again."""
     x, weight, scale, shift, residual, stride, padding, dilation, groups, activation = call[:10]
     mean, var, backend = call.mean, call.var, call.backend
@@ -149,6 +149,16 @@ def _facts(tensor: Tensor) -> tuple:
 
 def _make_plan(call: Call) -> backends.Plan:
     p, q = check_args(call)
+    problem = problem_of(call)
+    plan = backends.plan(problem, call.backend)
+    spec = problem.spec
+    if spec.m * spec.k == 0:
+        plan.bind = lambda *_: backends.Direct(lambda x, *_: new_output(x, spec.k, p, q))
+    return plan
+
+
+def problem_of(call: Call) -> backends.Problem:
+    """A call, its arguments checked, as the backends see it."""
     x, weight, residual = call.x, call.weight, call.residual
     vectors = (call.scale, call.shift, call.mean, call.var)
     spec = ConvSpec(
@@ -159,7 +169,7 @@ def _make_plan(call: Call) -> backends.Plan:
         residual=residual is not None, norm=call.mean is not None,
         precision=precision() if x.is_cuda else "ieee",
     )  # fmt: skip
-    problem = backends.Problem(
+    return backends.Problem(
         spec=spec,
         device=x.device.type,
         arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
@@ -171,11 +181,8 @@ def _make_plan(call: Call) -> backends.Plan:
         vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
         tracked=not weight.is_inference(),
         aligned=_addresses(call) % 16 == 0,
+        gpu=torch.cuda.get_device_name(x.device) if x.is_cuda else "",
     )
-    plan = backends.plan(problem, call.backend)
-    if spec.m * spec.k == 0:
-        plan.bind = lambda *_: backends.Direct(lambda x, *_: _new_output(x, spec.k, p, q))
-    return plan
 
 
 def precision() -> str:

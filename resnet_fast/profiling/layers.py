@@ -189,6 +189,10 @@ class _Recorder(TorchDispatchMode):
         moved = sum(map(_nbytes, read)) + _nbytes(written)
         if spec is not None:
             moved -= _nbytes(call.x) - _touched_pixels(spec) * spec.c * call.x.element_size()
+        if name == "conv_bn_join":  # of its second input, the pixels that the 1x1 filter samples
+            x = args[4]
+            sampled = written.numel() // written.shape[1] * x.shape[1]
+            moved -= _nbytes(x) - sampled * x.element_size()
         layer = Layer(
             self._name(name, read if own else []), "", _kind(name), spec,
             spec.flops if spec else _flops(func, name, args, kwargs, out), moved, parameters,

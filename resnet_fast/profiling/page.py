@@ -57,7 +57,8 @@ nothing computed</p>
 from the layers' shapes. The <em>roofline</em> is the least time for them: by arithmetic or by
 memory, whichever is longer; <em>of roof</em> is that time over the measured one. A layer is
 <em>bound by launch</em> where starting it takes longer than its work. Rows in italics are the time
-between layers, so that the rows add up to the whole.</p>
+between layers, so that the rows add up to the whole; <em>interruptions</em> are what a whole run
+takes beyond the sum of its layers' medians: pauses that hit other layers in each run.</p>
 </body></html>
 """)
 WORDS = ("bound by", "backend", "tile")
@@ -90,7 +91,7 @@ def _figures(profile: Profile) -> str:
         (f"{total.tflops:.3g}", "TFLOP/s"),
     ]
     if profile.roofline is not None:
-        figures.append((f"{total.roof:.0%}", "of its layers' rooflines"))
+        figures.append((f"{total.roof:.0%}", "of its roofline"))
     if profile.peer_seconds:
         ratio = profile.peer_seconds / profile.unmarked
         figures.append((f"{ratio:.2f}x", f"as fast as {profile.peer}"))

@@ -88,28 +88,24 @@ class Roofline:
             measured: (name, flops, bytes, seconds) per layer.
         """
         best = self
-        for name, flops, moved, seconds in measured:
-            if seconds <= 0:
-                continue
-            if flops / seconds > best.tflops * 1e12:
-                text = f"arithmetic raised from {best.tflops:.3g} TFLOP/s by {name}"
-                notes = (*best.notes, text)
-                best = replace(best, tflops=flops / seconds / 1e12, notes=notes)
-            rate = moved / seconds / 1e9
-            if rate > best.bandwidth_at(moved):
-                text = f"bandwidth raised from {best.bandwidth_at(moved):.3g} GB/s by {name}"
-                # A smaller copy is never slower than a larger one.
-                caches = tuple(
-                    (size, max(r, rate) if size <= moved or r == best.bandwidth_at(moved) else r)
-                    for size, r in best.caches
-                )
-                memory = best.bandwidth_gbs
-                if all(moved > size for size, _ in best.caches):
-                    memory = rate
-                caches = _descending((*caches, (0, memory)))[:-1]
-                notes = (*best.notes, text)
-                best = replace(best, bandwidth_gbs=memory, caches=caches, notes=notes)
+        rates = [(f / s / 1e12, b, b / s / 1e9, name) for name, f, b, s in measured if s > 0]
+        for tflops, *_, name in sorted(rates, reverse=True)[:1]:
+            if tflops > best.tflops:
+                note = f"arithmetic raised from {best.tflops:.3g} TFLOP/s by {name}"
+                best = replace(best, tflops=tflops, notes=(*best.notes, note))
+        for _, moved, rate, name in sorted(rates, key=lambda r: -r[2]):
+            before = best.bandwidth_at(moved)
+            if rate > before:
+                note = f"bandwidth at {moved / 1e6:.2g} MB raised from {before:.3g} GB/s by {name}"
+                best = replace(best._with_bandwidth(moved, rate), notes=(*best.notes, note))
         return best
+
+    def _with_bandwidth(self, moved: int, rate: float) -> Roofline:
+        """With `rate` for so many bytes, and at least that for fewer: a part of a copy is one."""
+        at = next((size for size, _ in self.caches if moved <= size), math.inf)
+        caches = tuple((size, max(r, rate) if size <= at else r) for size, r in self.caches)
+        memory = rate if at == math.inf else self.bandwidth_gbs
+        return replace(self, caches=caches, bandwidth_gbs=memory)
 
     def __str__(self) -> str:
         near = max((rate for _, rate in self.caches), default=0.0)

@@ -16,9 +16,9 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 
 from resnet_fast import ops
 from resnet_fast.nn import program
-from resnet_fast.profiling.calls import around_calls
+from resnet_fast.profiling.calls import Calls, around_calls
 
 RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
 POOL = "max-pool"  # whose layer has the name of the module that is not called
 FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`
 HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
+
+Steps = program.Step | program.JoinStep
 
 
 class Clock(Protocol):
@@ -162,10 +164,12 @@ class Timeline:
     def __init__(self, model: nn.Module, x: Tensor, clock: Clock) -> None:
         self.model, self.x, self.clock = model, x, clock
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.steps: dict[str, program.Step] = {}  # by name, those that ran by a program
+        self.steps: dict[str, Steps] = {}  # by name, those that ran by a program
         self._thread = threading.get_ident()
-        self._names: list[str] = []  # of the replay that is under way
+        # Of the replay that is under way: the names of what ran in one go, and one mark more.
+        self._runs: list[tuple[str, ...]] = []
         self._marks: list[object] = []
+        self._steps_names: dict[int, tuple[Sequence[Steps], tuple[str, ...]]] = {}
         self._leaves = self._find_leaves()
 
     def _find_leaves(self) -> dict[int, str]:
@@ -182,47 +186,65 @@ class Timeline:
             finally:
                 stack.pop()
 
-        def watch(steps: Sequence[program.Step], launches: Sequence[Callable]) -> Iterator:
+        def watch(steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator:
             inner.update(stack[-1:])
-            self.steps.update({self._name(step.unit.conv): step for step in steps})
+            self.steps.update({self._name_of(step): step for step in steps})
             return iter(launches)
 
         with self._watching(around, watch), torch.inference_mode():
             self.model(self.x)
         return {key: name for key, name in called.items() if key not in inner}
 
+    def _name_of(self, step: Steps) -> str:
+        """The convolution's; of a join, that of the main one of the two."""
+        return self._name(getattr(step, "main", step).unit.conv)
+
     def _name(self, module: nn.Module) -> str:
         return self.names.get(id(module)) or type(module).__name__
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """While open, layers are marked; `replay` is to be called inside."""
-        with self._watching(self._around, self._watch):
+    def open(self, calls: Calls | None = None) -> Iterator[None]:
+        """While open, layers are marked; `replay` is to be called inside.
+
+        Args:
+            calls: of an `around_calls` that is open already.
+        """
+        with self._watching(self._around, self._watch, calls):
             yield
 
     def replay(self) -> Replay:
         """Run the model once and mark its layers."""
-        names, marks, clock = self._names, self._marks, self.clock
-        names.clear()
+        runs, marks, clock = self._runs, self._marks, self.clock
+        runs.clear()
         marks.clear()
         clock.start()
         marks.append(clock.mark())
         self.model(self.x)
         marks.append(clock.mark())
         clock.finish()
-        edges = [Edge(clock.device(a, b), clock.host(a, b)) for a, b in pairwise(marks)]
-        return Replay(tuple(names), edges)
+        edges = (Edge(clock.device(a, b), clock.host(a, b)) for a, b in pairwise(marks))
+        found = []
+        for run in runs:
+            found += [next(edges), next(edges)]
+            for _ in run[1:]:
+                found += [Edge(0.0, 0.0), next(edges)]
+        return Replay(tuple(chain.from_iterable(runs)), [*found, *edges])
 
     @contextmanager
-    def _watching(self, around: Callable, watch: Callable) -> Iterator[None]:
+    def _watching(
+        self, around: Callable, watch: Callable, calls: Calls | None = None
+    ) -> Iterator[None]:
         plain = {name: getattr(ops, name) for name in FUNCTIONS}
         program.watch = watch
         for name, function in plain.items():
             setattr(ops, name, self._marked(function, FUNCTIONS[name]))
         try:
-            with around_calls(around):
+            with nullcontext(calls) if calls else around_calls() as calls:
+                calls.around = around
                 yield
         finally:
+            if calls:
+                calls.around = None
             program.watch = None
             for name, function in plain.items():
                 setattr(ops, name, function)
@@ -231,10 +253,11 @@ class Timeline:
         def marked(*args) -> object:
             if threading.get_ident() != self._thread:
                 return function(*args)
-            begin = self.clock.mark()
+            mark, marks = self.clock.mark, self._marks
+            marks.append(mark())
             out = function(*args)
-            self._marks += begin, self.clock.mark()
-            self._names.append(name)
+            marks.append(mark())
+            self._runs.append((name,))
             return out
 
         return marked
@@ -247,23 +270,23 @@ class Timeline:
         marks.append(mark())
         out = call(module, *args, **kwargs)
         marks.append(mark())
-        self._names.append(name)
+        self._runs.append((name,))
         return out
 
-    def _watch(
-        self, steps: Sequence[program.Step], launches: Sequence[Callable]
-    ) -> Iterator[Callable]:
+    def _watch(self, steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator[Callable]:
         if threading.get_ident() != self._thread:
             return iter(launches)
-        self._names += [self._name(step.unit.conv) for step in steps]
+        known = self._steps_names.get(id(steps))
+        if known is None:
+            names = tuple(map(self._name_of, steps))
+            known = self._steps_names[id(steps)] = steps, names  # kept, so that the id is its own
+        self._runs.append(known[1])
         return self._give_out(launches)
 
     def _give_out(self, launches: Sequence[Callable]) -> Iterator[Callable]:
-        """The launches, each from one mark to the next: half as many marks as ends."""
+        """The launches, each from one mark to the next."""
         mark, add = self.clock.mark, self._marks.append
-        moment = mark()
+        add(mark())
         for launch in launches:
-            add(moment)
             yield launch
-            moment = mark()
-            add(moment)
+            add(mark())

@@ -101,7 +101,8 @@ def test_triton_refuses_with_the_reason(name, row):
 
 
 def test_triton_refuses_tensors_of_the_cpu():
-    assert backends.plan(ON_CPU).refusals == {"triton": "runs on cuda tensors, not cpu"}
+    elsewhere = "runs on cuda tensors, not cpu"
+    assert backends.plan(ON_CPU).refusals == {"cuda": elsewhere, "triton": elsewhere}
 
 
 def test_triton_is_missing_without_a_gpu(row, monkeypatch):
@@ -117,7 +118,7 @@ def test_triton_is_missing_where_it_is_not_installed(row, monkeypatch):
 def test_aten_refuses_nothing(row):
     for problem, _ in (*CPU_REFUSES.values(), *TRITON_REFUSES.values()):
         assert row("aten").refusal(problem) is None
-        assert backends._refusal(row("aten"), problem) is None
+        assert backends.why_not(row("aten"), problem) is None
 
 
 def test_why_fallback_speaks_of_the_problems_own_device():
@@ -186,8 +187,8 @@ def test_an_argument_is_obeyed():
 
 def test_an_unknown_backend_lists_the_known():
     with pytest.raises(ValueError) as caught:
-        backends.plan(ON_CPU, "cudnn")
-    for name in ("'cudnn'", "triton", "cpu", "aten", "auto"):
+        backends.plan(ON_CPU, "cutlass")
+    for name in ("'cutlass'", "cuda", "triton", "cpu", "aten", "auto"):
         assert name in str(caught.value)
 
 

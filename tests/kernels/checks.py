@@ -81,3 +81,14 @@ def add(shape: tuple[int, ...], dtype: torch.dtype, misaligned: bool) -> None:
     add_relu.build(count, dtype, add_relu.is_aligned(x, y, inner), arch=ARCH)(x, y, inner)
     torch.testing.assert_close(inner, torch.relu(x + y), rtol=0, atol=0, equal_nan=True)
     assert out[:start].isnan().all() and out[start + count :].isnan().all(), "wrote outside of out"
+
+
+def add_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The mask equals torch's, bit for bit: zeros, negative zeros and NaN included."""
+    generator = torch.Generator().manual_seed(1)
+    grad, y = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    y.view(-1)[:4] = torch.tensor([0.0, -0.0, float("nan"), -1.0])
+    out = torch.full_like(y, float("nan"))
+    aligned = add_relu.is_aligned(grad, y, out)
+    add_relu.build(y.numel(), dtype, aligned, arch=ARCH, gradient=True)(grad, y, out)
+    assert torch.equal(out, torch.ops.aten.threshold_backward(grad, y, 0))

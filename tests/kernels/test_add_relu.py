@@ -22,6 +22,11 @@ def test_misaligned(interpret):
     interpret(checks.add, (3, 1000), torch.float16, misaligned=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gradient_matches_torch(interpret, dtype):
+    interpret(checks.add_gradient, (2, 3, 5, 71), dtype)
+
+
 def test_index_is_64_bits_where_it_must_be():
     (small,) = add_relu.launches(2**31 - 2**16, torch.float16, True)
     (large,) = add_relu.launches(2**31, torch.float16, True)

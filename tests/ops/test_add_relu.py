@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -93,18 +95,68 @@ def test_what_it_refuses_says_so_alike_on_real_and_fake_tensors(name):
     assert str(fake.value) == str(real.value)
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_a_needed_gradient_is_an_error(index):
-    tensors = [channels_last(2, 8, 4, 4) for _ in "xy"]
-    tensors[index].requires_grad_()
-    with (
-        torch.enable_grad(),
-        pytest.raises(RuntimeError, match=r"add_relu has no gradient.*no_grad"),
-    ):
-        add_relu(*tensors)
-    assert not add_relu(*tensors).requires_grad
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_is_torchs(layout):
+    torch.manual_seed(0)
+    ours = [tensor.requires_grad_() for tensor in LAYOUTS[layout]()]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    with torch.enable_grad():
+        result, expected = add_relu(*ours), torch.relu(theirs[0] + theirs[1])
+        result.backward(torch.ones_like(result) * 3)
+        expected.backward(torch.ones_like(expected) * 3)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.equal(our.grad, their.grad)
+
+
+def test_gradcheck_to_second_order():
+    torch.manual_seed(0)
+    x, y = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in "xy")
+    with torch.enable_grad():
+        # away from the kink, where a difference quotient has no meaning
+        assert (x + y).abs().min() > 1e-3
+        assert torch.autograd.gradcheck(add_relu, (x, y))
+        assert torch.autograd.gradgradcheck(add_relu, (x, y))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_at_zero_nan_and_infinity_is_torchs(dtype):
+    values = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-7, -1e-7, 1.0], dtype=dtype)
+    grads = torch.tensor([1.0, 2.0, 3.0, math.nan, math.nan, math.inf, 5.0, 6.0], dtype=dtype)
+    results = []
+    for function in (add_relu, lambda x, y: torch.relu(x + y)):
+        x, y = values.clone().requires_grad_(), torch.zeros_like(values).requires_grad_()
+        with torch.enable_grad():
+            function(x, y).backward(grads)
+        results.append((x.grad, y.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["channels-last", "different", "empty", "no-dimension"])
+def test_opcheck_with_a_gradient(layout):
+    x, y = (tensor.requires_grad_() for tensor in LAYOUTS[layout]())
+    with torch.enable_grad():
+        torch.library.opcheck(torch.ops.resnet_fast.add_relu.default, (x, y))
+        torch.library.opcheck(torch.ops.resnet_fast._add_relu_backward.default, (x, y.detach()))
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    x, y = channels_last(2, 8, 4, 4).requires_grad_(), channels_last(2, 8, 4, 4)
+    with torch.enable_grad():
+        result = add_relu(x, y)
+        assert result.requires_grad
+        result.sum().backward()  # an expanded gradient
+    assert torch.equal(x.grad, (result > 0).float()) and y.grad is None
+    assert not add_relu(x, y).requires_grad
     with torch.inference_mode():
-        add_relu(*tensors)
+        assert not add_relu(x, y).requires_grad
+
+
+def test_a_gradient_of_another_dtype_is_refused():
+    x = channels_last(2, 8, 4, 4)
+    pattern = r"_add_relu_backward: grad must be of y's dtype float32, got .*float16"
+    with pytest.raises(ArgumentError, match=pattern):
+        torch.ops.resnet_fast._add_relu_backward(x.half(), x)
 
 
 def test_it_counts_no_flops():

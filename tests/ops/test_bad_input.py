@@ -129,7 +129,7 @@ BAD = {
         "weight", "without empty", "[12, 8, 0, 3]", "only N",
     ),
     "activation": ({"activation": "gelu"}, "activation", "['none', 'relu']", "'gelu'", "'none'"),
-    "backend": ({"backend": "cudnn"}, "backend", "'aten'", "'cudnn'", "'auto'"),
+    "backend": ({"backend": "cutlass"}, "backend", "'aten'", "'cutlass'", "'auto'"),
     "mean-without-var": ({"var": None}, "mean and var", "both given", "only mean", "running_var"),
     "var-without-mean": ({"mean": None}, "mean and var", "both given", "only var", "running_mean"),
     "scale-too-long": ({"scale": torch.ones(13)}, "scale", "K = 12", "[13]", "each filter"),

@@ -36,7 +36,9 @@ __device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global
 }
 
 // The copies since the last commit become one group.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
 
 // Until at most kPending of this thread's groups, the latest, are still under way.
 template <int kPending>

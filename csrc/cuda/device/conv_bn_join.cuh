@@ -5,8 +5,8 @@
 //
 //   h [N, P, Q, C] * weight [K, R, S, C], x [N, H, W, D] * projection [K, D] -> y [N, P, Q, K]
 //
-// Two implicit GEMMs with the same rows and columns share one pipeline, which does not drain between
-// them: while the last steps of x are multiplied, the first of h are on their way.
+// Two implicit GEMMs with the same rows and columns share one pipeline, which does not drain
+// between them: while the last steps of x are multiplied, the first of h are on their way.
 //
 //   for each step of D:         sums' += x tile * projection tile
 //   for each step of R*S*C:     sums  += h tile * weight tile
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_join(const JoinProblem
   auto* y = static_cast<Element*>(main.y);
   for_each_vector<Tile, kLength>(
       sums, shared_memory, [](int, int) {},
-      [&](int, int row, int channel, const float(&v)[kLength]) {
+      [&](int, int row, int channel, const float (&v)[kLength]) {
         if (first_row + row >= main.m || first_filter + channel >= main.k) return;
         Vector<Element> out;
 #pragma unroll

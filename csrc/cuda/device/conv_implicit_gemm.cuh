@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
   constexpr int kProducts = Tile::kRowBytes / sizeof(Element);
   const int products = problem.r * problem.s * problem.c;
   const int first_step = blockIdx.y * problem.steps_per_split;
-  const int steps = min(problem.steps_per_split, (products + kProducts - 1) / kProducts - first_step);
+  const int steps =
+      min(problem.steps_per_split, (products + kProducts - 1) / kProducts - first_step);
 
   // ---- acc = x tile * weight tile, over all steps
   ConvSource<Element, Tile, kPointwise> source(problem, first_row, first_filter,
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
     float* share = problem.workspace + blockIdx.y * (problem.m * k) + first_row * k + first_filter;
     for_each_vector<Tile, 4>(
         acc, shared_memory, [](int, int) {},
-        [&](int, int row, int channel, const float(&v)[4]) {
+        [&](int, int row, int channel, const float (&v)[4]) {
           if (first_row + row < problem.m && first_filter + channel < problem.k) {
             *reinterpret_cast<float4*>(share + row * k + channel) = {v[0], v[1], v[2], v[3]};
           }
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
   // ---- the whole sum is finished: scale, shift, residual, activation, one rounding
   constexpr int kLength = Vector<Element>::kLength;
   using Lane = SlabLane<Tile, kLength>;
-  const int my_channel = first_filter + threadIdx.x / kWarpSize % Tile::kWarpsN * Tile::kWarpN +
-                         Lane().channel;
+  const int my_channel =
+      first_filter + threadIdx.x / kWarpSize % Tile::kWarpsN * Tile::kWarpN + Lane().channel;
   const int rows = my_channel < problem.k ? problem.m - first_row : 0;  // that this lane finishes
   const AffineVector<kLength> affine(problem.norm, min(my_channel, problem.k - kLength));
   const auto* residual = static_cast<const Element*>(problem.residual);
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
           }
         }
       },
-      [&](int pass, int row, int, const float(&sums)[kLength]) {
+      [&](int pass, int row, int, const float (&sums)[kLength]) {
         if (row < rows) {
           *reinterpret_cast<Vector<Element>*>(y + (first_row + row) * k + my_channel) =
               finished<Element>(sums, affine, shortcut[pass], problem.relu);

@@ -32,7 +32,8 @@ __device__ __forceinline__ void load(float (&out)[kLength], ChannelVector vector
 #pragma unroll
     for (int i = 0; i < kLength / 4; ++i) {
       const float4 four = __ldg(from + i);
-      out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
+      out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z,
+              out[4 * i + 3] = four.w;
     }
   } else {
 #pragma unroll

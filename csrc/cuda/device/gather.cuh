@@ -82,7 +82,8 @@ class PixelRows {
   __device__ void copy(uint32_t stage) const {
 #pragma unroll
     for (int i = 0; i < Tile::kPassesM; ++i) {
-      copy_async_16(stage + destination_ + Lane::pass(i), tap_ + offsets_[i], masks_[i] & tap_bits_);
+      copy_async_16(stage + destination_ + Lane::pass(i), tap_ + offsets_[i],
+                    masks_[i] & tap_bits_);
     }
   }
 
@@ -111,7 +112,7 @@ class PixelRows {
     return mask;
   }
 
-  __device__ void mark_tap() { tap_bits_ = 1u << min(r_, kMaxTaps) | 1u << (16 + s_); }
+  __device__ void mark_tap() { tap_bits_ = (1u << min(r_, kMaxTaps)) | (1u << (16 + s_)); }
 
   const Element* tap_;  // of the tile's first image, its first pixel's tap at this thread's chunk
   uint32_t destination_;
@@ -145,7 +146,8 @@ class PixelRows<Element, Tile, true> {
     const uint32_t missing = left_ > 0 ? missing_ : ~0u;
 #pragma unroll
     for (int i = 0; i < Tile::kPassesM; ++i) {
-      copy_async_16(stage + destination_ + Lane::pass(i), chunk_ + offsets_[i], missing & 1u << i);
+      copy_async_16(stage + destination_ + Lane::pass(i), chunk_ + offsets_[i],
+                    missing & (1u << i));
     }
   }
 
@@ -175,7 +177,8 @@ class FilterRows {
     const int filter = first_filter + lane.row, product = first_product + lane.product;
     left_ = products - product;
     pitch_ = products;
-    chunk_ = static_cast<const Element*>(weight) + filter * static_cast<int64_t>(products) + product;
+    chunk_ =
+        static_cast<const Element*>(weight) + filter * static_cast<int64_t>(products) + product;
     missing_ = 0;
 #pragma unroll
     for (int i = 0; i < Tile::kPassesN; ++i) {
@@ -188,7 +191,7 @@ class FilterRows {
 #pragma unroll
     for (int i = 0; i < Tile::kPassesN; ++i) {
       copy_async_16(stage + destination_ + Lane::pass(i),
-                    chunk_ + uint64_t{pitch_} * (i * Tile::kRowsPerPass), missing & 1u << i);
+                    chunk_ + uint64_t{pitch_} * (i * Tile::kRowsPerPass), missing & (1u << i));
     }
   }
 

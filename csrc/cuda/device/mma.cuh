@@ -35,14 +35,14 @@ template <class T>
 __device__ __forceinline__ void multiply_add(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1);
 
-#define RESNET_FAST_MULTIPLY_ADD(TYPE, SHAPE)                                                     \
-  template <>                                                                                     \
-  __device__ __forceinline__ void multiply_add<TYPE>(float(&acc)[4], const uint32_t(&a)[4],       \
-                                                     uint32_t b0, uint32_t b1) {                  \
-    asm("mma.sync.aligned." SHAPE                                                                 \
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"             \
-                 : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                         \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                 \
+#define RESNET_FAST_MULTIPLY_ADD(TYPE, SHAPE)                                                 \
+  template <>                                                                                 \
+  __device__ __forceinline__ void multiply_add<TYPE>(float (&acc)[4], const uint32_t (&a)[4], \
+                                                     uint32_t b0, uint32_t b1) {              \
+    asm("mma.sync.aligned." SHAPE                                                             \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"                  \
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])                              \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                      \
   }
 RESNET_FAST_MULTIPLY_ADD(__half, "m16n8k16.row.col.f32.f16.f16.f32")
 RESNET_FAST_MULTIPLY_ADD(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")

@@ -26,7 +26,8 @@ template <class Element, class Tile>
 class Pipeline {
  public:
   // steps: of all products that will be copied.
-  __device__ Pipeline(const void* shared, int steps) : shared_(shared_address(shared)), left_(steps) {
+  __device__ Pipeline(const void* shared, int steps)
+      : shared_(shared_address(shared)), left_(steps) {
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     const int row_x = warp / Tile::kWarpsN * Tile::kWarpM + lane % 16;
     const int row_w = warp % Tile::kWarpsN * Tile::kWarpN + lane % 8 + lane / 16 * 8;
@@ -93,7 +94,8 @@ class Pipeline {
       for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
         for (int j = 0; j < Tile::kFragmentsN; ++j) {
-          multiply_add<Element>(acc.values[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          multiply_add<Element>(acc.values[i][j], a[i], b[j / 2][j % 2 * 2],
+                                b[j / 2][j % 2 * 2 + 1]);
         }
       }
     }

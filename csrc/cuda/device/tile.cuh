@@ -26,7 +26,7 @@ struct Tile {
   static constexpr int kThreads = kWarpSize * WARPS_M * WARPS_N;
   static constexpr int kRowBytes = 2 * BLOCK_K;
   static_assert(kRowBytes == 64 || kRowBytes == 128, "phase() knows rows of 64 and of 128 bytes");
-  static_assert(NUM_STAGES >= 2, "one stage is filled while another is read");
+  static_assert(NUM_STAGES >= 3 && NUM_STAGES <= 5, "one stage is read, one lands, the others fly");
 
   // Tensor-core instructions: 16x8 each.
   static constexpr int kWarpM = BLOCK_M / WARPS_M, kWarpN = BLOCK_N / WARPS_N;

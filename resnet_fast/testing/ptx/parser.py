@@ -160,19 +160,22 @@ class Parser:
 
     def _variable(self, text: str, line: int, initial: str | None = None) -> Variable:
         words = re.findall(r"\.\w+|[\w$%]+(?:\s*\[[^\]]*\])*|\d+", text)
-        space, kind, align, name, extern, lanes = "", "", 0, "", False, 1
+        space, kind, align, name, extern, lanes, pointee = "", "", 0, "", False, 1, False
         for i, word in enumerate(words):
             if word in _SPACES and not space:
                 space = word[1:]
             elif word == ".extern":
                 extern = True
             elif word == ".align":
-                align = int(words[i + 1])
+                if not pointee:  # `.u64 .ptr .global .align 1` tells what the pointer points to
+                    align = int(words[i + 1])
+            elif word == ".ptr":
+                pointee = True
             elif word in (".v2", ".v4"):
                 lanes = int(word[2])
             elif word.startswith(".") and word[1:] in SIZES:
                 kind = word[1:]
-            elif word in (".ptr", ".visible", ".weak", ".common", *_SPACES, ".managed"):
+            elif word in (".visible", ".weak", ".common", *_SPACES, ".managed"):
                 pass
             elif word.startswith("."):
                 raise PtxError(f"unknown directive {word} in a declaration", line)

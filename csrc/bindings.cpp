@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The module resnet_fast._C: what the binary holds, and what its kernels take of a GPU. Importing
+// it registers the kernels with torch, which must have been imported before.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "build_facts.h"  // written by resnet_fast/build.py
+#include "cuda/kernel.h"
+
+namespace py = pybind11;
+
+namespace resnet_fast {
+namespace {
+
+const std::map<std::string, Kernels& (*)()> kOps = {
+    {"add_relu", add_relu_kernels},
+    {"conv_bn_act", conv_bn_act_kernels},
+    {"conv_bn_join", conv_bn_join_kernels},
+};
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(
+      std::string("resnet_fast: what a kernel takes is asked of a GPU, but: ") +
+      cudaGetErrorString(error) + "; `resnet-fast build` prints registers and spills without one");
+}
+
+std::vector<std::string> names(const std::string& op) {
+  std::vector<std::string> all;
+  for (const Kernel& kernel : kOps.at(op)().all) all.push_back(kernel.name);
+  return all;
+}
+
+py::dict resources(const std::string& op, int index, int device) {
+  Kernel& kernel = kOps.at(op)().all.at(index);
+  cudaFuncAttributes attributes;
+  int blocks = 0, threads_per_sm = 0;
+  check(cudaSetDevice(device));
+  check(kernel.prepare(device));
+  check(cudaFuncGetAttributes(&attributes, kernel.function));
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads,
+                                                      kernel.shared_bytes));
+  check(cudaDeviceGetAttribute(&threads_per_sm, cudaDevAttrMaxThreadsPerMultiProcessor, device));
+  py::dict result;
+  result["registers"] = attributes.numRegs;
+  result["shared_bytes"] = static_cast<int>(attributes.sharedSizeBytes) + kernel.shared_bytes;
+  result["local_bytes"] = static_cast<int>(attributes.localSizeBytes);
+  result["threads"] = kernel.threads;
+  result["blocks_per_sm"] = blocks;
+  result["occupancy"] = static_cast<double>(blocks) * kernel.threads / threads_per_sm;
+  return result;
+}
+
+}  // namespace
+}  // namespace resnet_fast
+
+PYBIND11_MODULE(_C, m) {
+  using namespace resnet_fast;
+  m.doc() = "What the CUDA C++ extension holds; importing it registers its kernels with torch.";
+  // Compute capabilities times ten: machine code, and PTX that a newer GPU's driver can compile.
+  m.attr("architectures") = std::vector<int>{RESNET_FAST_ARCHITECTURES};
+  m.attr("ptx") = RESNET_FAST_PTX;
+  m.attr("built_for") = RESNET_FAST_BUILT_FOR;
+  py::dict tiles;  // op -> [(BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N)]
+  for (const auto& [op, kernels] : kOps) {
+    py::list rows;
+    for (const TileNumbers& tile : kernels().tiles) rows.append(py::tuple(py::cast(tile)));
+    if (!rows.empty()) tiles[op.c_str()] = rows;
+  }
+  m.attr("tiles") = tiles;
+  m.def("kernels", &names, py::arg("op"), "The names of an op's instantiations.");
+  m.def(
+      "resources", &resources, py::arg("op"), py::arg("kernel"), py::arg("device"),
+      "Registers, shared and local memory, threads, blocks per SM and occupancy of the `kernel`-th "
+      "instantiation of an op on a GPU; RuntimeError without one.");
+}

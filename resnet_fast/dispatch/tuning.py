@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured choices: which backend and tile was fastest, kept in one small file per GPU.
+
+`resnet-fast tune` writes the file, `backends.plan` looks choices up when it meets a problem for the
+first time; nothing is measured, and no file is read, in any later call. A choice is as good as
+what it was measured with, so a file names the versions of torch, triton, this package and its
+extension, and one that names others is refused as a whole, with one warning.
+
+The folder is RESNET_FAST_CACHE, or else `resnet_fast` in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+
+from resnet_fast import _env
+from resnet_fast.dispatch import heuristics
+from resnet_fast.spec import ConvSpec, TileConfig
+
+FORMAT = 1
+SUFFIX = ".tuned.json"
+FAMILIES = {"triton": heuristics.TRITON, "cuda": heuristics.CUDA}
+TILE_FIELDS = tuple(field.name for field in fields(TileConfig) if field.name != "reason")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The fastest that one backend could do.
+
+    Args:
+        backend: its name.
+        tile: the tile, split included; None for a backend that has none.
+        microseconds: median of the measured times.
+    """
+
+    backend: str
+    tile: TileConfig | None
+    microseconds: float
+
+
+Choices = dict[ConvSpec, tuple[Choice, ...]]  # the one to take first
+
+
+def measured(gpu: str, spec: ConvSpec) -> tuple[Choice, ...]:
+    """The measured choices for `spec` on the GPU of that name, the one to take first; or none."""
+    return _loaded(gpu).get(_key(spec), ()) if gpu else ()
+
+
+def _key(spec: ConvSpec) -> ConvSpec:
+    """The spec without what makes no difference: TF32 or not matters in float32 alone."""
+    return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
+
+
+def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, arch: int):
+    """The tile that was measured for a backend, as its table has it now; None where there is none.
+
+    A tile that the table has no more, or that is no more legal, is left to the heuristics.
+    """
+    family = FAMILIES.get(backend)
+    found = next((choice.tile for choice in choices if choice.backend == backend), None)
+    if family is None or found is None:
+        return None
+    legal = (row.tile for row in heuristics.explain(spec, arch, family) if row.refusal is None)
+    return next((tile for tile in legal if replace(tile, reason="") == found), None)
+
+
+def store(gpu: str, choices: Choices) -> Path:
+    """Add to, or replace in, what is kept for a GPU; where it was written.
+
+    The file is replaced as a whole or not at all, whoever reads or writes it at the same time.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = path_of(gpu)
+    kept, _ = _read(path, gpu)
+    kept |= {_key(spec): tuple(map(_bare, found)) for spec, found in choices.items()}
+    content = {
+        "format": FORMAT,
+        "gpu": gpu,
+        "versions": versions(),
+        "choices": [
+            {"spec": asdict(spec), "choices": [_to_json(choice) for choice in found]}
+            for spec, found in kept.items()
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    _loaded.cache_clear()
+    return path
+
+
+def clear() -> list[Path]:
+    """Remove what is kept for every GPU; the files that were removed."""
+    folder = _env.cache_folder()
+    files = sorted(folder.glob(f"*{SUFFIX}")) if folder and folder.is_dir() else []
+    for file in files:
+        file.unlink()
+    _loaded.cache_clear()
+    return files
+
+
+def path_of(gpu: str) -> Path:
+    """The file for the GPU of that name.
+
+    Raises:
+        OSError: there is no folder: no home, and RESNET_FAST_CACHE is not set.
+    """
+    folder = _env.cache_folder()
+    if folder is None:
+        raise OSError("no folder for measured choices: set RESNET_FAST_CACHE to one")
+    return folder / f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}{SUFFIX}"
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What a time depends on beside the convolution and the GPU."""
+    return {
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "resnet_fast": _version("resnet_fast"),
+        "extension": _extension(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _extension() -> str:
+    """The extension by a hash of its file: rebuilt kernels are other kernels."""
+    from resnet_fast.kernels import cuda
+
+    if cuda.missing():
+        return "none"
+    return hashlib.sha256(Path(cuda.module().__file__).read_bytes()).hexdigest()[:12]
+
+
+@functools.cache
+def _loaded(gpu: str) -> Choices:
+    try:
+        path = path_of(gpu)
+    except OSError:
+        return {}
+    choices, fault = _read(path, gpu)
+    if fault:
+        advice = "the heuristics choose; run resnet-fast tune to measure anew"
+        warnings.warn(f"resnet_fast: {path} is not used: {fault}; {advice}", stacklevel=2)
+    return choices
+
+
+def _read(path: Path, gpu: str) -> tuple[Choices, str]:
+    """What a file holds, or why it is not used."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, UnicodeDecodeError) as error:
+        return {}, f"it cannot be read ({error})"
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            return {}, f"it has format {content['format']}, this version reads {FORMAT}"
+        if content["gpu"] != gpu:
+            return {}, f"it was measured on {content['gpu']}, this is {gpu}"
+        then, now = content["versions"], versions()
+        if then != now:
+            other = [name for name in now if then.get(name) != now[name]]
+            facts = [f"{name} {then.get(name)}, here it is {now[name]}" for name in other]
+            return {}, f"it was measured with {'; '.join(facts)}"
+        return {
+            _spec(entry["spec"]): tuple(map(_from_json, entry["choices"]))
+            for entry in content["choices"]
+        }, ""
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return {}, f"it is damaged ({type(error).__name__}: {error})"
+
+
+def _spec(entry: dict) -> ConvSpec:
+    return ConvSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+
+
+def _bare(choice: Choice) -> Choice:
+    return replace(choice, tile=choice.tile and replace(choice.tile, reason=""))
+
+
+def _to_json(choice: Choice) -> dict:
+    tile = choice.tile and {name: getattr(choice.tile, name) for name in TILE_FIELDS}
+    return {"backend": choice.backend, "tile": tile, "microseconds": choice.microseconds}
+
+
+def _from_json(entry: dict) -> Choice:
+    tile = entry["tile"] and TileConfig(**{name: int(entry["tile"][name]) for name in TILE_FIELDS})
+    return Choice(str(entry["backend"]), tile, float(entry["microseconds"]))

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe's refusals, and a package whose extension is absent or broken; nothing is compiled."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resnet_fast import build, cli, machine
+from resnet_fast.kernels import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLCHAIN = build.Toolchain(
+    nvcc="nvcc",
+    ninja="ninja",
+    host_compiler="",
+    cuda=(13, 0),
+    torch=Path("/somewhere/torch"),
+    torch_version="2.14.0",
+    pybind11=Path("/somewhere/pybind11"),
+    wheels=(Path("/somewhere/nvidia/cu13"),),
+    known=(75, 80, 90),
+)
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """A stand-in for a tool: a shell script that prints."""
+    path = folder / name
+    path.write_text(f"#!/bin/sh\necho '{text}'\n")
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """A PATH with stand-ins for nvcc of CUDA 13, g++ and ninja; torch's version can be set."""
+    for name in ("g++", "ninja"):
+        program(tmp_path, name, "")
+    program(tmp_path, "nvcc", "release 13.0, compute_80 compute_90")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("NVCC_CCBIN", raising=False)
+    monkeypatch.setattr(build.sys, "executable", str(tmp_path / "python"))
+    torch = tmp_path / "torch"
+    torch.mkdir()
+
+    def version(torch_version="2.14.0+cu130", cuda="13.0"):
+        (torch / "version.py").write_text(f"__version__, cuda = {torch_version!r}, {cuda!r}\n")
+
+    version()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(build.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(build, "_package", lambda name, _: tmp_path / name)
+    tools.folder, tools.version = tmp_path, version
+    return tools
+
+
+def test_it_finds_what_is_there(tools):
+    found = build.find()
+    assert found.cuda == (13, 0) and found.known == (80, 90) and found.torch_version.startswith("2")
+
+
+@pytest.mark.parametrize("name", ["nvcc", "ninja", "g++"])
+def test_a_missing_tool_is_named_with_a_remedy(name, tools):
+    (tools.folder / name).unlink()
+    with pytest.raises(build.BuildError, match=rf"{name.replace('+', '.')} is missing; .*install"):
+        build.find()
+
+
+def test_other_misfits_are_named(tools, monkeypatch):
+    tools.version(cuda=None)
+    with pytest.raises(build.BuildError, match="without CUDA"):
+        build.find()
+    tools.version(cuda="12.6")
+    with pytest.raises(build.BuildError, match=r"nvcc is of CUDA 13\.0, .*CUDA 12\.6; "):
+        build.find()
+    tools.version("2.9.1+cu130")
+    with pytest.raises(build.BuildError, match=r"2\.9\.1.*older than 2\.11"):
+        build.find()
+    tools.version()
+    (tools.folder / "Python.h").unlink()
+    with pytest.raises(build.BuildError, match=r"Python\.h is missing"):
+        build.find()
+
+
+@pytest.mark.parametrize("name", ["torch", "pybind11"])
+def test_a_missing_package_is_named(name, monkeypatch):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(build.BuildError, match=f"{name} is not installed; pip install {name}"):
+        build._package(name, f"pip install {name}")
+
+
+def test_architectures():
+    assert build._architectures(TOOLCHAIN, None) == ((80, 90), (86, 89, 100, 120))
+    assert build._architectures(TOOLCHAIN, [90, 80, 90]) == ((80, 90), ())
+    with pytest.raises(build.BuildError, match=r"cannot compile for 12\.0; it knows 8\.0, 9\.0"):
+        build._architectures(TOOLCHAIN, [120])
+    with pytest.raises(build.BuildError, match=r"need compute capability 8\.0, not 7\.5"):
+        build._architectures(TOOLCHAIN, [75])
+
+
+def test_wheels_come_after_the_toolkit_and_the_runtime_is_static(monkeypatch):
+    monkeypatch.setattr(build, "_has_runtime", lambda _: True)
+    text = build._ninja(TOOLCHAIN, (80, 90), jobs=2)
+    assert "-idirafter,/somewhere/nvidia/cu13/include" in text
+    assert "arch=compute_80,code=[sm_80,sm_90,compute_80]" in text
+    assert "cudart" not in text  # nvcc links it statically by itself
+    assert "/somewhere/nvidia/cu13/lib" not in text
+    monkeypatch.setattr(build, "_has_runtime", lambda _: False)
+    assert "-L/somewhere/nvidia/cu13/lib" in build._ninja(TOOLCHAIN, (80,), jobs=2)
+
+
+def test_spills_are_told(tmp_path):
+    log = tmp_path / "op.log"
+    log.write_text(
+        "ptxas info    : Compiling entry function 'good' for 'sm_80'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 30 registers, used 0 barriers\n"
+        "ptxas info    : Compiling entry function 'bad' for 'sm_90'\n"
+        "    24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 255 registers, used 0 barriers\n"
+    )
+    usage = tuple(build._usage(log, TOOLCHAIN))
+    assert [(u.kernel, u.arch, u.registers, u.spill_bytes) for u in usage] == [
+        ("good", 80, 30, 0),
+        ("bad", 90, 255, 24),
+    ]
+    report = build.Report(log, (80, 90), (120,), 1.0, usage, TOOLCHAIN)
+    text = "\n".join(build.describe(report))
+    assert "30 to 255 registers, 1 with spills" in text and "24 bytes on 9.0" in text
+    assert "without  12.0, which nvcc 13.0 does not know" in text and "good" not in text
+
+
+def test_a_failing_compiler_is_quoted(tools):
+    program(tools.folder, "ninja", "error: expected a semicolon")
+    with (tools.folder / "ninja").open("a") as file:
+        file.write("exit 1\n")
+    with pytest.raises(build.BuildError, match=r"(?s)compiling failed:.*expected a semicolon"):
+        build.build(build.find(), architectures=[80], folder=tools.folder / "objects")
+
+
+@pytest.mark.parametrize("arguments", [["--arch", "sm_90"], ["--arch", "7.5"], ["--jobs", "0"]])
+def test_the_command_refuses(arguments, tools, capsys):
+    try:
+        status = cli.main(["build", *arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status == cli.BAD_INPUT
+    assert arguments[-1] in capsys.readouterr().err or arguments[0] == "--jobs"
+
+
+def test_the_sources_are_found_in_a_checkout_and_in_an_installed_package(tmp_path, monkeypatch):
+    assert (build.csrc() / "bindings.cpp").is_file()
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    (tmp_path / "csrc").mkdir()
+    assert build.csrc() == tmp_path / "csrc"
+
+
+def package(folder: Path, extension: bytes | None) -> Path:
+    """A copy of the package by links, with `extension` as its _C or without one."""
+    target = folder / "resnet_fast"
+    target.mkdir()
+    for path in (ROOT / "resnet_fast").iterdir():
+        if not path.name.startswith("_C"):
+            (target / path.name).symlink_to(path)
+    if extension is not None:
+        suffix = build.sysconfig.get_config_var("EXT_SUFFIX")
+        (target / f"_C{suffix}").write_bytes(extension)
+    return folder
+
+
+USE = """
+import torch, resnet_fast
+from resnet_fast import machine
+from resnet_fast.kernels import cuda
+x = torch.randn(2, 8, 4, 4)
+assert torch.equal(resnet_fast.ops.add_relu(x, x), torch.relu(x + x))
+fact = machine._extension()
+print(fact.present, fact.detail, fact.remedy, cuda.missing(), sep="|")
+try:
+    cuda.module()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("extension", "reason"),
+    [(None, "not built"), (b"not a library", "broken: ImportError")],
+    ids=["absent", "broken"],
+)
+def test_without_a_working_extension_check_says_why_and_the_rest_works(extension, reason, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", USE],
+        env=os.environ | {"PYTHONPATH": str(package(tmp_path, extension))},
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    told, raised = done.stdout.strip().split("\n")
+    present, detail, remedy, missing = told.split("|")
+    assert present == "False" and reason in detail and remedy == "resnet-fast build"
+    assert reason in missing or missing == "torch sees no NVIDIA GPU"
+    assert reason in raised and "run `resnet-fast build`" in raised
+
+
+def test_an_extension_of_another_version_is_refused(monkeypatch):
+    for function in (cuda.built, cuda.broken):
+        function.cache_clear()
+    monkeypatch.setattr(cuda, "built", lambda: True)
+    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: object())
+    try:
+        assert cuda.broken() == "broken: it is of another version"
+    finally:
+        cuda.broken.cache_clear()
+
+
+def test_check_names_what_a_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(machine.ops, "explain_extension", lambda: (True, "for 8.0"))
+    monkeypatch.setattr(machine.ops, "explain_extension_on", lambda arch: f"not for {arch / 10}")
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine.torch.cuda, "get_device_capability", lambda: (7, 5))
+    fact = machine._extension()
+    assert not fact.present and "not for 7.5" in fact.detail and "Triton" in fact.detail

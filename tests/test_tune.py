@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`resnet-fast tune`: only what is right is timed, the fastest is kept and then chosen.
+
+No GPU is needed: the functions and the timer are stand-ins, and the operands lie on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from resnet_fast import cli, tune
+from resnet_fast.dispatch import backends, heuristics, tuning
+from resnet_fast.spec import ConvSpec
+from resnet_fast.testing import cases
+from resnet_fast.tune import Candidate, Timing
+from tests.dispatch import conftest
+
+# the fixtures of the tests of dispatch: an extension that is there, a folder of its own
+extension, cache, built = conftest.extension, conftest.cache, conftest.built
+
+GPU = "NVIDIA A100-SXM4-80GB"
+SPEC = ConvSpec(2, 7, 7, 64, 64, 3, 3, (1, 1), (1, 1), norm=True)
+PROBLEM = tune.problem_of(SPEC, 80, GPU)
+USUAL = Candidate("cuda", heuristics.choose(SPEC, 80, heuristics.CUDA))
+TRITON = Candidate("triton", heuristics.choose(SPEC, 80))
+ATEN = Candidate("aten")
+
+
+@pytest.fixture(autouse=True)
+def gpu(built, monkeypatch):
+    """A GPU, as far as anyone asks."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: GPU)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
+
+
+def exact(candidate, problem, tensors):
+    """A right answer, whatever the candidate."""
+    return lambda: tune._eager(tensors, problem.spec)
+
+
+class Clock:
+    """A timer that says what it is told, and remembers whom it was asked to time."""
+
+    def __init__(self, times: dict[Candidate, float], noise: float = 0.01) -> None:
+        self.times, self.noise, self.asked = times, noise, []
+
+    def __call__(self, functions, seconds):
+        self.asked += functions
+        return {c: timing(self.times.get(c, 100.0), self.noise) for c in functions}
+
+
+def timing(median: float, noise: float = 0.01) -> Timing:
+    return Timing(median, median * (1 - noise), median * (1 + noise))
+
+
+def measure(found, clock, bind=exact) -> tune.Result:
+    tensors = tune.operands(SPEC, torch.device("cpu"))
+    return tune.measure(PROBLEM, tensors, found, timer=clock, seconds=0.1, bind=bind)
+
+
+# ---- which convolutions, which candidates
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_models_convolutions_are_those_of_its_definition(depth):
+    specs = tune.convolutions(f"resnet{depth}", [2], ["float16"])
+    assert set(specs) == set(cases.resnet_convs(depth, 2, dtype="float16").values())
+    assert specs.total() == {18: 20, 50: 53}[depth]
+
+
+def test_batches_and_dtypes_multiply_and_leave_no_trace():
+    before = torch.get_default_dtype()
+    specs = tune.convolutions("resnet18", [1, 3], ["bfloat16", "float32"])
+    assert {(s.n, s.dtype) for s in specs} == {
+        (n, d) for n in (1, 3) for d in ("bfloat16", "float32")
+    }
+    assert torch.get_default_dtype() == before
+
+
+def test_candidates_are_a_short_list_of_what_runs_here():
+    found = tune.candidates(PROBLEM)
+    by_backend = Counter(candidate.backend for candidate in found)
+    assert set(by_backend) == {"cuda", "triton", "aten"} and by_backend["aten"] == 1
+    assert max(by_backend.values()) <= tune.SHORTLIST
+    assert USUAL in found and TRITON in found
+    assert len(set(found)) == len(found)
+
+
+def test_the_usual_choice_is_always_compared_with():
+    found = tune.candidates(PROBLEM, ["triton"])
+    assert found[0] == USUAL
+    assert {candidate.backend for candidate in found[1:]} == {"triton"}
+
+
+def test_what_refuses_is_no_candidate():
+    grouped = tune.problem_of(replace(SPEC, groups=2), 80, GPU)
+    assert tune.candidates(grouped) == [ATEN]
+    stem = tune.problem_of(replace(SPEC, c=3), 80, GPU)
+    assert {candidate.backend for candidate in tune.candidates(stem)} == {"triton", "aten"}
+
+
+# ---- only what is right is timed
+
+
+def test_the_fastest_is_kept_and_then_chosen():
+    clock = Clock({USUAL: 20.0, TRITON: 15.0, ATEN: 60.0})
+    result = measure([USUAL, TRITON, ATEN], clock)
+    assert [choice.backend for choice in result.choices] == ["triton", "cuda", "aten"]
+    assert backends.explain(PROBLEM)[0] == "cuda"
+    tuning.store(GPU, {SPEC: result.choices})
+    assert backends.explain(PROBLEM)[0] == "triton"
+
+
+def wrong(y):
+    y[1, 5, 3, 2] += 1
+    return y
+
+
+FAULTS = {
+    "one-value": wrong,
+    "nan": lambda y: y.masked_fill_(y == y.max(), float("nan")),
+    "shape": lambda y: y[:, :32],
+    "unwritten": lambda y: torch.full_like(y, float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_candidate_gets_no_time(name):
+    def bind(candidate, problem, tensors):
+        function = exact(candidate, problem, tensors)
+        return (lambda: FAULTS[name](function())) if candidate == TRITON else function
+
+    clock = Clock({USUAL: 20.0, TRITON: 1.0, ATEN: 60.0})
+    result = measure([TRITON, USUAL, ATEN], clock, bind)
+    assert clock.asked == [USUAL, ATEN]
+    assert list(result.faults) == [TRITON] and TRITON not in result.timings
+    assert [choice.backend for choice in result.choices] == ["cuda", "aten"]
+
+
+def test_a_candidate_that_fails_is_named_and_the_others_go_on():
+    def bind(candidate, problem, tensors):
+        if candidate == USUAL:
+            raise RuntimeError("out of resources")
+        return exact(candidate, problem, tensors)
+
+    result = measure([USUAL, ATEN], Clock({}), bind)
+    assert result.faults == {USUAL: "RuntimeError: out of resources"}
+    assert [choice.backend for choice in result.choices] == ["aten"]
+
+
+def test_where_none_is_right_nothing_is_chosen():
+    result = measure([USUAL], Clock({}), lambda *_: lambda: torch.zeros(1))
+    assert result.choices == () and result.timings == {}
+
+
+# ---- what follows from times
+
+OTHER = Candidate("cuda", replace(USUAL.tile, SPLIT_K=2))
+
+
+@pytest.mark.parametrize(
+    ("usual", "other", "first"),
+    [
+        pytest.param(timing(20), timing(15), "triton", id="faster"),
+        pytest.param(timing(20, 0.001), timing(19.8, 0.001), "cuda", id="one-percent"),
+        pytest.param(timing(20, 0.2), timing(17, 0.2), "cuda", id="within-the-noise"),
+        pytest.param(timing(20), timing(20), "cuda", id="tie"),
+        pytest.param(timing(20), timing(25), "cuda", id="slower"),
+    ],
+)
+def test_another_backend_must_be_faster_beyond_the_noise(usual, other, first):
+    choices = tune.choose({TRITON: other, USUAL: usual, ATEN: timing(90)}, USUAL)
+    assert choices[0].backend == first and choices[-1].backend == "aten"
+
+
+def test_another_tile_must_be_too():
+    assert USUAL.tile != OTHER.tile
+    close = tune.choose({USUAL: timing(20), OTHER: timing(19.9)}, USUAL)
+    clear = tune.choose({USUAL: timing(20), OTHER: timing(12)}, USUAL)
+    assert [choice.tile for choice in (*close, *clear)] == [USUAL.tile, OTHER.tile]
+    assert clear[0].microseconds == 12
+
+
+def test_without_the_usual_choice_the_fastest_is_first():
+    choices = tune.choose({ATEN: timing(9), TRITON: timing(8.99)}, USUAL)
+    assert [choice.backend for choice in choices] == ["triton", "aten"]
+
+
+def test_a_summary_is_of_the_middle():
+    found = tune.summary([5.0, 1.0, 2.0, 3.0, 4.0, 100.0, 3.5])
+    assert found.p20 < found.median == 3.5 < found.p80 < 100
+
+
+def test_the_timer_flushes_takes_turns_and_times_the_call_alone(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, other):  # milliseconds
+            return 0.5
+
+    class Flush:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr("torch.cuda.Event", Event)
+    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "FLUSH_BYTES", 1)
+    timer = tune.EventTimer(torch.device("cpu"))
+    timer.flush = Flush()
+    functions = {USUAL: lambda: log.append("cuda"), ATEN: lambda: log.append("aten")}
+    times = timer(functions, 0.0)
+    one = ["flush", "record", "call", "record", "wait"]
+    turns = [word.replace("call", name) for name in ("cuda", "aten") for word in one]
+    assert log == turns * tune.MIN_ROUNDS
+    assert times == {USUAL: Timing(500, 500, 500), ATEN: Timing(500, 500, 500)}
+
+
+# ---- the command
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A GPU that is timed by a clock: its tensors lie on the CPU, each candidate is right."""
+    clock = Clock({})
+    operands = tune.operands
+    monkeypatch.setattr(tune, "EventTimer", lambda device: clock)
+    monkeypatch.setattr(tune, "operands", lambda spec, _: operands(spec, torch.device("cpu")))
+    monkeypatch.setattr(tune, "function_of", exact)
+    small = Counter({SPEC: 2, replace(SPEC, n=1): 1, replace(SPEC, groups=2): 3})
+    monkeypatch.setattr(tune, "convolutions", lambda *_: small)
+    return clock
+
+
+def command(capsys, *arguments):
+    status = cli.main(["tune", *arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_command_measures_reports_and_keeps(device, capsys):
+    device.times = {TRITON: 5.0, USUAL: 10.0}
+    status, out, err = command(capsys, "resnet18")
+    assert status == cli.AGREES
+    for text in ("Measured on", GPU, "0.50", "tuned.json", "no other"):
+        assert text in out
+    assert "3/3" in err
+    assert tuning.measured(GPU, SPEC)[0] == tuning.Choice(
+        "triton", replace(TRITON.tile, reason=""), 5.0
+    )
+    assert tuning.measured(GPU, replace(SPEC, groups=2)) == ()
+
+
+def test_an_interrupted_command_keeps_what_it_measured(device, capsys, monkeypatch):
+    measure = tune.measure
+
+    def interrupted(problem, *arguments, **keywords):
+        if problem.spec != SPEC:
+            raise KeyboardInterrupt
+        return measure(problem, *arguments, **keywords)
+
+    monkeypatch.setattr(tune, "measure", interrupted)
+    status, out, err = command(capsys, "resnet18")
+    assert status == cli.INTERRUPTED and "was kept" in err
+    assert "Measured on" in out and str(SPEC) in out
+    assert tuning.measured(GPU, SPEC) and not tuning.measured(GPU, replace(SPEC, n=1))
+
+
+def test_a_wrong_kernel_is_reported(device, capsys, monkeypatch):
+    def bind(candidate, problem, tensors):
+        function = exact(candidate, problem, tensors)
+        return (lambda: function() + 1) if candidate.backend == "cuda" else function
+
+    monkeypatch.setattr(tune, "function_of", bind)
+    status, _, err = command(capsys, "resnet18")
+    assert status == cli.DISAGREES and "cuda" in err and "wrong: error" in err
+
+
+def test_a_dry_run_is_headed_modelled_and_keeps_nothing(device, capsys):
+    status, out, _ = command(capsys, "--dry-run", "--arch", "90")
+    assert status == cli.AGREES
+    assert "sm_90" in out and "modelled" in out and "Measured" not in out
+    assert "cuda 64x" in out and "triton" in out and device.asked == []
+    assert tuning.clear() == []
+
+
+def test_clear_forgets(device, capsys):
+    tuning.store(GPU, {SPEC: (tuning.Choice("aten", None, 1.0),)})
+    assert "removed" in command(capsys, "--clear")[1]
+    assert "nothing was kept" in command(capsys, "--clear")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(["--batch", "0"], ["--batch"], id="batch"),
+        pytest.param(["--seconds", "0"], ["--seconds"], id="seconds"),
+        pytest.param(["--dtype", "int8"], ["int8", "bfloat16"], id="dtype"),
+        pytest.param(["--backend", "cudnn"], ["cudnn", "NaN"], id="cudnn"),
+        pytest.param(["--backend", "cpu"], ["cpu", "GPU"], id="cpu"),
+        pytest.param(["--backend", "wonder"], ["wonder", "triton"], id="backend"),
+        pytest.param(["--device", "cpu"], ["'cpu'", "--dry-run"], id="device"),
+        pytest.param(["--device", "cuda:3"], ["cuda:3", "1 GPU"], id="index"),
+        pytest.param(["--device", "tpu9"], ["tpu9"], id="no-device"),
+    ],
+)
+def test_bad_input_is_two_and_one_sentence(arguments, words, device, capsys):
+    status, out, err = command(capsys, *arguments)
+    assert status == cli.BAD_INPUT and out == ""
+    assert len(err.strip().splitlines()) == 1
+    assert all(word in err for word in words)
+
+
+def test_an_unknown_model_lists_the_known(capsys):
+    status, _, err = command(capsys, "resnet5")
+    assert status == cli.BAD_INPUT and "resnet50" in err
+
+
+def test_without_a_gpu_one_sentence_and_two(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, err = command(capsys)
+    assert status == 2 and out == ""
+    assert "no NVIDIA GPU" in err and "--dry-run" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_named(device, capsys, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("RESNET_FAST_CACHE", str(file / "cache"))
+    status, _, err = command(capsys)
+    assert status == cli.BAD_INPUT and "cannot be kept" in err
