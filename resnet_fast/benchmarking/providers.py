@@ -232,9 +232,14 @@ def _op_ours(work: OpWork, backend: str = "auto") -> Candidate:
 
 
 def _plan_of(work: OpWork, backend: str) -> str:
-    if work.case.op == "add_relu":
-        return ops.explain_add_relu(work.device.type, work.case.spec.dtype)[0]
-    return ops.last_plan().backend if work.case.op == "conv_bn_act" else backend
+    """The backend that ran, by the last call's plan, or by what the op says that it takes here."""
+    op, plans = work.case.op, {"conv_bn_act": "last_plan", "conv_bn_join": "last_join_plan"}
+    if op in plans:
+        return getattr(ops, plans[op])().backend
+    explain = {"add_relu": "explain_add_relu", "stem_pool": "explain_stem_pool"}[op]
+    if backend != "auto":
+        return backend
+    return getattr(ops, explain)(work.device.type, work.case.spec.dtype)[0]
 
 
 def _tile(work: OpWork) -> str:

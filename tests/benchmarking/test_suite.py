@@ -141,6 +141,7 @@ def test_the_real_providers_of_ops_agree_and_are_timed(name):
     if case.op != "add_relu":
         assert by_name["aten-folded"].status == rows.MEASURED
         assert by_name["resnet_fast-aten"].backend == "aten"
+        assert by_name["resnet_fast"].backend in ("cpu", "aten")
         assert by_name["resnet_fast-triton"].status == rows.THREW
         assert "runs on cuda" in by_name["resnet_fast-triton"].reason
 
