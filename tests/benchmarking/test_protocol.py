@@ -201,6 +201,20 @@ def test_ctrl_c_keeps_what_was_measured():
     assert len(outcomes["first"].wall.samples) >= protocol.MIN_ROUNDS
 
 
+def test_ctrl_c_after_a_few_rounds_leaves_no_time_that_rests_on_so_few():
+    clock = FakeClock()
+    rounds = []
+
+    def progress(text):
+        rounds.append(text)
+        if text == "round 4":
+            raise KeyboardInterrupt
+
+    outcomes, interrupted = measure({"x": right(clock)}, clock, progress=progress)
+    assert interrupted and "round 3" in rounds
+    assert outcomes["x"].status == rows.INTERRUPTED and outcomes["x"].wall is None
+
+
 def test_ctrl_c_while_building_leaves_nothing_that_looks_measured():
     clock = FakeClock()
     builders = {"built": right(clock), "cut": raising(KeyboardInterrupt()), "after": right(clock)}
