@@ -1,35 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of the README from measured results: `python benchmarks/readme.py`.
+"""Write the tables of the README from results: `python benchmarks/readme.py`.
 
-The results are what `resnet-fast compare MODEL --compile --openvino --json FILE` wrote.
+The results are what these commands wrote:
+
+    resnet-fast compare MODEL --compile --openvino --json benchmarks/results/cpu/MODEL.json
+    python benchmarks/counts.py --json benchmarks/results/counts/resnet50.json
+    python benchmarks/counts.py --bytes --json benchmarks/results/counts/bytes.json
 """
 
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
-from resnet_fast.comparison.tables import markdown
+from resnet_fast.comparison import tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "cpu"
-BEGIN, END = "<!-- begin: benchmarks/readme.py -->", "<!-- end: benchmarks/readme.py -->"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def table() -> str:
-    """The README's table, with what it was measured on."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+def measured() -> str:
+    """Times on a CPU, with what they were measured on."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu/*.json"))]
     machine = results[0]["machine"]
     measured = ", ".join(f"{name} {value}" for name, value in machine.items())
-    return f"{markdown(results)}\n\nMeasured on: {measured}."
+    return f"{tables.markdown(results)}\n\nMeasured on: {measured}."
+
+
+def counted(name: str) -> str:
+    """What `counts.py` counted."""
+    counts = runpy.run_path(str(ROOT / "benchmarks" / "counts.py"))
+    return counts["markdown"](json.loads((RESULTS / "counts" / f"{name}.json").read_text()))
+
+
+TABLES = {  # by what stands in the markers <!-- begin: ... --> and <!-- end: ... -->
+    "benchmarks/readme.py": measured,
+    "counts": lambda: counted("resnet50"),
+    "bytes": lambda: counted("bytes"),
+}
 
 
 def rewritten(readme: str) -> str:
-    """The README with the table of the results between its markers."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    """The README with each table of the results between its markers."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+        before, found, rest = readme.partition(begin)
+        if found:
+            readme = f"{before}{begin}\n{table()}\n{end}{rest.partition(end)[2]}"
+    return readme
 
 
 if __name__ == "__main__":
