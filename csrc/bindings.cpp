@@ -21,6 +21,7 @@ const std::map<std::string, Kernels& (*)()> kOps = {
     {"add_relu", add_relu_kernels},
     {"conv_bn_act", conv_bn_act_kernels},
     {"conv_bn_join", conv_bn_join_kernels},
+    {"stem_pool", stem_pool_kernels},
 };
 
 void check(cudaError_t error) {

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -59,7 +60,9 @@ struct Argument {
     for (int64_t axis = 0; axis < dim; ++axis) count *= sizes[axis];
     return count;
   }
-  int element_size() const { return dtype == ScalarType::Float ? 4 : 2; }
+  int element_size() const {
+    return dtype == ScalarType::Float ? 4 : dtype == ScalarType::Byte ? 1 : 2;
+  }
 
   [[noreturn]] void reject(const std::string& expected, const std::string& got,
                            const std::string& remedy) const {
@@ -232,6 +235,18 @@ inline Norm norm_of(const Argument& scale, const Argument& shift, const Argument
   if (var.given && !mean.given) mean.reject("given beside var", "give both, or neither");
   return {channel_vector(scale, channels), channel_vector(shift, channels),
           channel_vector(mean, channels), channel_vector(var, channels), static_cast<float>(eps)};
+}
+
+// Writes a struct into a CPU tensor, for tests of what the host makes of its arguments.
+template <class Struct>
+void copy_bytes(const char* op, const Tensor& bytes, const Struct& value) {
+  const Argument to(op, "bytes", bytes);
+  if (to.dtype != ScalarType::Byte || to.device >= 0 || !is_dense(to) ||
+      to.numel() != sizeof(value)) {
+    to.reject("a uint8 CPU tensor of " + std::to_string(sizeof(value)) + " elements",
+              "allocate it");
+  }
+  std::memcpy(to.data, &value, sizeof(value));
 }
 
 // The last of all checks. Returns the index of x's device.

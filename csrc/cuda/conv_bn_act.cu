@@ -5,8 +5,6 @@
 //
 // The schemas are defined in resnet_fast/kernels/cuda.py; the device side is
 // device/conv_implicit_gemm.cuh, whose preconditions are checked in conv_call.h.
-#include <cstring>
-
 #include "conv_call.h"
 #include "device/conv_implicit_gemm.cuh"
 #include "launch.h"
@@ -76,11 +74,7 @@ void conv_problem_op(const Tensor& x, const Tensor& weight, const Tensor& scale,
   const ConvCall call = call_of(x, weight, scale, shift, mean, var, eps, residual, stride, padding,
                                 dilation, relu, split_k, workspace, out);
   const ConvProblem p = problem_of(call, tile_of(call.op, conv_bn_act_kernels().tiles, tile));
-  const Argument to("_conv_problem", "bytes", bytes);
-  if (to.dtype != ScalarType::Byte || to.device >= 0 || !is_dense(to) || to.numel() != sizeof(p)) {
-    to.reject("a uint8 CPU tensor of " + std::to_string(sizeof(p)) + " elements", "allocate it");
-  }
-  std::memcpy(to.data, &p, sizeof(p));
+  copy_bytes("_conv_problem", bytes, p);
 }
 
 template <class Element, class Tile, bool kPointwise>

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <deque>
@@ -17,8 +18,9 @@ struct Kernel {
   std::string name;  // "conv_bn_act<float16, 128x128x64 stages 3 warps 2x2, pointwise>"
   const void* function;
   int threads;
-  int shared_bytes;                // dynamic
-  std::atomic<uint64_t> ready{0};  // bit i: device i has been told about shared_bytes
+  int shared_bytes;                    // dynamic
+  std::atomic<uint64_t> ready{0};      // bit i: device i has been told about shared_bytes
+  std::atomic<int> resident[64] = {};  // by device: blocks that it holds; 0 is not known
 
   Kernel(std::string name, const void* function, int threads, int shared_bytes)
       : name(std::move(name)), function(function), threads(threads), shared_bytes(shared_bytes) {}
@@ -34,6 +36,21 @@ struct Kernel {
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error == cudaSuccess) ready.fetch_or(bit, std::memory_order_relaxed);
     return error;
+  }
+
+  // Blocks that a device holds at a time; at least one, so that a launch tells what is wrong.
+  int64_t resident_blocks(int device) {
+    std::atomic<int>& known = resident[device % 64];
+    if (int blocks = known.load(std::memory_order_relaxed)) return blocks;
+    int sms = 0, blocks = 0;
+    if (cudaSetDevice(device) != cudaSuccess || prepare(device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, threads, shared_bytes) !=
+            cudaSuccess) {
+      return 1;
+    }
+    known.store(std::max(sms * blocks, 1), std::memory_order_relaxed);
+    return known.load(std::memory_order_relaxed);
   }
 };
 
@@ -69,5 +86,6 @@ struct Kernels {
 Kernels& add_relu_kernels();
 Kernels& conv_bn_act_kernels();
 Kernels& conv_bn_join_kernels();
+Kernels& stem_pool_kernels();
 
 }  // namespace resnet_fast

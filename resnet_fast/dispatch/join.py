@@ -57,8 +57,8 @@ TILES: dict[int, tuple[TileConfig, ...]] = {
     100: (LARGE_8, MIDDLE_8, *REST),
     120: (LARGE_8, MIDDLE, *REST),
 }
-# The table of csrc/cuda/conv_bn_join.cu, in its order. BLOCK_K counts 16-bit elements: of float32 it
-# is half as many.
+# The table of csrc/cuda/conv_bn_join.cu, in its order. BLOCK_K counts 16-bit elements: in float32
+# it is half as many.
 CUDA_TILES = (
     TileConfig(128, 128, 64, 3, 8, reason="large batch: 8 warps hold two sums of 64x32 each"),
     TileConfig(128, 64, 64, 3, 4, reason="large batch: two sums of 64 registers a thread"),

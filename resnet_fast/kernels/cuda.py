@@ -25,6 +25,10 @@ _CONV = (
     "Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, bool relu, int tile, "
     "int split_k, Tensor(b!)? workspace, Tensor(a!) out"
 )
+_STEM = (
+    "Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, Tensor? var, float eps, "
+    "Tensor? image_mean, Tensor? image_std, int tile, Tensor(a!) out"
+)
 SCHEMAS = (
     "_add_relu_cuda(Tensor x, Tensor y, Tensor(a!) out) -> ()",
     "_add_relu_backward_cuda(Tensor grad, Tensor y, Tensor(a!) out) -> ()",
@@ -35,9 +39,8 @@ SCHEMAS = (
     "Tensor? var, float eps, Tensor x, Tensor proj_weight, Tensor proj_scale, Tensor proj_shift, "
     "Tensor? proj_mean, Tensor? proj_var, float proj_eps, int[2] stride, int tile, "
     "Tensor(a!) out) -> ()",
-    "_stem_pool_cuda(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? mean, "
-    "Tensor? var, float eps, Tensor? image_mean, Tensor? image_std, int tile, "
-    "Tensor(a!) out) -> ()",
+    f"_stem_pool_cuda({_STEM}) -> ()",
+    f"_stem_problem({_STEM}, Tensor(c!) bytes) -> ()",
 )
 for _schema in SCHEMAS:
     LIBRARY.define(_schema)

@@ -98,15 +98,24 @@ def places(layers: Sequence[Layer], names: Sequence[str]) -> list[Place]:
             found.append(_between(index, layers[at:match]))
             if names[index - 1] == RANGE_CHECK:  # it looks at the result of what is in between
                 found[-2:] = _between(index - 1, layers[at:match]), found[-2]
-        found.append(Place(index, False, [layers[match]], layers[match].name))
         at = match + 1
+        while at < len(layers) and layers[at].name.startswith(f"{name}."):
+            at += 1  # one more of its ops
+        found.append(Place(index, False, list(layers[match:at]), _name_of(name, layers[match])))
     if at < len(layers):
         found.append(_between(len(names), layers[at:]))
     return found
 
 
 def _is_of(name: str, layer: Layer) -> bool:
-    return layer.kind == "pool" if name == POOL else layer.name == name
+    if name == POOL:
+        return layer.kind == "pool"
+    # What calls no module may have children all the same, and then its ops are named one by one.
+    return layer.name == name or layer.name.startswith(f"{name}.")
+
+
+def _name_of(name: str, layer: Layer) -> str:
+    return layer.name if name == POOL else name
 
 
 def _between(index: int, skipped: Sequence[Layer]) -> Place:

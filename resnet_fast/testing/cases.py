@@ -23,6 +23,11 @@ KINDS = (("float16", "tf32"), ("bfloat16", "tf32"), ("float32", "tf32"), ("float
 GUARD = 64  # elements around every tensor: NaN, so that a stray read shows
 
 
+BLOCKS = {  # of each stage
+    18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)
+}  # fmt: skip
+
+
 def resnet_convs(depth: int, n: int = 1, size: int = 224, **options) -> dict[str, ConvSpec]:
     """The distinct convolutions of torchvision's ResNet of `depth` 18, 34, 50, 101 or 152.
 
@@ -34,16 +39,27 @@ def resnet_convs(depth: int, n: int = 1, size: int = 224, **options) -> dict[str
         the specs by a readable id, such as "layer2-conv2-3x3/2"; each with the residual and the
         activation it has in the network.
     """
-    bottleneck = depth >= 50
     convs: dict[str, ConvSpec] = {}
+    for name, spec, _ in resnet_layers(depth, n, size, **options):
+        if spec not in convs.values():
+            convs[name] = spec
+    return convs
+
+
+def resnet_layers(
+    depth: int, n: int = 1, size: int = 224, **options
+) -> list[tuple[str, ConvSpec, int]]:
+    """(id, convolution, how often it runs) of the stem and each stage's first and next blocks."""
+    bottleneck = depth >= 50
+    layers: list[tuple[str, ConvSpec, int]] = []
+    repeats = 1
 
     def add(name, size, c, k, r, stride, **extra) -> int:
         spec = ConvSpec(
             n, size, size, c, k, r, r, (stride, stride), (r // 2, r // 2), norm=True,
             **{**options, **extra},
         )  # fmt: skip
-        if spec not in convs.values():
-            convs[f"{name}-{r}x{r}/{stride}"] = spec
+        layers.append((f"{name}-{r}x{r}/{stride}", spec, repeats))
         return spec.p
 
     size = (add("stem", size, 3, 64, 7, 2) + 1) // 2  # the max-pool halves once more
@@ -51,6 +67,7 @@ def resnet_convs(depth: int, n: int = 1, size: int = 224, **options) -> dict[str
     for stage, width in enumerate((64, 128, 256, 512), start=1):
         for block, stride in enumerate((1 if stage == 1 else 2, 1)):
             name = f"layer{stage}-{'first' if block == 0 else 'next'}"
+            repeats = 1 if block == 0 else BLOCKS[depth][stage - 1] - 1
             out = width * 4 if bottleneck else width
             if block == 0 and (stride != 1 or c != out):
                 add(f"{name}-downsample", size, c, out, 1, stride, activation="none")
@@ -62,7 +79,7 @@ def resnet_convs(depth: int, n: int = 1, size: int = 224, **options) -> dict[str
                 size = add(f"{name}-conv1", size, c, width, 3, stride)
                 add(f"{name}-conv2", size, width, width, 3, 1, residual=True)
             c = out
-    return convs
+    return layers
 
 
 ODD = {

@@ -8,8 +8,10 @@ template with the same struct.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -20,6 +22,9 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # enum class Dtype
 CPP_TYPE = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+
+# Where processes of one run, in which no source changes, share what they compile; None: nowhere.
+cache_folder: Path | None = None
 
 
 class Divisor(ctypes.Structure):
@@ -106,23 +111,47 @@ def layout_asserts(mirror: type[ctypes.Structure]) -> str:
 def compile_unit(text: str, arch: int) -> tuple[str, bytes]:
     """(PTX, cubin) of a translation unit for compute capability `arch` (90 for 9.0).
 
-    The cubin is made from that very PTX. Compiled once per process.
+    The cubin is made from that very PTX. Compiled once per process, or once per `cache_folder`.
 
     Raises:
         RuntimeError: with the compiler's messages.
     """
+    key = hashlib.sha256(f"sm_{arch}\n{text}".encode()).hexdigest()
+    kept = cache_folder and cache_folder / key
+    if kept and kept.exists():
+        return (kept / "kernel.ptx").read_text(), (kept / "kernel.cubin").read_bytes()
     with tempfile.TemporaryDirectory() as folder:
-        source, ptx, cubin = (Path(folder) / f"kernel.{suffix}" for suffix in ("cu", "ptx", "cubin"))
+        source, out = Path(folder, "kernel.cu"), Path(folder, "kernel.ptx")
         source.write_text(text)
-        flags = ("-std=c++17", "-O3", f"-arch=sm_{arch}", "-I", str(CSRC), "--expt-relaxed-constexpr")
-        run("nvcc", *flags, "-ptx", str(source), "-o", str(ptx))
-        run("nvcc", f"-arch=sm_{arch}", "-cubin", str(ptx), "-o", str(cubin))
-        return ptx.read_text(), cubin.read_bytes()
+        flags = ("-std=c++17", "-O3", "-I", str(CSRC), "--expt-relaxed-constexpr")
+        run("nvcc", *flags, f"-arch=sm_{arch}", "-ptx", str(source), "-o", str(out))
+        ptx = out.read_text()
+    cubin = assemble(ptx, arch)
+    if kept:
+        unfinished = kept.with_suffix(f".{os.getpid()}")
+        unfinished.mkdir(parents=True)
+        (unfinished / "kernel.ptx").write_text(ptx)
+        (unfinished / "kernel.cubin").write_bytes(cubin)
+        with contextlib.suppress(OSError):  # another process was first
+            unfinished.rename(kept)
+    return ptx, cubin
+
+
+@functools.lru_cache(maxsize=32)
+def assemble(ptx: str, arch: int) -> bytes:
+    """The cubin of PTX: what the driver would make of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        run("nvcc", f"-arch=sm_{arch}", "-cubin", str(source), "-o", str(cubin))
+        return cubin.read_bytes()
 
 
 def run(*command: str) -> str:
     """Run a tool; what it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -46,6 +47,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)\b", text)}
 
 
+@functools.lru_cache(maxsize=8)
 def disassemble(cubin: bytes) -> str:
     """The machine code as text."""
     return run_tool(knobs.nvidia.nvdisasm.path, "-c", cubin)

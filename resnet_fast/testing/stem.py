@@ -176,27 +176,40 @@ def stem_tensors(
     return StemTensors(x, weight, *vectors, *photograph, out, (memory[:GUARD], memory[-GUARD:]))
 
 
+def stem_problem(tensors: StemTensors, tile: StemTile, address_of=None) -> StemProblem:
+    """The struct that the host makes of the tensors; `address_of` gives their addresses."""
+    t = tensors
+    address_of = address_of or ptx.address_of
+    n, _, h, w = t.x.shape
+    k, p, q = t.out.shape[1:]
+    tiles_row, tiles_column = -(-q // tile.BLOCK_Q), -(-p // tile.BLOCK_P)
+    stride_n, stride_c, stride_h, stride_w = t.x.stride()
+
+    def address(tensor: Tensor | None) -> int | None:
+        return None if tensor is None else address_of(tensor)
+
+    def vector(tensor: Tensor | None) -> ChannelVector:
+        dtype = "float32" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+        return ChannelVector(address(tensor), nvcc.DTYPES[dtype])
+
+    return StemProblem(
+        *map(address, (t.x, t.weight, t.out, t.image_mean, t.image_std)),
+        norm=Norm(*map(vector, (t.scale, t.shift, t.mean, t.var)), t.eps),
+        stride_n=stride_n, stride_c=stride_c, stride_h=stride_h, stride_w=stride_w,
+        h=h, w=w, k=k, p=(h - 1) // 2 + 1, q=(w - 1) // 2 + 1, pool_p=p, pool_q=q,
+        tiles_image=Divisor.of(tiles_row * tiles_column), tiles_row=Divisor.of(tiles_row),
+        tiles=n * tiles_row * tiles_column, bytes=t.x.dtype == torch.uint8,
+    )  # fmt: skip
+
+
 def stem_kernel(
     tensors: StemTensors, tile: StemTile, arch: int, blocks: int | None = None
 ) -> CompiledKernel:
     """The stem's one launch on `tensors`, with at most `blocks` blocks for a group of channels."""
-    t = tensors
-    dtype = str(t.weight.dtype).removeprefix("torch.")
-    n, _, h, w = t.x.shape
-    k, p, q = t.out.shape[1:]
-    tiles_row, tiles_column = -(-q // tile.BLOCK_Q), -(-p // tile.BLOCK_P)
-    tiles = n * tiles_row * tiles_column
-    stride_n, stride_c, stride_h, stride_w = t.x.stride()
-    problem = StemProblem(
-        *map(_address, (t.x, t.weight, t.out, t.image_mean, t.image_std)),
-        norm=Norm(*map(_vector, (t.scale, t.shift, t.mean, t.var)), t.eps),
-        stride_n=stride_n, stride_c=stride_c, stride_h=stride_h, stride_w=stride_w,
-        h=h, w=w, k=k, p=(h - 1) // 2 + 1, q=(w - 1) // 2 + 1, pool_p=p, pool_q=q,
-        tiles_image=Divisor.of(tiles_row * tiles_column), tiles_row=Divisor.of(tiles_row),
-        tiles=tiles, bytes=t.x.dtype == torch.uint8,
-    )  # fmt: skip
+    dtype = str(tensors.weight.dtype).removeprefix("torch.")
+    problem, k = stem_problem(tensors, tile), tensors.out.shape[1]
     text, cubin = nvcc.compile_unit(source(tile, dtype), arch)
-    grid = (min(tiles, blocks or tiles), -(-k // tile.BLOCK_N), 1)
+    grid = (min(problem.tiles, blocks or problem.tiles), -(-k // tile.BLOCK_N), 1)
     return CompiledKernel(
         name=nvcc.entry_name(text),
         arch=arch,
@@ -216,13 +229,3 @@ def source(tile: StemTile, dtype: str) -> str:
     text = nvcc.unit("cuda/device/stem_pool.cuh", instance, StemProblem)
     layout = f"resnet_fast::StemLayout<{element}, resnet_fast::{tile}>"
     return f"{text}static_assert({layout}::kSharedBytes == {tile.shared_bytes(dtype)});\n"
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else ptx.address_of(tensor)
-
-
-def _vector(tensor: Tensor | None) -> ChannelVector:
-    if tensor is None:
-        return ChannelVector()
-    return ChannelVector(_address(tensor), nvcc.DTYPES[str(tensor.dtype).removeprefix("torch.")])

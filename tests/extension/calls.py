@@ -10,8 +10,11 @@ import torch
 import resnet_fast
 from resnet_fast.kernels import cuda
 from resnet_fast.testing import nvcc
+from resnet_fast.testing import stem as stem_mirror
 
 CHANNELS_LAST = torch.channels_last
+VECTORS = ("scale", "shift", "mean", "var")
+OPS = ("add_relu", "conv_bn_act", "conv_bn_join", "stem_pool")
 
 
 def load(folder: str) -> None:
@@ -28,7 +31,7 @@ def facts() -> dict[str, object]:
         "architectures": module.architectures,
         "ptx": module.ptx,
         "tiles": module.tiles,
-        "kernels": {op: module.kernels(op) for op in ("add_relu", "conv_bn_act", "conv_bn_join")},
+        "kernels": {op: module.kernels(op) for op in OPS},
         "refusals": {arch: cuda.architecture_refusal(arch) for arch in (75, 80, 86, 90, 121)},
         "explain": cuda.explain(),
     }
@@ -227,10 +230,81 @@ def join_error(name: str) -> str:
         "x-dtype": {"x": nhwc(2, 8, 6, 7).float(), "proj_weight": nhwc(24, 8, 1, 1).float()},
         "x-channels": {"x": nhwc(2, 12, 6, 7), "proj_weight": nhwc(24, 12, 1, 1)},
         "out-is-h": {"h": nhwc(2, 24, 3, 4), "weight": nhwc(24, 24, 1, 1)},
-        "tile": {"tile": 2},
+        "tile": {"tile": 3},
         "proj_mean-alone": {"proj_mean": vector},
     }[name]
     arguments = good | changes
     if name == "out-is-h":
         arguments["out"] = arguments["h"]
     return error_of(lambda: torch.ops.resnet_fast._conv_bn_join_cuda(*arguments.values()))
+
+
+def stem(name: str) -> dict[str, object]:
+    """Arguments of a stem, [2, 3, 21, 30] -> [2, 16, 6, 8], with one thing changed."""
+    vector, three = torch.ones(16), torch.ones(3)
+    x, weight, out = nhwc(2, 3, 21, 30), nhwc(16, 3, 7, 7), nhwc(2, 16, 6, 8)
+    bytes_ = nhwc(2, 3, 21, 30, dtype=torch.uint8)
+    photograph = {"x": bytes_, "image_mean": three, "image_std": 2 * three}
+    memory = torch.zeros(8192, dtype=torch.float16)
+    changes = {
+        "good": {},
+        "nchw": {"x": x.contiguous()},
+        "sliced": {"x": nhwc(2, 3, 25, 31)[:, :, 1:22, 1:]},
+        "bytes": photograph,
+        "bytes-nchw": photograph | {"x": bytes_.contiguous()},
+        "no-norm": {"mean": None, "var": None},
+        "float32": {"x": x.float(), "weight": weight.float(), "out": out.float(), "tile": 1},
+        "x-3d": {"x": x[0]},
+        "x-channels": {"x": nhwc(2, 4, 21, 30)},
+        "x-dtype": {"x": x.float()},
+        "weight-shape": {"weight": nhwc(16, 3, 5, 5)},
+        "weight-layout": {"weight": weight.contiguous()},
+        "weight-filters": {"weight": nhwc(12, 3, 7, 7), **dict.fromkeys(VECTORS, vector[:12])},
+        "weight-double": {"x": x.double(), "weight": weight.double()},
+        "scale": {"scale": torch.ones(15)},
+        "mean-alone": {"var": None},
+        "image_mean-of-floats": {"image_mean": three},
+        "image_std-shape": photograph | {"image_std": torch.ones(4)},
+        "image_std-dtype": photograph | {"image_std": three.half()},
+        "out-shape": {"out": nhwc(2, 16, 7, 8)},
+        "out-dtype": {"out": out.float()},
+        "out-address": {"out": off_by_one(out)},
+        "out-in-x": {
+            "x": memory.as_strided(x.shape, x.stride()),
+            "out": memory[64:].as_strided(out.shape, out.stride()),
+        },
+        "tile": {"tile": 2},
+    }[name]
+    return {
+        "x": x, "weight": weight, "scale": vector, "shift": vector, "mean": vector, "var": vector,
+        "eps": 1e-5, "image_mean": None, "image_std": None, "tile": 0, "out": out,
+    } | changes  # fmt: skip
+
+
+def stem_error(name: str) -> str:
+    """The error of one call of stem_pool."""
+    return error_of(lambda: torch.ops.resnet_fast._stem_pool_cuda(*stem(name).values()))
+
+
+def stem_problem(name: str) -> tuple[dict, dict]:
+    """The struct that the host makes of `stem(name)`, and what the mirror makes of the same."""
+    arguments = stem(name)
+    given = {key: value for key, value in arguments.items() if key not in ("eps", "tile")}
+    tensors = stem_mirror.StemTensors(**given, out_guard=(), eps=arguments["eps"])
+    size = tensors.weight.element_size()
+    mirror = stem_mirror.stem_problem(
+        tensors, stem_mirror.TILES[size][arguments["tile"]], torch.Tensor.data_ptr
+    )
+    out = torch.zeros(ctypes.sizeof(mirror), dtype=torch.uint8)
+    torch.ops.resnet_fast._stem_problem(*arguments.values(), out)
+    host = type(mirror).from_buffer_copy(bytes(out.tolist()))
+    return fields_of(host), fields_of(mirror)
+
+
+def fields_of(struct: ctypes.Structure) -> dict[str, object]:
+    """A struct's fields by name; what lies between them may be anything."""
+    values = {name: getattr(struct, name) for name, _ in struct._fields_}
+    return {
+        name: fields_of(value) if isinstance(value, ctypes.Structure) else value
+        for name, value in values.items()
+    }

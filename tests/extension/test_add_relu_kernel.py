@@ -118,7 +118,7 @@ def test_moves_each_sector_once(dtype, formula):
 
 
 def test_out_is_written_by_whole_sectors_wherever_it_begins():
-    operands = Operands("AddRelu", "float16", 3 * 4096, (20, 20, 20))
+    operands = Operands("AddRelu", "float16", 3 * 4096, (4, 4, 4))
     counters = build("AddRelu", *operands.parts).run().counters
     size = 3 * 4096 * 2
     assert counters.global_sectors["store"] <= size // SECTOR + 3  # a head and a tail

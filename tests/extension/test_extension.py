@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from resnet_fast import build
+from resnet_fast.dispatch import join, stem
 from resnet_fast.testing import nvcc
 from tests.extension import calls
 
@@ -53,7 +54,12 @@ def extension(built):
 def test_the_report_names_kernels_registers_and_no_spill(built):
     text = built[1]
     assert "GPUs     8.0; newer ones by PTX of 8.0" in text
-    for op, count in (("add_relu", 12), ("conv_bn_act", 51), ("conv_bn_join", 12)):
+    for op, count in (
+        ("add_relu", 12),
+        ("conv_bn_act", 51),
+        ("conv_bn_join", 18),
+        ("stem_pool", 6),
+    ):
         assert re.search(rf"kernels  {op}: {count}, \d+ to \d+ registers, none with spills", text)
     assert re.search(r"conv_bn_act<float16, Tile<128, 128, 64.*registers 8\.0: \d+", text)
 
@@ -184,7 +190,7 @@ JOIN = {
     "x-dtype": ("out", "float32", "float16"),
     "x-channels": ("x", "multiple of 8 channels", "[2, 12, 6, 7]"),
     "out-is-h": ("out", "apart from h", "beside"),
-    "tile": ("tile", "from 0 to 1", "2"),
+    "tile": ("tile", "from 0 to 2", "3"),
     "proj_mean-alone": ("proj_var", "beside mean", "None"),
 }
 
@@ -193,6 +199,54 @@ JOIN = {
 def test_conv_bn_join_refuses(name, extension):
     wanted = JOIN[name] or ("h", "on a CUDA device", "cpu")
     check(extension(calls.join_error, name), *wanted)
+
+
+STEM = {
+    **dict.fromkeys(("good", "nchw", "sliced", "bytes", "bytes-nchw", "no-norm", "float32")),
+    "x-3d": ("x", "4-D", "[3, 21, 30]"),
+    "x-channels": ("x", "3 channels", "[2, 4, 21, 30]"),
+    "x-dtype": ("x", "float16", "float32"),
+    "weight-shape": ("weight", "[16, 3, 7, 7]", "[16, 3, 5, 5]"),
+    "weight-layout": ("weight", "channels_last", "contiguous"),
+    "weight-filters": ("weight", "multiple of 8 filters", "[12, 3, 7, 7]"),
+    "weight-double": ("weight", "float32", "float64"),
+    "scale": ("scale", "[16]", "[15]"),
+    "mean-alone": ("var", "beside mean", "None"),
+    "image_mean-of-floats": ("image_mean", "absent", "[3]"),
+    "image_std-shape": ("image_std", "[3]", "[4]"),
+    "image_std-dtype": ("image_std", "float32", "float16"),
+    "out-shape": ("out", "[2, 16, 6, 8]", "[2, 16, 7, 8]"),
+    "out-dtype": ("out", "float16", "float32"),
+    "out-address": ("out", "multiple of 16 bytes", "address 0x"),
+    "out-in-x": ("out", "apart from x", "beside"),
+    "tile": ("tile", "from 0 to 1", "2"),
+}
+
+
+@pytest.mark.parametrize("name", STEM)
+def test_stem_pool_refuses(name, extension):
+    check(extension(calls.stem_error, name), *(STEM[name] or ("x", "on a CUDA device", "cpu")))
+
+
+@pytest.mark.parametrize("name", [name for name, wanted in STEM.items() if wanted is None])
+def test_the_stems_struct_is_the_mirrors(name, extension):
+    """The mirror is what the kernel's tests launch."""
+    host, mirror = extension(calls.stem_problem, name)
+    assert host == mirror
+
+
+def test_the_stems_table_is_the_choosers(extension):
+    tiles = extension(calls.facts)["tiles"]["stem_pool"]
+    assert [tuple(tile) for tile in tiles] == [
+        (tile.BLOCK_P, tile.BLOCK_Q, tile.NUM_WARPS) for tile in stem.CUDA_TILES
+    ]
+
+
+def test_the_joins_table_is_the_choosers(extension):
+    tiles = extension(calls.facts)["tiles"]["conv_bn_join"]
+    assert [(m, n, k, stages, rows * columns) for m, n, k, stages, rows, columns in tiles] == [
+        (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K, t.NUM_STAGES, t.NUM_WARPS) for t in join.CUDA_TILES
+    ]
 
 
 def check(error: str, argument: str, expected: str, got: str) -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from resnet_fast.testing import interpreted
+from resnet_fast.testing import interpreted, nvcc
 
 pytest.importorskip("triton")
 
@@ -36,5 +37,6 @@ def compile_pool(tmp_path_factory):
 def compile_here(cache: str) -> None:
     """Make this process compile into `cache`."""
     os.environ["TRITON_CACHE_DIR"] = cache
+    nvcc.cache_folder = Path(cache) / "nvcc"
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are the other processes'

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class Job:
     tile: TileConfig
     arch: int
     options: tuple[tuple[str, object], ...] = ()
+    source: Callable = join_cases.join_kernels
 
     def __str__(self) -> str:
         return f"sm_{self.arch}: {self.spec} {self.spec.main.precision}, {self.tile}"
@@ -63,7 +65,7 @@ class Job:
 def machine_faults(job: Job) -> list[str]:
     """Results, conflicts and spills; and the distinct sectors, where the tiles are whole."""
     tensors = join_tensors(job.spec, **dict(job.options))
-    (kernel,) = join_cases.join_kernels(tensors, job.tile, job.arch)
+    (kernel,) = job.source(tensors, job.tile, job.arch)
     try:
         done = kernel.run()
         check(tensors, "")

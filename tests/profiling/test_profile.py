@@ -20,6 +20,7 @@ from resnet_fast import ops
 from resnet_fast.nn import program
 from resnet_fast.profiling import profile as module
 from resnet_fast.profiling import suggest
+from resnet_fast.profiling.calls import around_calls
 from resnet_fast.profiling.layers import as_run
 from resnet_fast.profiling.rows import GAP, LAUNCHES, REMAINDER, Row, peer_seconds, places
 from resnet_fast.profiling.timeline import EventClock, HostClock, Timeline
@@ -162,6 +163,17 @@ def test_nothing_stays_behind_after_an_error(theirs):
     assert nn.Module.__call__ is call and program.watch is None
 
 
+def test_a_replay_outside_of_open_has_no_marks_inside(theirs, ours):
+    with torch.inference_mode(), around_calls() as calls:
+        for model in (theirs, ours):
+            model(X)
+            timeline = Timeline(model, X, HostClock())
+            with timeline.open(calls):
+                assert len(timeline.replay().names) > 20
+            bare = timeline.replay()
+            assert bare.names == () and len(bare.edges) == 1 and not timeline._runs
+
+
 def test_the_peer_runs_the_same_layers_and_its_rows_take_in_norms_and_additions():
     seconds = {
         "layer1.0.conv1": 1.0, "layer1.0.bn1": 2.0, "layer1.0.conv2": 4.0, "layer1.0.bn2": 8.0,
@@ -202,6 +214,21 @@ def test_a_layer_that_runs_in_no_module_has_its_place():
 
     found = profile(Tail(nn.Conv2d(3, 4, 3), nn.ReLU()).eval())
     assert [row.name for row in found.layers] == ["0", "1", "mul"]
+
+
+def test_a_module_that_calls_none_of_its_children_is_one_row():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return (x @ self.inner.weight).relu() @ self.inner.weight
+
+    model = nn.Sequential(nn.ReLU(), Attention(), nn.Linear(8, 8)).eval()
+    found = profile(model, torch.ones(2, 3, 8, 8))
+    assert [row.name for row in found.layers] == ["0", "1", "2"]
+    assert found.layers[1].flops == 2 * (2 * 48 * 8 * 8)
 
 
 def test_the_pool_and_the_layout_of_the_fused_model_have_rows_of_their_own(ours, monkeypatch):
@@ -345,6 +372,16 @@ def test_a_gpus_profile_tells_host_and_device_apart(ours, monkeypatch):
     assert all(row.host is not None for row in found.layers)
     assert found.seconds == found.unmarked  # from call to completion, as a user sees it
     assert {e["tid"] for e in found.trace()["traceEvents"]} >= {5}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
+def test_on_a_gpu(ours):
+    model = resnet_fast.models.resnet50().eval().cuda().half()
+    x = torch.zeros(1, 3, 224, 224, device="cuda", dtype=torch.float16)
+    found = resnet_fast.profile(model, x, compare="torchvision", rounds=5)
+    assert found.device_apart and all(row.roof <= 1.05 for row in found.layers)
+    assert 0 < found.total.seconds == pytest.approx(found.unmarked)
 
 
 # ---- suggestions

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUTLASS's convolutions, compiled once for all tests that calibrate the machine with them."""
 
-import importlib.util
 import pathlib
-import shutil
-import subprocess
 
 import numpy as np
 import ptx_gpu
 import pytest
 from ptx_helpers import conv64
 
-from resnet_fast.testing import ptx
+from resnet_fast.testing import cutlass, ptx
 
 SWIZZLE = (0, 32, 64, 128)  # bytes, by CUtensorMapSwizzle
 
 
 class CutlassConv:
-    """A kernel's PTX, and its launch as its own host code sets it up."""
+    """A kernel of CUTLASS, run as its own host code sets it up."""
 
-    def __init__(self, text: str, host: pathlib.Path):
-        self.text, self.host = text, host
+    def __init__(self, program: cutlass.Program, addresses):
+        self.program, self.text, self.addresses = program, program.ptx, addresses
 
     def run(self, case, text=None):
         """(y, float64 reference, run, tiles) of (N, H, W, C, K, R, S, padding, stride)."""
@@ -31,17 +28,14 @@ class CutlassConv:
         reference = conv64(x, weight, stride, padding)
         y = np.full(reference.shape, np.nan, np.float16)
         arrays = {ptx.address_of(a): a for a in (x, weight, y)}
-        command = [self.host, *map(str, case), *map(str, arrays)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        *maps, launch, block = output.splitlines()
-        params = bytearray.fromhex(block)
-        maps = [tensor_map(line, arrays) for line in maps]
+        launch = self.program.launch(*case, *self.addresses(*arrays))
+        params = launch.params
+        maps = [tensor_map(line, arrays) for line in launch.lines]
         for i, map_ in enumerate(maps):  # CUTLASS keeps some maps more than once
             params = params.replace(f"TENSORMAP{i}".encode().ljust(128, b"\0"), map_.encode())
-        *grid, threads, shared = map(int, launch.split())
         kernel = ptx.Module(text or self.text, strict=False).kernel("")  # the launch is strict
-        run = kernel.launch(grid, threads, [bytes(params)], shared)
-        return y, reference, run, int(np.prod(grid))
+        run = kernel.launch(launch.grid, launch.threads, [params], launch.shared_bytes)
+        return y, reference, run, int(np.prod(launch.grid))
 
 
 def tensor_map(line: str, arrays) -> ptx.TensorMap:
@@ -63,33 +57,25 @@ def tensor_map(line: str, arrays) -> ptx.TensorMap:
     )
 
 
-def compile_cutlass(name: str, arch: str, folder: pathlib.Path) -> CutlassConv:
-    library = importlib.util.find_spec("cutlass_library")
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed")
-    if library is None:
-        pytest.skip("CUTLASS's headers are not installed: pip install --no-deps nvidia-cutlass")
-    root = pathlib.Path(library.submodule_search_locations[0]) / "source"
-    include = ["-I", root / "include", "-I", root / "tools" / "util" / "include"]
-    source = pathlib.Path(__file__).with_name(f"{name}.cu")
-    subprocess.run(
-        ["nvcc", "-std=c++17", "-w", "--expt-relaxed-constexpr", *include]
-        + ["-gencode", f"arch=compute_{arch},code=compute_{arch}"]
-        + ["--keep", "--keep-dir", folder, source, "-o", folder / "host"],
-        check=True,
-        capture_output=True,
-    )
-    return CutlassConv((folder / f"{name}.ptx").read_text(), folder / "host")
+def compile_cutlass(source: pathlib.Path, arch: str, folder, **macros: int) -> cutlass.Program:
+    if reason := cutlass.missing():
+        pytest.skip(reason)
+    return cutlass.compile_program(source, arch, folder, **macros)
 
 
 @pytest.fixture(scope="session")
 def cutlass_conv(tmp_path_factory) -> CutlassConv:
-    return compile_cutlass("cutlass_conv", "80", tmp_path_factory.mktemp("cutlass"))
+    sizes = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "NUM_STAGES": 3}
+    folder = tmp_path_factory.mktemp("cutlass")
+    program = compile_cutlass(cutlass.SOURCE, "80", folder, **sizes)
+    return CutlassConv(program, lambda x, weight, y: (x, weight, 0, y))
 
 
 @pytest.fixture(scope="session")
 def cutlass_conv_sm90(tmp_path_factory) -> CutlassConv:
-    return compile_cutlass("cutlass_conv_sm90", "90a", tmp_path_factory.mktemp("cutlass_sm90"))
+    source = pathlib.Path(__file__).with_name("cutlass_conv_sm90.cu")
+    program = compile_cutlass(source, "90a", tmp_path_factory.mktemp("cutlass_sm90"))
+    return CutlassConv(program, lambda *addresses: addresses)
 
 
 @pytest.fixture(params=["machine", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -35,28 +35,28 @@ struct JoinSource {
   __device__ void advance() { left-- > 0 ? projection.advance() : main.advance(); }
 };
 
+// The columns' numbers in shared memory.
+enum JoinColumn { kFactor, kOtherFactor, kOffsets };
+
 // sums = sums * factor + others * factor' + both offsets, where the accumulators hold them.
 template <class Tile>
-__device__ __forceinline__ void join(Accumulators<Tile>& sums, const Accumulators<Tile>& others,
-                                     const JoinProblem& problem, int first_filter) {
+__device__ __forceinline__ void join(Accumulators<Tile>& sums, const Accumulators<Tile>& others) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int column = first_filter + warp % Tile::kWarpsN * Tile::kWarpN + lane % 4 * 2;
+  const int first = warp % Tile::kWarpsN * Tile::kWarpN + lane % 4 * 2;
 #pragma unroll
   for (int j = 0; j < Tile::kFragmentsN; ++j) {
+    const auto two = [&](JoinColumn which) {
+      return *reinterpret_cast<const float2*>(columns<Tile>(shared_memory, which) + first + j * 8);
+    };
+    const float2 factor = two(kFactor), other_factor = two(kOtherFactor), offset = two(kOffsets);
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int channel = min(column + j * 8 + e, problem.main.k - 1);
-      const Affine main = affine_of(problem.main.norm, channel);
-      const Affine other = affine_of(problem.projection.norm, channel);
-#pragma unroll
-      for (int i = 0; i < Tile::kFragmentsM; ++i) {
-#pragma unroll
-        for (int half = 0; half < 4; half += 2) {
-          float& v = sums.values[i][j][half + e];
-          v = v * main.factor + main.offset +
-              (others.values[i][j][half + e] * other.factor + other.offset);
-        }
-      }
+    for (int i = 0; i < Tile::kFragmentsM; ++i) {
+      float (&v)[4] = sums.values[i][j];
+      const float (&w)[4] = others.values[i][j];
+      v[0] = v[0] * factor.x + (w[0] * other_factor.x + offset.x);
+      v[1] = v[1] * factor.y + (w[1] * other_factor.y + offset.y);
+      v[2] = v[2] * factor.x + (w[2] * other_factor.x + offset.x);
+      v[3] = v[3] * factor.y + (w[3] * other_factor.y + offset.y);
     }
   }
 }
@@ -78,12 +78,19 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_join(const JoinProblem
   Pipeline<Element, Tile> pipeline(shared_memory, projection_steps + main_steps);
   Accumulators<Tile> others, sums;
   pipeline.fill(source);
+  for (int i = threadIdx.x; i < Tile::kBlockN; i += Tile::kThreads) {
+    const int channel = min(first_filter + i, main.k - 1);
+    const Affine affine = affine_of(main.norm, channel);
+    const Affine other = affine_of(projection.norm, channel);
+    columns<Tile>(shared_memory, kFactor)[i] = affine.factor;
+    columns<Tile>(shared_memory, kOtherFactor)[i] = other.factor;
+    columns<Tile>(shared_memory, kOffsets)[i] = affine.offset + other.offset;
+  }
   pipeline.run(others, source, projection_steps);
   pipeline.run(sums, source, main_steps);
-  wait_for_copies<0>();
   __syncthreads();  // the slabs of the epilogue lie where the stages were
 
-  join(sums, others, problem, first_filter);
+  join(sums, others);
   constexpr int kLength = Vector<Element>::kLength;
   auto* y = static_cast<Element*>(main.y);
   for_each_vector<Tile, kLength>(

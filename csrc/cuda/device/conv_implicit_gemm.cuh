@@ -23,6 +23,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../../common/conv_problem.h"
 #include "epilogue.cuh"
@@ -57,17 +58,18 @@ struct ConvSource {
   }
 };
 
-// One vector of y: act(sums * factor + offset + residual), rounded once.
-template <class Element>
-__device__ __forceinline__ Vector<Element> finished(
-    const float (&sums)[Vector<Element>::kLength],
-    const AffineVector<Vector<Element>::kLength>& affine, const Vector<Element>& residual,
-    bool activate) {
-  Vector<Element> y;
+// A vector of y: act(sums * factor + offset + residual), rounded once.
+template <class Elements, int kLength>
+__device__ __forceinline__ Elements finished(const float (&sums)[kLength],
+                                             const float (&factor)[kLength],
+                                             const float (&offset)[kLength],
+                                             const Elements& residual, bool activate) {
+  using Element = std::remove_reference_t<decltype(residual.values[0])>;
+  Elements y;
 #pragma unroll
-  for (int e = 0; e < Vector<Element>::kLength; ++e) {
-    const float v = sums[e] * affine.factor[e] + affine.offset[e] + to_float(residual.values[e]);
-    y.values[e] = from_float<Element>(activate ? relu(v) : v);
+  for (int e = 0; e < kLength; ++e) {
+    const float v = sums[e] * factor[e] + offset[e] + to_float(residual.values[e]);
+    y.values[e] = from_float<std::remove_const_t<Element>>(activate ? relu(v) : v);
   }
   return y;
 }
@@ -90,8 +92,14 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
   Pipeline<Element, Tile> pipeline(shared_memory, steps);
   Accumulators<Tile> acc;
   pipeline.fill(source);
+  if (problem.split_k == 1) {
+    for (int i = threadIdx.x; i < Tile::kBlockN; i += Tile::kThreads) {
+      const Affine affine = affine_of(problem.norm, min(first_filter + i, problem.k - 1));
+      columns<Tile>(shared_memory, 0)[i] = affine.factor;
+      columns<Tile>(shared_memory, 1)[i] = affine.offset;
+    }
+  }
   pipeline.run(acc, source, steps);
-  wait_for_copies<0>();
   __syncthreads();  // the slabs of the epilogue lie where the stages were
 
   // ---- a share of the sum ends in the workspace
@@ -111,10 +119,12 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
   // ---- the whole sum is finished: scale, shift, residual, activation, one rounding
   constexpr int kLength = Vector<Element>::kLength;
   using Lane = SlabLane<Tile, kLength>;
-  const int my_channel =
-      first_filter + threadIdx.x / kWarpSize % Tile::kWarpsN * Tile::kWarpN + Lane().channel;
+  const int column = threadIdx.x / kWarpSize % Tile::kWarpsN * Tile::kWarpN + Lane().channel;
+  const int my_channel = first_filter + column;
   const int rows = my_channel < problem.k ? problem.m - first_row : 0;  // that this lane finishes
-  const AffineVector<kLength> affine(problem.norm, min(my_channel, problem.k - kLength));
+  float factor[kLength], offset[kLength];
+  load(factor, columns<Tile>(shared_memory, 0) + column);
+  load(offset, columns<Tile>(shared_memory, 1) + column);
   const auto* residual = static_cast<const Element*>(problem.residual);
   auto* y = static_cast<Element*>(problem.y);
   Vector<Element> shortcut[Lane::kPasses] = {};
@@ -134,7 +144,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
       [&](int pass, int row, int, const float (&sums)[kLength]) {
         if (row < rows) {
           *reinterpret_cast<Vector<Element>*>(y + (first_row + row) * k + my_channel) =
-              finished<Element>(sums, affine, shortcut[pass], problem.relu);
+              finished(sums, factor, offset, shortcut[pass], problem.relu);
         }
       });
 }
@@ -155,16 +165,12 @@ __global__ void __launch_bounds__(256) reduce_splits(const ConvProblem problem) 
   const AffineVector<4> affine(problem.norm, channel);
   struct alignas(4 * sizeof(Element)) Four {
     Element values[4];
-  } residual = {}, y;
+  } residual = {};
   if (problem.residual != nullptr) {
     residual = *reinterpret_cast<const Four*>(static_cast<const Element*>(problem.residual) + at);
   }
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const float v = sums[e] * affine.factor[e] + affine.offset[e] + to_float(residual.values[e]);
-    y.values[e] = from_float<Element>(problem.relu ? relu(v) : v);
-  }
-  *reinterpret_cast<Four*>(static_cast<Element*>(problem.y) + at) = y;
+  *reinterpret_cast<Four*>(static_cast<Element*>(problem.y) + at) =
+      finished(sums, affine.factor, affine.offset, residual, problem.relu);
 }
 
 }  // namespace resnet_fast

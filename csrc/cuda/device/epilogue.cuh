@@ -32,8 +32,8 @@ __device__ __forceinline__ void load(float (&out)[kLength], ChannelVector vector
 #pragma unroll
     for (int i = 0; i < kLength / 4; ++i) {
       const float4 four = __ldg(from + i);
-      out[4 * i] = four.x, out[4 * i + 1] = four.y, out[4 * i + 2] = four.z,
-              out[4 * i + 3] = four.w;
+      out[4 * i] = four.x, out[4 * i + 1] = four.y;
+      out[4 * i + 2] = four.z, out[4 * i + 3] = four.w;
     }
   } else {
 #pragma unroll
@@ -60,6 +60,32 @@ struct AffineVector {
     }
   }
 };
+
+// A number for each column of the tile, [BLOCK_N] in shared memory. One thread makes each, while
+// the first copies are under way: so a block reads a vector along channels once.
+template <class Tile>
+__device__ __forceinline__ float* columns(unsigned char* shared, int index) {
+  return reinterpret_cast<float*>(shared + Tile::kAffineOffset) + index * Tile::kBlockN;
+}
+
+// kLength numbers of neighbouring columns. Eight lanes are served at once: where they have eight
+// numbers each, the latter four take their second half first, for their first half lies on the
+// banks of the other lanes'.
+__device__ __forceinline__ void load(float (&out)[4], const float* columns) {
+  const float4 four = *reinterpret_cast<const float4*>(columns);
+  out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;
+}
+__device__ __forceinline__ void load(float (&out)[8], const float* columns) {
+  const bool swap = shared_address(columns) & 128;
+  float one[4], other[4];
+  load(one, columns + (swap ? 4 : 0));
+  load(other, columns + (swap ? 0 : 4));
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[i] = swap ? other[i] : one[i];
+    out[4 + i] = swap ? one[i] : other[i];
+  }
+}
 
 // Which rows and channels of a warp's slab a lane reads, kLength channels at a time.
 template <class Tile, int kLength>

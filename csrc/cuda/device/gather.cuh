@@ -67,6 +67,7 @@ class PixelRows {
       offsets_[i] = pixel.offset;
       masks_[i] = row < problem.m ? outside(problem, pixel) : ~0u;
     }
+    keep(destination_);
     const int product = first_product + lane.product;
     const int tap = problem.c_of.quotient(product);
     c_ = product - tap * problem.c;
@@ -140,6 +141,7 @@ class PixelRows<Element, Tile, true> {
       offsets_[i] = Pixel(problem, row, first_image).offset;
       if (row >= problem.m) missing_ |= 1u << i;
     }
+    keep(destination_), keep(missing_);
   }
 
   __device__ void copy(uint32_t stage) const {
@@ -184,6 +186,7 @@ class FilterRows {
     for (int i = 0; i < Tile::kPassesN; ++i) {
       if (filter + i * Tile::kRowsPerPass >= filters) missing_ |= 1u << i;
     }
+    keep(destination_), keep(missing_);
   }
 
   __device__ void copy(uint32_t stage) const {

@@ -48,7 +48,10 @@ struct Tile {
   static constexpr int kSlabBytes = 16 * kSlabPitch * 4;
   static constexpr int kPipelineBytes = NUM_STAGES * kStageBytes;
   static constexpr int kSlabsBytes = WARPS_M * WARPS_N * kSlabBytes;
-  static constexpr int kSharedBytes = kPipelineBytes > kSlabsBytes ? kPipelineBytes : kSlabsBytes;
+
+  // Behind them, what BatchNorm does to each column: up to three numbers (epilogue.cuh).
+  static constexpr int kAffineOffset = kPipelineBytes > kSlabsBytes ? kPipelineBytes : kSlabsBytes;
+  static constexpr int kSharedBytes = kAffineOffset + 3 * BLOCK_N * 4;
 
   __device__ static constexpr int phase(int row) {
     return kRowBytes == 128 ? row % 8 : (row / 2) % 4;

@@ -9,7 +9,7 @@ run.counters
 from .counters import Counters
 from .errors import PtxError
 from .launch import Kernel, Module, Run
-from .memory import address_of, sparse_array
+from .memory import Struct, address_of, sparse_array
 from .tensor_map import TensorMap
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Module",
     "PtxError",
     "Run",
+    "Struct",
     "TensorMap",
     "address_of",
     "sparse_array",

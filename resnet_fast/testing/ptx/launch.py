@@ -15,7 +15,7 @@ from .errors import PtxError
 from .executor import Executor
 from .isa import compile_instruction, find
 from .isa.load_store import parse as parse_access
-from .memory import GlobalMemory, interval
+from .memory import GlobalMemory, Struct, interval
 from .parser import Parser, resolve_labels
 from .shared import BASE
 from .syntax import SIZES, Address, Function, Symbol, Vector
@@ -190,7 +190,8 @@ class Kernel:
         Args:
             grid, block: extents (x, y, z), or an int.
             args: one for each parameter: NumPy arrays and CPU tensors (passed by address, changed
-                in place), ints, floats, None (a null pointer), TensorMap, bytes for a struct.
+                in place), ints, floats, None (a null pointer), TensorMap, bytes for a struct, or
+                Struct where it holds addresses.
                 Trailing 8-byte parameters may be left out and are null: Triton's scratch pointers.
             shared_bytes: dynamic shared memory.
             blocks: block indices (x, y, z), or x, to run instead of the whole grid.
@@ -202,6 +203,7 @@ class Kernel:
         grid, block = _extents(grid), _extents(block)
         arrays = [a for a in args if _is_array(a)]
         arrays += [a.array for a in args if isinstance(a, TensorMap)]
+        arrays += [array for a in args if isinstance(a, Struct) for array in a.arrays]
         used = {s for ins in self.function.body for s in _symbols(ins.operands)}
         arrays += [a for name, a in self.module._storage.items() if name in used]
         counters = Counters()
@@ -262,6 +264,8 @@ class Kernel:
             return bytes(size)
         if isinstance(arg, TensorMap):
             raw = arg.encode()
+        elif isinstance(arg, Struct):
+            raw = arg.data
         elif isinstance(arg, bytes | bytearray):
             raw = bytes(arg)
         elif _is_array(arg):

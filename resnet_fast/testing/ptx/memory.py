@@ -78,21 +78,34 @@ def interval(array) -> Interval:
     return Interval(low + shift, high + shift, buffer, writable)
 
 
-def address_of(array) -> int:
+def address_of(array, publish: bool = True) -> int:
     """The address that `array` has on the machine, for programs that build parameter blocks.
 
-    The array may be touched by launches as long as the object passed here lives.
-
-    Args: array, a NumPy array or a CPU tensor of any dtype and strides.
+    Args: array, a NumPy array or a CPU tensor of any dtype and strides; publish, whether every
+        launch may touch the array as long as the object passed here lives. Without it only a
+        launch that is given the array may, as one of its arguments or in a `Struct`.
     Returns: the 64-bit virtual address of its first element.
     Raises: TypeError for anything else.
     Example: struct.pack("<QQi", ptx.address_of(x), ptx.address_of(y), x.size)
     """
     entry = interval(array)
+    if not publish:
+        return entry.low
     if id(array) not in _published:
         weakref.finalize(array, _published.pop, id(array), None)
     _published[id(array)] = entry
     return entry.low
+
+
+@dataclass(frozen=True, eq=False)
+class Struct:
+    """An argument that is a struct: its bytes, and the arrays whose addresses stand in them.
+
+    Example: Struct(struct.pack("<Qi", address_of(x, publish=False), x.size), (x,))
+    """
+
+    data: bytes
+    arrays: tuple
 
 
 def sparse_array(shape, dtype) -> np.ndarray:
