@@ -6,6 +6,7 @@ The results are what these commands wrote:
     resnet-fast compare MODEL --compile --openvino --json benchmarks/results/cpu/MODEL.json
     python benchmarks/counts.py --json benchmarks/results/counts/resnet50.json
     python benchmarks/counts.py --bytes --json benchmarks/results/counts/bytes.json
+    resnet-fast bench --quick                  benchmarks/results/MACHINE/rows.json
 """
 
 from __future__ import annotations
@@ -36,10 +37,19 @@ def counted(name: str, *layers: str) -> str:
     return counts["markdown"](result, layers or ("",))
 
 
+def bench() -> str:
+    """Times of the models by the benchmark suite, a table per machine."""
+    from resnet_fast.benchmarking import rows, tables
+
+    files = sorted(RESULTS.glob("*/rows.json"))
+    return "\n\n".join(tables.markdown(rows.read(file)) for file in files)
+
+
 TABLES = {  # by what stands in the markers <!-- begin: ... --> and <!-- end: ... -->
     "benchmarks/readme.py": measured,
     "counts": lambda: counted("resnet50", "layer1-first-conv2", "layer3-next-conv1"),
     "bytes": lambda: counted("bytes"),
+    "bench": bench,
 }
 
 

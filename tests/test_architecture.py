@@ -21,7 +21,9 @@ LAYERS = (
     ("nn",),
     ("models",),
     ("conversion",),
-    ("machine", "comparison", "tune"),
+    ("machine", "comparison", "tune", "graphs"),
+    ("profiling",),
+    ("benchmarking",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -31,9 +33,12 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "testing" not in path.p
 # Imported lazily or not at all by the core: only these places may name them.
 OPTIONAL = {
     "triton": ("kernels", "testing"),
-    "torchvision": ("models/weights.py", "comparison", "cli.py", "testing"),
+    "torchvision": ("models/weights.py", "comparison", "cli.py", "profiling/peers.py", "testing"),
     "timm": (),
-    "rich": ("cli.py", "comparison/tables.py"),
+    "rich": ("cli.py", "comparison/tables.py", "benchmarking/tables.py"),
+    "matplotlib": ("profiling/picture.py", "benchmarking/plots.py"),
+    "onnxruntime": ("comparison/providers.py",),
+    "torch_tensorrt": ("comparison/providers.py",),
     "PIL": ("comparison/photographs.py",),
     "numpy": ("testing",),
     "openvino": ("comparison/providers.py",),

@@ -38,9 +38,9 @@ def providers(
     """
     channels_last = copy.deepcopy(theirs).to(device, dtype).to(memory_format=torch.channels_last)
     found = {
-        NCHW: _eager(copy.deepcopy(theirs).to(device, dtype), torch.contiguous_format),
-        NHWC: _eager(channels_last, torch.channels_last),
-        OURS: _eager(
+        NCHW: eager(copy.deepcopy(theirs).to(device, dtype), torch.contiguous_format),
+        NHWC: eager(channels_last, torch.channels_last),
+        OURS: eager(
             copy.deepcopy(ours).to(device, dtype).to(memory_format=torch.channels_last),
             torch.channels_last,
         ),
@@ -48,12 +48,12 @@ def providers(
     for peer in peers:
         if peer not in PEERS:
             raise ValueError(f"unknown peer {peer!r}; known are {', '.join(PEERS)}")
-        build = {"compile": _compiled, "openvino": _openvino}[peer]
+        build = {"compile": compiled, "openvino": openvino_call}[peer]
         found[PEERS[peer]] = build(copy.deepcopy(channels_last), dtype, device)
     return found
 
 
-def _eager(model: nn.Module, memory_format: torch.memory_format) -> Call:
+def eager(model: nn.Module, memory_format: torch.memory_format) -> Call:
     @torch.inference_mode()
     def call(x: Tensor) -> Tensor:
         return model(x.contiguous(memory_format=memory_format))
@@ -62,23 +62,30 @@ def _eager(model: nn.Module, memory_format: torch.memory_format) -> Call:
     return call
 
 
-def _compiled(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Call:
-    """Inductor with freezing, which folds BatchNorm; torch.compile's options do not reach it."""
+def compiled(
+    model: nn.Module, dtype: torch.dtype, device: torch.device, mode: str | None = None
+) -> Call:
+    """Inductor with freezing, which folds BatchNorm; torch.compile's options do not reach it.
+
+    Args:
+        model: in eval mode, on its device, in its dtype and memory format.
+        mode: of torch.compile.
+    """
     from torch._inductor import config
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, dynamic=False)
+    frozen = torch.compile(model, dynamic=False, mode=mode)
 
     # no_grad: what is compiled under inference_mode runs slower.
     @torch.no_grad()
-    def call(x: Tensor) -> Tensor:
+    def call(x: Tensor, *more: Tensor) -> Tensor:
         with config.patch(freezing=True):
-            return compiled(x.contiguous(memory_format=torch.channels_last))
+            return frozen(x.contiguous(memory_format=torch.channels_last), *more)
 
     return call
 
 
-def _openvino(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Call:
+def openvino_call(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Call:
     if find_spec("openvino") is None:
         raise ValueError("OpenVINO is not installed; pip install openvino")
     if device.type != "cpu":
@@ -104,3 +111,46 @@ def _openvino(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Cal
         return torch.from_numpy(compiled(x.float().contiguous().numpy())[0])
 
     return call
+
+
+def onnxruntime_call(model: nn.Module, example: Tensor) -> Call:
+    """ONNX Runtime on the CPU, with all of its graph optimizations; takes contiguous float32.
+
+    Raises:
+        ValueError: it is not installed, or cannot run the dtype or on the device.
+    """
+    for package in ("onnxruntime", "onnxscript"):
+        if find_spec(package) is None:
+            raise ValueError(f"{package} is not installed; pip install onnxruntime onnxscript")
+    if example.device.type != "cpu" or example.dtype != torch.float32:
+        where = f"{str(example.dtype).removeprefix('torch.')} on {example.device.type}"
+        raise ValueError(f"ONNX Runtime is compared in float32 on the CPU, not in {where}")
+    import onnxruntime
+
+    with torch.no_grad():
+        program = torch.onnx.export(
+            model, (example.contiguous(),), dynamo=True, verbose=False, optimize=True
+        )
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+    graph = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+def torch_tensorrt_call(model: nn.Module, example: Tensor) -> Call:
+    """TensorRT through torch-tensorrt, at the example's shape and dtype.
+
+    Raises:
+        ValueError: it is not installed, or there is no GPU.
+    """
+    if find_spec("torch_tensorrt") is None:
+        raise ValueError("torch-tensorrt is not installed; pip install torch-tensorrt")
+    if example.device.type != "cuda":
+        raise ValueError(f"TensorRT runs on a GPU, not on the {example.device.type}")
+    import torch_tensorrt
+
+    return torch_tensorrt.compile(
+        model, ir="dynamo", inputs=[example], enabled_precisions={example.dtype}
+    )

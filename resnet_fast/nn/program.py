@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 
@@ -37,6 +37,10 @@ MAX_PROGRAMS = 16  # input sizes remembered per block
 
 Launch = Callable[..., Tensor]  # see dispatch/backends.py
 Bound = tuple["Program", list[Launch]]  # of its steps, projection first
+
+# While a profile runs, it gives out the launches: from when it is asked for one until it is asked
+# for the next, that one runs.
+watch: Callable[[Sequence[Step | JoinStep], Sequence[Launch]], Iterator[Launch]] | None = None
 
 
 def key_of(x: Tensor) -> tuple:
@@ -213,9 +217,9 @@ class Program:
             owned: x may be overwritten.
             finite: `bound` has shown that all values are finite.
         """
+        steps = iter(launches) if watch is None else watch(self.sequence, launches)
         if self.join is not None:
-            return self._run_join(launches, x, finite)
-        steps = iter(launches)
+            return self._run_join(steps, x, finite)
         shortcut = x if self.joins else None
         if self.projection is not None:
             shortcut, owned = next(steps)(x, None, False, finite), True
@@ -223,16 +227,17 @@ class Program:
         for _ in self.steps[1:]:
             y = next(steps)(y, None, False, finite)
         y = next(steps)(y, shortcut, owned and self.joins, finite)
+        next(steps, None)
         if self.next_key is None:
             self.next_key = key_of(y)
         return y
 
-    def _run_join(self, launches: list[Launch], x: Tensor, finite: bool) -> Tensor:
-        *steps, join = launches
+    def _run_join(self, steps: Iterator[Launch], x: Tensor, finite: bool) -> Tensor:
         h = x
-        for step in steps:
-            h = step(h, None, False, finite)
-        y = join(h, x)
+        for _ in self.steps[:-1]:
+            h = next(steps)(h, None, False, finite)
+        y = next(steps)(h, x)
+        next(steps, None)
         if self.next_key is None:
             self.next_key = key_of(y)
         return y

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: the ops at the shapes that ResNets have, and the ResNets themselves.
+
+Shapes are read off the models, layer by layer, never written down. The residual additions, the
+projection blocks' joins and the stems follow from the same lists.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from resnet_fast import models, ops
+from resnet_fast.profiling.layers import Layer, unfused
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
+
+SUITES = ("ops", "models")
+DTYPES = ("float32", "tf32", "float16", "bfloat16")
+BATCHES = (1, 8, 32, 128, 256)
+SHAPES_FROM = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+OPS = ("conv_bn_act", "add_relu", "conv_bn_join", "stem_pool")
+IMAGE = 224
+
+# `--quick` is under three minutes on two cores: what the two models that people meet first do.
+QUICK_MODELS = ("resnet18", "resnet50")
+QUICK_BATCHES = (1, 8)
+QUICK_DTYPES = ("float32", "bfloat16")
+QUICK_CONVOLUTIONS = 4  # the heaviest
+
+
+@dataclass(frozen=True, slots=True)
+class OpCase:
+    """One op at one shape.
+
+    Args:
+        op: of `OPS`.
+        spec: the convolution; of add_relu the one whose output is added to.
+        where: the layers that have it, of all models.
+        projection: of conv_bn_join, the shortcut's convolution.
+        dtype: of `DTYPES`.
+        layers: how many layers those are.
+    """
+
+    op: str
+    spec: ConvSpec
+    where: str
+    dtype: str
+    projection: ConvSpec | None = None
+    layers: int = 1
+
+    @property
+    def batch(self) -> int:
+        return self.spec.n
+
+    @property
+    def shape(self) -> str:
+        s = self.spec
+        if self.op == "add_relu":
+            return f"{s.n}x{s.p}x{s.q}x{s.k}, {s.dtype}"
+        return f"{s} and {self.projection}" if self.projection else str(s)
+
+    @property
+    def flops(self) -> int:
+        if self.op == "add_relu":
+            return 0
+        return self.spec.flops + (self.projection.flops if self.projection else 0)
+
+    @property
+    def bytes(self) -> int:
+        """Each tensor once; a join's shortcut and a stem's full map are no tensors."""
+        s, size = self.spec, ELEMENT_SIZE[self.spec.dtype]
+        if self.op == "add_relu":
+            return 3 * s.m * s.k * size
+        if self.op == "stem_pool":
+            pooled = s.n * ((s.p + 1) // 2) * ((s.q + 1) // 2) * s.k
+            return touched_bytes(s) + (pooled - s.m * s.k) * size
+        if self.projection:
+            return touched_bytes(replace(s, residual=False)) + (
+                touched_bytes(self.projection) - s.m * s.k * size
+            )
+        return touched_bytes(s)
+
+    @property
+    def k_gemm(self) -> int:
+        if self.op == "add_relu":
+            return 1
+        return self.spec.k_gemm + (self.projection.k_gemm if self.projection else 0)
+
+
+def touched_bytes(spec: ConvSpec) -> int:
+    """`spec.bytes_minimum` without the pixels that a stride steps over."""
+    rows = spec.h if spec.r >= spec.stride[0] else spec.p * spec.r
+    columns = spec.w if spec.s >= spec.stride[1] else spec.q * spec.s
+    skipped = spec.n * spec.c * (spec.h * spec.w - min(rows, spec.h) * min(columns, spec.w))
+    return spec.bytes_minimum - skipped * ELEMENT_SIZE[spec.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCase:
+    """One model at one batch and dtype."""
+
+    model: str
+    batch: int
+    dtype: str
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch}x3x{IMAGE}x{IMAGE}"
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The tensors' dtype: "tf32" is a way to multiply float32."""
+    return getattr(torch, dtype.replace("tf32", "float32"))
+
+
+def model_names() -> list[str]:
+    """The builders that torchvision has too: there is something to compare them with."""
+    from_resnet = f"{models.__name__}.resnet"
+    return [
+        name
+        for name in models.list_models()
+        if models.get_model_builder(name).__module__ == from_resnet
+    ]
+
+
+def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise ValueError, listing the known ones, for a name that is none of them."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(known)}")
+
+
+def model_cases(
+    names: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], device: str
+) -> list[ModelCase]:
+    """By model, dtype and batch; TF32 is a GPU's."""
+    return [
+        ModelCase(model, batch, dtype)
+        for model in names
+        for dtype in runnable(dtypes, device)
+        for batch in batches
+    ]
+
+
+def runnable(dtypes: Sequence[str], device: str) -> list[str]:
+    """The dtypes that mean something on a device type."""
+    return [dtype for dtype in dtypes if dtype != "tf32" or device == "cuda"]
+
+
+def op_cases(
+    names: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    device: str,
+    heaviest: int | None = None,
+) -> list[OpCase]:
+    """Every distinct op of the models.
+
+    Args:
+        names: of models; `SHAPES_FROM` for all.
+        batches, dtypes: as of `BATCHES` and `DTYPES`.
+        device: "cpu" or "cuda".
+        heaviest: take so many convolutions, those that need most FLOPs in all layers that have
+            them, and one of each of the other ops.
+    """
+    shapes = distinct_ops(tuple(names))
+    kept = []
+    for op in OPS:
+        if not hasattr(ops, op):
+            continue
+        of_op = [case for case in shapes if case.op == op]
+        if heaviest is not None:
+            of_op.sort(key=lambda c: (c.layers * c.flops, c.layers * c.bytes), reverse=True)
+            of_op = of_op[: heaviest if op == "conv_bn_act" else 1]
+        kept += of_op
+    return [at(case, batch, dtype) for case in kept for dtype in runnable(dtypes, device)
+            for batch in batches]  # fmt: skip
+
+
+def at(case: OpCase, batch: int, dtype: str) -> OpCase:
+    """The case with another batch and dtype."""
+
+    def moved(spec: ConvSpec | None) -> ConvSpec | None:
+        precision = "tf32" if dtype == "tf32" else "ieee"
+        element = dtype.replace("tf32", "float32")
+        return spec and replace(spec, n=batch, dtype=element, precision=precision)
+
+    return replace(case, spec=moved(case.spec), projection=moved(case.projection), dtype=dtype)
+
+
+@functools.cache
+def distinct_ops(names: tuple[str, ...]) -> tuple[OpCase, ...]:
+    """The ops of the models at batch 1 in float32, each once, with all layers that have it."""
+    found: dict[tuple, list[str]] = {}
+    for name in names:
+        for op, spec, projection, layer in _ops_of(name):
+            key = (op, spec, projection)
+            if op == "add_relu":  # of which only the output counts
+                key = next((k for k in found if k[0] == op and _adds(k[1]) == _adds(spec)), key)
+            found.setdefault(key, []).append(f"{name}.{layer}")
+    return tuple(
+        OpCase(op, spec, _named(where), "float32", projection, len(where))
+        for (op, spec, projection), where in found.items()
+    )
+
+
+def _adds(spec: ConvSpec) -> tuple[int, ...]:
+    return (spec.n, spec.p, spec.q, spec.k)
+
+
+def _named(layers: list[str]) -> str:
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    return layers[0] + more
+
+
+def _ops_of(name: str) -> Iterable[tuple[str, ConvSpec, ConvSpec | None, str]]:
+    """(op, convolution, projection, layer) of a model, from its unfused layers."""
+    listed = [layer for layer in plain_layers(name) if layer.spec]
+    blocks: dict[str, list[Layer]] = {}
+    for layer in listed:
+        blocks.setdefault(_block(layer.name), []).append(layer)
+    for block, parts in blocks.items():
+        projection = next((_spec(p, "none", False) for p in parts if "downsample" in p.name), None)
+        main = [p for p in parts if "downsample" not in p.name]
+        for layer in main[:-1]:
+            yield "conv_bn_act", _spec(layer, "relu", False), None, layer.name
+        last = main[-1]
+        if not block:
+            yield "conv_bn_act", _spec(last, "relu", False), None, last.name
+            yield "stem_pool", _spec(last, "relu", False), None, last.name
+            continue
+        yield "conv_bn_act", _spec(last, "relu", True), None, last.name
+        yield "add_relu", _spec(last, "none", False), None, block
+        if projection is not None:
+            yield "conv_bn_act", projection, None, f"{block}.downsample"
+            yield "conv_bn_join", _spec(last, "relu", False), projection, block
+
+
+def _block(layer: str) -> str:
+    """The block a layer belongs to: "layer1.0" of "layer1.0.downsample.0"; "" for the stem."""
+    return ".".join(layer.split(".")[:2]) if "." in layer else ""
+
+
+def _spec(layer: Layer, activation: str, residual: bool) -> ConvSpec:
+    return replace(layer.spec, activation=activation, residual=residual, norm=True)
+
+
+@functools.cache
+def plain_layers(name: str) -> tuple[Layer, ...]:
+    """The layers of one of our models as plain torch runs it, on one image in float32."""
+    with torch.random.fork_rng(devices=[]):
+        model = models.get_model(name).eval()
+    return tuple(unfused(model, torch.empty(1, 3, IMAGE, IMAGE)))

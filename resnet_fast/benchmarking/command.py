@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `resnet-fast bench` does between reading its options and printing."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from resnet_fast.benchmarking import compare as comparing
+from resnet_fast.benchmarking import report, rows, suite, tables
+from resnet_fast.benchmarking.environment import environment, machine_name
+from resnet_fast.benchmarking.rows import Results
+from resnet_fast.benchmarking.suite import Request
+
+RESULTS = Path("benchmarks") / "results"
+
+render = tables.render
+
+
+def writable_folder(folder: Path | None, request: Request) -> Path:
+    """The folder for results, made and tried before any work.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    if folder is None:
+        folder = RESULTS / machine_name(environment(request.place))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"--out: {folder} cannot be written: {reason}") from None
+    return folder
+
+
+def measure(
+    request: Request, folder: Path, progress: Callable[[str], None] = lambda text: None
+) -> tuple[Results, list[Path]]:
+    """Run the suite and write rows, pictures and page; Ctrl-C leaves what was measured there."""
+    start = time.perf_counter()
+    text = said(request)
+
+    def keep(results: Results) -> None:
+        results.command, results.seconds = text, time.perf_counter() - start
+        rows.write(results, folder)
+
+    results = suite.run(request, progress=progress, keep=keep)
+    keep(results)
+    progress("drawing the page")
+    files = rows.write(results, folder)
+    roofs = suite.roofs_of(results.rows, request.place, progress)
+    return results, files + report.write(results, roofs, folder)
+
+
+def said(request: Request) -> str:
+    """The command line that asks for this."""
+    words = ["resnet-fast", "bench"]
+    if len(request.suites) == 1:
+        words += request.suites
+    if request.quick:
+        words.append("--quick")
+    for name in ("providers", "models", "batches", "dtypes"):
+        values = getattr(request, name)
+        if values:
+            option = {"batches": "batch", "dtypes": "dtype"}.get(name, name)
+            words += [f"--{option}", *map(str, values)]
+    return shlex.join(words)
+
+
+def compare(old: Path, new: Path) -> tuple[list, bool]:
+    """What to print of two results, and whether anything of the new one is slower."""
+    changes = comparing.compare(rows.read(old), rows.read(new))
+    return list(tables.changes(changes)), bool(comparing.regressions(changes))
+
+
+def failed(results: Results) -> bool:
+    """Whether any answer failed its check."""
+    return any(row.status == rows.FAILED for row in results.rows)

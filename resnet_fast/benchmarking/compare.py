@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two runs of the suite held against each other: what became slower by more than the noise.
+
+A machine drifts: the same code an hour later may be slower by a tenth, all of it. So a provider is
+judged by its time over eager's in the same rounds, where both runs have that ratio; what drift is
+left in a ratio is small beside what the rounds themselves scatter:
+
+    noise = 2 * sqrt(sum of the variances of the medians' relative scatter), at least 8 %
+
+with each scatter taken from p20 and p80, which for a normal distribution lie 1.683 sigma apart.
+Eager itself has no ratio: how its time moved is told as drift, and is no regression of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from resnet_fast.benchmarking.providers import EAGER
+from resnet_fast.benchmarking.rows import Results, Row
+
+FLOOR = 0.08
+SIGMAS_BETWEEN_P20_AND_P80 = 1.683
+
+SLOWER, FASTER, SAME, DRIFT, NO_TIME = "slower", "faster", "same", "drift", "no time any more"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One case and provider in both runs.
+
+    Args:
+        row: of the new run.
+        old_ms, new_ms: medians.
+        ratio: new over old; of the times over eager's where `relative`.
+        noise: how far from 1 the ratio may be without meaning anything.
+        verdict: "slower", "faster", "same", "drift" (of eager itself), or "no time any more".
+    """
+
+    row: Row
+    old_ms: float
+    new_ms: float | None
+    ratio: float
+    noise: float
+    relative: bool
+    verdict: str
+
+
+def compare(old: Results, new: Results) -> list[Change]:
+    """Every case and provider that the old run has a time of and the new run has a row of."""
+    before = {_key(row): row for row in old.rows if row.measured}
+    after = {_key(row): row for row in new.rows}
+    return [_change(before, after, key) for key in before if key in after]
+
+
+def regressions(changes: list[Change]) -> list[Change]:
+    """Those that are slower, or have lost their time."""
+    return [change for change in changes if change.verdict in (SLOWER, NO_TIME)]
+
+
+def _key(row: Row) -> tuple:
+    return (*row.case, row.provider, row.environment.kind)
+
+
+def _change(before: dict[tuple, Row], after: dict[tuple, Row], key: tuple) -> Change:
+    old, new = before[key], after[key]
+    if not new.measured:
+        return Change(new, old.time_ms, None, math.nan, math.nan, False, NO_TIME)
+    eager = (*old.case, EAGER[old.suite], old.environment.kind)
+    rows = [old, new]
+    ratio, relative = new.time_ms / old.time_ms, False
+    is_eager = old.provider == EAGER[old.suite]
+    has_eager = eager in before and eager in after and after[eager].measured
+    if has_eager and not is_eager:
+        rows += [before[eager], after[eager]]
+        ratio, relative = ratio * before[eager].time_ms / after[eager].time_ms, True
+    noise = max(FLOOR, 2 * math.sqrt(sum(scatter(row) ** 2 for row in rows)))
+    if is_eager:
+        verdict = DRIFT if abs(ratio - 1) > noise else SAME
+    else:
+        verdict = SLOWER if ratio > 1 + noise else FASTER if ratio < 1 / (1 + noise) else SAME
+    return Change(new, old.time_ms, new.time_ms, ratio, noise, relative, verdict)
+
+
+def scatter(row: Row) -> float:
+    """The relative standard error of the row's median, from the rounds' p20 and p80.
+
+    A median of n rounds scatters 1.2533 / sqrt(n) as much as one round. Rounds in a row are not
+    independent, so no more than nine of them count.
+    """
+    name = "device" if row.device_ms is not None else "wall"
+    low, high = (getattr(row, f"{name}_{part}_ms") for part in ("p20", "p80"))
+    one = (high - low) / SIGMAS_BETWEEN_P20_AND_P80 / row.time_ms
+    return one * 1.2533 / math.sqrt(min(max(row.rounds, 1), 9))

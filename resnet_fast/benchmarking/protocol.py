@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a time comes about, whoever is measured: right answers first, then fair rounds.
+
+    build -> first call, cold -> its answer against float64 -> warm-up until stable
+          -> the answer again -> memory of one call -> rounds, each provider once per round
+
+A provider whose answer fails either check gets no time. Rounds go through all providers in turn, so
+that a machine that slows down slows all of them. Who is missing, throws or runs out of memory is
+left with its reason, and the rest go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from resnet_fast import agreement
+from resnet_fast.agreement import Verdict
+from resnet_fast.benchmarking import rows
+from resnet_fast.benchmarking.clocks import Clock
+
+MIN_ROUNDS, MAX_ROUNDS = 7, 200
+WARM_UP_LIMIT = 24
+WINDOW = 3  # calls whose median is compared with that of the calls before them
+SETTLED = 0.10
+TIME_IS_UP = "the time that the run may take was up"
+
+
+class Missing(Exception):
+    """A provider that cannot run here at all; the text says why and what to do."""
+
+
+class LeftOut(Exception):
+    """A provider that is not asked in this case; the text says why."""
+
+
+Inputs = tuple[object, ...]
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A provider ready for one case.
+
+    Args:
+        call: the whole work: from one set of inputs to the result.
+        prepare: a set of inputs as this provider takes it; done once per set, untimed.
+        around: entered outside of the clock around every call: modes, flags.
+        layout, backend, tile: for the row; each a text, or a function asked after the first call.
+        graphable: whether its work may be captured in a CUDA graph to time the device alone.
+    """
+
+    call: Callable[..., Tensor]
+    prepare: Callable[[Inputs], Inputs] = lambda inputs: inputs
+    around: Callable[[], contextlib.AbstractContextManager] = torch.inference_mode
+    layout: str = "channels_last"
+    backend: str | Callable[[], str] = ""
+    tile: str | Callable[[], str] = ""
+    graphable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What all providers are given, and what their answers are held against.
+
+    Args:
+        inputs: sets of inputs; timed calls walk through them.
+        exact, eager: float64's result for the first set, and eager torch's at the case's dtype,
+            of the first images (a float64 reference of 256 would take longer than the benchmark).
+        k_gemm: products per output element; 1 where layers follow each other.
+        back_to_back: whether a timed call follows an untimed one of the same provider, as a server
+            calls a model; otherwise the caches hold what the other providers left, or are flushed.
+        cache_text: how inputs meet the caches, for the row.
+    """
+
+    inputs: Sequence[Inputs]
+    exact: Tensor
+    eager: Tensor
+    k_gemm: int = 1
+    back_to_back: bool = False
+    cache_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The samples of one column, in milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+    p99: float
+    samples: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Statistics:
+        """Of at least one sample; percentiles lie between neighbours, within the samples."""
+        if len(samples) == 1:
+            return cls(*(samples[0],) * 4, tuple(samples))
+        cuts = statistics.quantiles(samples, n=100, method="inclusive")
+        return cls(statistics.median(samples), cuts[19], cuts[79], cuts[98], tuple(samples))
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of one provider: a status, and if that is "measured", its times."""
+
+    status: str = rows.INTERRUPTED
+    reason: str = ""
+    verdict: Verdict | None = None
+    wall: Statistics | None = None
+    device: Statistics | None = None
+    device_how: str = ""
+    first_ms: float | None = None
+    build_ms: float | None = None
+    warm_up: int = 0
+    stable: bool = False
+    peak_memory_mb: float | None = None
+    layout: str = ""
+    backend: str = ""
+    tile: str = ""
+
+
+@dataclass(slots=True)
+class _Runner:
+    """A candidate on its way through the protocol."""
+
+    candidate: Candidate
+    inputs: list[Inputs]
+    outcome: Outcome
+    replay: Callable[[], object] | None = None
+    wall: list[float] = field(default_factory=list)
+    device: list[float] = field(default_factory=list)
+    turn: int = 0
+
+    FIRST: ClassVar[int] = 0
+
+    def next_call(self) -> Callable[[], Tensor]:
+        self.turn += 1
+        inputs = self.inputs[self.turn % len(self.inputs)]
+        return lambda: self.candidate.call(*inputs)
+
+    def first_call(self) -> Callable[[], Tensor]:
+        inputs = self.inputs[self.FIRST]
+        return lambda: self.candidate.call(*inputs)
+
+
+def measure(
+    builders: dict[str, Callable[[], Candidate]],
+    case: Case,
+    clock: Clock,
+    *,
+    seconds: float,
+    deadline: float = math.inf,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[dict[str, Outcome], bool]:
+    """Take every provider through the protocol.
+
+    Args:
+        builders: by provider's name; each makes its `Candidate`, or raises to say why it cannot.
+        case: inputs and references.
+        clock: of the device.
+        seconds: of timed rounds for all providers together, of which at least 7 are made; a
+            provider's warm-up takes at most half as long.
+        deadline: of the clock: no step begins after it; who has too few rounds then has no time.
+        progress: told what is being done.
+
+    Returns:
+        An `Outcome` per provider, and whether Ctrl-C cut the work short; what was measured until
+        then is kept.
+    """
+    outcomes = {name: Outcome() for name in builders}
+    runners: dict[str, _Runner] = {}
+    interrupted = False
+    try:
+        for name, build in builders.items():
+            progress(f"{name}: building and checking")
+            with _reason_in(outcomes[name]):
+                if clock.now() > deadline:
+                    raise LeftOut(TIME_IS_UP)
+                runner = _enter(build, case, clock, outcomes[name], seconds)
+                if runner is not None:
+                    runners[name] = runner
+        _rounds(runners, clock, min(clock.now() + seconds, deadline), deadline, case, progress)
+    except KeyboardInterrupt:
+        interrupted = True
+    for runner in runners.values():
+        _close(runner, interrupted)
+    return outcomes, interrupted
+
+
+@contextlib.contextmanager
+def _reason_in(outcome: Outcome):
+    """Write the reason of an exception to the outcome and go on."""
+    try:
+        yield
+    except Exception as error:
+        outcome.status, outcome.reason = why(error)
+
+
+def why(error: Exception) -> tuple[str, str]:
+    """The status and the reason that an exception stands for."""
+    text = str(error).strip() or type(error).__name__
+    line = text.splitlines()[0][:300]
+    if isinstance(error, Missing):
+        return rows.MISSING, line
+    if isinstance(error, LeftOut):
+        return rows.LEFT_OUT, line
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    said = ("out of memory", "not enough memory", "can't allocate memory")
+    if isinstance(error, kinds) or any(words in text.lower() for words in said):
+        return rows.MEMORY, line
+    return rows.THREW, f"{type(error).__name__}: {line}"
+
+
+def _enter(
+    build: Callable[[], Candidate], case: Case, clock: Clock, outcome: Outcome, seconds: float
+) -> _Runner | None:
+    """Build, check, warm up, check again; None where the answer was not exact enough."""
+    start = clock.now()
+    candidate = build()
+    inputs = [candidate.prepare(one) for one in case.inputs]
+    outcome.build_ms = (clock.now() - start) * 1e3
+    runner = _Runner(candidate, inputs, outcome)
+    with candidate.around():
+        result: list[Tensor] = []
+        first = clock.lap(lambda: result.append(runner.first_call()()))
+        if not _agrees(result.pop(), case, outcome, "its first call"):
+            return None
+        outcome.first_ms = first.wall_ms
+        for name in ("layout", "backend", "tile"):
+            said = getattr(candidate, name)
+            setattr(outcome, name, said() if callable(said) else said)
+        outcome.warm_up, outcome.stable = warm_up(
+            lambda: clock.lap(runner.next_call()).wall_ms, seconds / 2 * 1e3
+        )
+        # Whoever kept anything of the calls before (a captured graph, a buffer) shows it here.
+        if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):
+            return None
+        outcome.peak_memory_mb = clock.peak_memory_mb(runner.next_call())
+        if candidate.graphable:
+            runner.replay = clock.capture(runner.first_call())
+    return runner
+
+
+def _agrees(result: Tensor, case: Case, outcome: Outcome, when: str) -> bool:
+    count = len(case.exact)
+    ours = result[:count].detach().cpu()
+    if ours.shape != case.exact.shape:
+        outcome.reason = f"{when} gave {list(result.shape)}, not {list(case.exact.shape)}"
+        outcome.status, outcome.first_ms = rows.FAILED, None
+        return False
+    # One that returns another dtype is held to the rule of the case's.
+    ours = ours.to(case.eager.dtype)
+    outcome.verdict = agreement.compare(ours, case.eager, case.exact, case.k_gemm)
+    if not outcome.verdict.agrees:
+        outcome.status, outcome.reason = rows.FAILED, f"{when}: {outcome.verdict}"
+        outcome.first_ms = None
+        return False
+    return True
+
+
+def warm_up(lap: Callable[[], float], milliseconds: float) -> tuple[int, bool]:
+    """Call until the median of the last three times is within 10 % of that of the three before.
+
+    Args:
+        lap: calls once and says how many milliseconds that took.
+        milliseconds: the calls may take together; three are made in any case, 24 at most.
+
+    Returns:
+        How often it was called, and whether the times settled before the limits.
+    """
+    times: list[float] = []
+    while len(times) < WARM_UP_LIMIT and (len(times) < WINDOW or sum(times) < milliseconds):
+        times.append(lap())
+        if len(times) >= 2 * WINDOW:
+            now = statistics.median(times[-WINDOW:])
+            before = statistics.median(times[-2 * WINDOW : -WINDOW])
+            if abs(now - before) <= SETTLED * before:
+                return len(times), True
+    return len(times), False
+
+
+def _rounds(
+    runners: dict[str, _Runner],
+    clock: Clock,
+    end: float,
+    deadline: float,
+    case: Case,
+    progress: Callable[[str], None],
+) -> None:
+    count = 0
+    while runners and clock.now() < (deadline if count < MIN_ROUNDS else end):
+        if count == MAX_ROUNDS:
+            return
+        count += 1
+        progress(f"round {count}")
+        for name, runner in list(runners.items()):
+            with _reason_in(runner.outcome):
+                _lap(runner, clock, case.back_to_back)
+                continue
+            del runners[name]  # it threw: its reason stands in its outcome, and its times go
+
+
+def _lap(runner: _Runner, clock: Clock, back_to_back: bool) -> None:
+    with runner.candidate.around():
+        if back_to_back:
+            runner.next_call()()
+        else:
+            clock.flush()
+        lap = clock.lap(runner.next_call())
+        device_ms = lap.device_ms
+        if runner.replay is not None:
+            if not back_to_back:
+                clock.flush()
+            device_ms = clock.lap(runner.replay).device_ms
+    # Both or neither: an interruption between the two must not leave columns of unlike length.
+    runner.wall.append(lap.wall_ms)
+    if device_ms is not None:
+        runner.device.append(device_ms)
+
+
+def _close(runner: _Runner, interrupted: bool) -> None:
+    """Turn samples into statistics; a provider with too few rounds gets none."""
+    outcome = runner.outcome
+    if len(runner.wall) < MIN_ROUNDS:
+        if not interrupted:
+            outcome.status, outcome.reason = rows.LEFT_OUT, TIME_IS_UP
+        return
+    outcome.status = rows.MEASURED
+    outcome.wall = Statistics.of(runner.wall)
+    if runner.device:
+        outcome.device = Statistics.of(runner.device)
+        outcome.device_how = "graph replay" if runner.replay is not None else "events"

@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is measured: a row each, in the strongest honest form, for whole models and for single ops.
+
+A provider builds a `Candidate` for a case, or raises to say why it cannot. What conversion it needs
+(memory order, another array type) is done to the inputs before the clock runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import resnet_fast
+from resnet_fast import ops
+from resnet_fast.benchmarking import cases, cudnn, formulas
+from resnet_fast.benchmarking.cases import ModelCase, OpCase, torch_dtype
+from resnet_fast.benchmarking.protocol import Candidate, Inputs, LeftOut, Missing
+from resnet_fast.comparison import providers as peers
+
+# What `--quick` has the time to compile: (model, batch).
+QUICK_COMPILED = (("resnet18", 1),)
+EAGER = {"models": "torchvision-channels_last", "ops": "aten"}
+OURS = "resnet_fast"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWork:
+    """A model case's material.
+
+    Args:
+        case: the model, batch and dtype.
+        theirs, ours: torchvision's model and ours, float32, eval, on the CPU, of the same weights.
+        x: [N, 3, 224, 224] of the case's dtype on its device, channels_last.
+        quick: whether what takes long to build should leave itself out.
+    """
+
+    case: ModelCase
+    theirs: nn.Module
+    ours: nn.Module
+    x: Tensor
+    quick: bool = False
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """A copy on the case's device, in its dtype, channels_last."""
+        model = copy.deepcopy(model).to(self.x.device, self.x.dtype)
+        return model.to(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, slots=True)
+class OpWork:
+    """An op case's material: the case, and the op as a module on its device."""
+
+    case: OpCase
+    module: nn.Module
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """One way to compute a case.
+
+    Args:
+        name: what `--providers` calls it.
+        about: one line for the report.
+        build: makes it ready for a ModelWork or an OpWork.
+        device: "cuda" or "cpu" where it exists on one only.
+        quick: whether it is asked by `--quick`.
+        ops: that it takes; of models, all.
+    """
+
+    name: str
+    about: str
+    build: Callable[[object], Candidate]
+    device: str | None = None
+    quick: bool = True
+    ops: tuple[str, ...] = cases.OPS
+
+
+def contiguous(inputs: Inputs) -> Inputs:
+    return tuple(t.contiguous() for t in inputs)
+
+
+# ---- whole models
+
+
+def _eager(work: ModelWork, benchmark: bool = False, nhwc: bool = True) -> Candidate:
+    model = work.placed(work.theirs)
+    if not nhwc:
+        model = model.to(memory_format=torch.contiguous_format)
+    around = partial(_cudnn_flags, benchmark)
+    if nhwc:
+        return Candidate(model, around=around, backend="torch")
+    return Candidate(model, contiguous, around, layout="contiguous", backend="torch")
+
+
+@contextlib.contextmanager
+def _cudnn_flags(benchmark: bool):
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = benchmark
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _cudnn_fused(work: ModelWork) -> Candidate:
+    cudnn.check_available(work.x.device)
+    model = work.placed(cudnn.CudnnFused(work.theirs))
+    return Candidate(model, around=partial(_cudnn_flags, True), backend="cuDNN, fused calls")
+
+
+def _compile(work: ModelWork, mode: str | None = None, graphable: bool = True) -> Candidate:
+    if work.quick and (work.case.model, work.case.batch) not in QUICK_COMPILED:
+        raise LeftOut("compiling takes longer than --quick may take; run without it")
+    call = peers.compiled(work.placed(work.theirs), work.x.dtype, work.x.device, mode)
+    return Candidate(call, around=torch.no_grad, backend="Inductor, freezing", graphable=graphable)
+
+
+def _openvino(work: ModelWork) -> Candidate:
+    try:
+        call = peers.openvino_call(copy.deepcopy(work.theirs), work.x.dtype, work.x.device)
+    except ValueError as error:
+        raise Missing(str(error)) from None
+    return Candidate(call, _float_contiguous, layout="contiguous", backend="OpenVINO")
+
+
+def _onnxruntime(work: ModelWork) -> Candidate:
+    try:
+        call = peers.onnxruntime_call(copy.deepcopy(work.theirs), work.x)
+    except ValueError as error:
+        raise Missing(str(error)) from None
+    return Candidate(call, contiguous, layout="contiguous", backend="ONNX Runtime")
+
+
+def _float_contiguous(inputs: Inputs) -> Inputs:
+    return tuple(t.float().contiguous() for t in inputs)
+
+
+def _tensorrt(work: ModelWork) -> Candidate:
+    try:
+        call = peers.torch_tensorrt_call(work.placed(work.theirs), work.x)
+    except ValueError as error:
+        raise Missing(str(error)) from None
+    return Candidate(call, around=torch.no_grad, backend="TensorRT")
+
+
+def _ours(work: ModelWork) -> Candidate:
+    model = work.placed(work.ours)
+    return Candidate(model, backend=partial(_backends_of, model))
+
+
+def _ours_by(work: ModelWork, backend: str) -> Candidate:
+    model = resnet_fast.optimize(work.placed(work.theirs), backend=backend, strict=True)
+    return Candidate(model, backend=partial(_backends_of, model))
+
+
+def _backends_of(model: nn.Module) -> str:
+    """The backends that ran a model's blocks, as its report says."""
+    report = resnet_fast.report(model)
+    used = sorted({name for row in report for name in row.backend.split(", ") if name})
+    return f"{', '.join(used)}: {report.fused} of {len(report)} blocks fused"
+
+
+def _ours_graph(work: ModelWork) -> Candidate:
+    capture = getattr(resnet_fast, "cuda_graph", None)
+    if capture is None:
+        raise Missing("this resnet_fast has no cuda_graph")
+    if not work.x.is_cuda:
+        raise Missing(f"CUDA graphs run on a GPU, not on the {work.x.device.type}")
+    # Recorded in the first call, which is made under inference_mode; it is no graph to capture.
+    graph = capture(work.placed(work.ours), clone=False)
+    return Candidate(graph, backend="CUDA graph", graphable=False)
+
+
+MODEL_PROVIDERS = (
+    Provider("torchvision-contiguous", "torchvision, NCHW", partial(_eager, nhwc=False)),
+    Provider(EAGER["models"], "torchvision, channels_last", _eager),
+    Provider("torchvision-cudnn-benchmark", "torchvision, channels_last, cudnn.benchmark",
+             partial(_eager, benchmark=True), "cuda"),
+    Provider("cudnn-fused", "cudnn_convolution_(add_)relu, BatchNorm folded", _cudnn_fused, "cuda"),
+    Provider("compile", "torch.compile, freezing", _compile),
+    Provider("compile-reduce-overhead", "torch.compile with CUDA graphs, freezing",
+             partial(_compile, mode="reduce-overhead", graphable=False), "cuda", quick=False),
+    Provider("compile-max-autotune", "torch.compile, max-autotune, freezing",
+             partial(_compile, mode="max-autotune", graphable=False), quick=False),
+    Provider("torch-tensorrt", "TensorRT", _tensorrt, "cuda", quick=False),
+    Provider("openvino", "OpenVINO", _openvino, "cpu"),
+    Provider("onnxruntime", "ONNX Runtime", _onnxruntime, "cpu", quick=False),
+    Provider(OURS, "ours, the backend it chooses", _ours),
+    Provider("resnet_fast-cuda-graph", "ours in a CUDA graph", _ours_graph, "cuda"),
+)  # fmt: skip
+
+
+# ---- single ops
+
+
+def _aten(work: OpWork) -> Candidate:
+    return Candidate(work.module, backend="torch", around=partial(_cudnn_flags, False))
+
+
+def _aten_folded(work: OpWork) -> Candidate:
+    return Candidate(formulas.folded(work.module), backend="torch")
+
+
+def _op_cudnn(work: OpWork) -> Candidate:
+    cudnn.check_available(work.device)
+    if work.case.spec.activation != "relu":
+        raise LeftOut("cuDNN's fused calls end with a ReLU")
+    conv = formulas.folded(work.module).conv
+    if work.case.spec.residual:
+        return Candidate(partial(cudnn.conv_add_relu, conv), backend="cuDNN, fused call",
+                         around=partial(_cudnn_flags, True))  # fmt: skip
+    return Candidate(partial(cudnn.conv_relu, conv), backend="cuDNN, fused call",
+                     around=partial(_cudnn_flags, True))  # fmt: skip
+
+
+def _op_compile(work: OpWork) -> Candidate:
+    call = peers.compiled(work.module, torch_dtype(work.case.dtype), work.device)
+    return Candidate(call, around=torch.no_grad, backend="Inductor, freezing")
+
+
+def _op_ours(work: OpWork, backend: str = "auto") -> Candidate:
+    call = formulas.ours(work.case, work.module, backend)
+    return Candidate(call, backend=partial(_plan_of, work, backend), tile=partial(_tile, work))
+
+
+def _plan_of(work: OpWork, backend: str) -> str:
+    """The backend that ran, by the last call's plan, or by what the op says that it takes here."""
+    op, plans = work.case.op, {"conv_bn_act": "last_plan", "conv_bn_join": "last_join_plan"}
+    if op in plans:
+        return getattr(ops, plans[op])().backend
+    explain = {"add_relu": "explain_add_relu", "stem_pool": "explain_stem_pool"}[op]
+    if backend != "auto":
+        return backend
+    return getattr(ops, explain)(work.device.type, work.case.spec.dtype)[0]
+
+
+def _tile(work: OpWork) -> str:
+    plan = ops.last_plan() if work.case.op == "conv_bn_act" else None
+    return str(getattr(plan, "tile", None) or "")
+
+
+WITH_NORM = ("conv_bn_act", "conv_bn_join", "stem_pool")  # add_relu takes no backend either
+OP_PROVIDERS = (
+    Provider("aten", "torch, unfused", _aten),
+    Provider("aten-folded", "torch, BatchNorm folded", _aten_folded, ops=WITH_NORM),
+    Provider("cudnn-fused", "cudnn_convolution_(add_)relu, BatchNorm folded", _op_cudnn, "cuda",
+             ops=("conv_bn_act",)),
+    Provider("compile", "torch.compile of the unfused formula, freezing", _op_compile),
+    Provider(OURS, "ours, the backend it chooses", _op_ours),
+)  # fmt: skip
+
+
+def providers_of(suite: str, device: str) -> tuple[Provider, ...]:
+    """All providers of a suite; ours also by each backend that the ops know."""
+    chosen, others = ops.explain(device, "float32")
+    fixed, by = {
+        "models": (MODEL_PROVIDERS, _ours_by),
+        "ops": (OP_PROVIDERS, _op_ours),
+    }[suite]
+    each = tuple(
+        Provider(
+            f"{OURS}-{name}", f"ours, backend {name}", partial(by, backend=name),
+            _device_of(others.get(name, "")), quick=suite == "ops", ops=WITH_NORM,
+        )
+        for name in sorted([chosen, *others])
+    )  # fmt: skip
+    return fixed + each
+
+
+def _device_of(refusal: str) -> str | None:
+    """The device type that a backend's refusal asks for: "runs on cuda tensors, not cpu"."""
+    words = refusal.split()
+    return words[2] if refusal.startswith("runs on ") else None
+
+
+def names() -> list[str]:
+    """What `--providers` may name, of any suite and device."""
+    known = {
+        provider.name: None
+        for suite in ("models", "ops")
+        for device in ("cpu", "cuda")
+        for provider in providers_of(suite, device)
+    }
+    return list(known)
+
+
+def choose(
+    case: ModelCase | OpCase, device: str, wanted: tuple[str, ...], quick: bool
+) -> tuple[list[Provider], dict[str, str]]:
+    """The providers to ask, and those that are not, each with the reason.
+
+    Who is named is asked in any case: then its rows say why it has no time. Otherwise those of
+    another device are left out at once, as are the slow ones of `--quick`.
+    """
+    asked, left_out = [], {}
+    op = getattr(case, "op", None)
+    for provider in providers_of("ops" if op else "models", device):
+        if op and op not in provider.ops:
+            continue
+        if wanted:
+            if provider.name in wanted:
+                asked.append(provider)
+        elif provider.device not in (None, device):
+            left_out[provider.name] = f"runs on {provider.device}, this is {device}"
+        elif quick and not provider.quick:
+            left_out[provider.name] = "not part of --quick; name it with --providers"
+        else:
+            asked.append(provider)
+    return asked, left_out

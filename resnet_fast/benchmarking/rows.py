@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark leaves behind: rows that say everything needed to believe or repeat them.
+
+One `Row` per case and provider, also where there is no time, with the reason. One `Modelled` per
+layer and kernel that was counted, not run: it has other columns, in a file of its own, so that a
+modelled number cannot be taken for a measured one. JSON holds both; CSV has a file for each.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import typing
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+SCHEMA = "resnet_fast benchmark rows"
+VERSION = 1
+
+MEASURED = "measured"
+FAILED = "failed its check"
+MISSING = "missing"
+THREW = "threw"
+MEMORY = "too little memory"
+LEFT_OUT = "left out"
+INTERRUPTED = "interrupted"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where and with what a row was measured; empty text where a thing is absent.
+
+    Args:
+        device: the processor's or GPU's name.
+        kind: "cpu" or "cuda".
+        threads: of torch on the CPU.
+        clocks: at the start of the run, as the machine tells them.
+        driver: of the GPU.
+        commit: of the checkout, with "-dirty" where files differ from it.
+    """
+
+    device: str
+    kind: str
+    threads: int
+    clocks: str
+    driver: str
+    python: str
+    torch: str
+    triton: str
+    cudnn: str
+    resnet_fast: str
+    commit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One provider on one case. Times are milliseconds; None is "not known", never zero.
+
+    Args:
+        suite: "ops" or "models".
+        subject: the op, or the model.
+        shape: the op's `ConvSpec` as text, or the model's input.
+        where: the layers that have this shape.
+        batch, dtype: of the input; "tf32" is float32 with TF32 products, "float32" is IEEE.
+        provider: who computed it; `layout`, `backend` and `tile` say how.
+        status, reason: "measured", or why there is no time.
+        error, eager_error, error_limit: against float64, see `resnet_fast.agreement`.
+        wall_ms, ...: wall time of the timed rounds: median and percentiles.
+        device_ms, ...: time on the GPU alone; `device_how` says "events" or "graph replay".
+        first_ms, build_ms: the first call, cold, and what was prepared before it.
+        rounds, warm_up, stable: timed rounds, calls before them, and whether those had settled.
+        inputs: how the timed calls' inputs met the caches.
+        peak_memory_mb: what one call needs above what was held before it; `peak_how` says of what.
+        flops, bytes: of the whole case at its minimum: each tensor moved once.
+        tflops, gbs, images_per_s: from the median of the device time, or else of the wall time.
+        roof_share, bound: the time that the roofline allows over the time taken, and what binds.
+    """
+
+    suite: str
+    subject: str
+    shape: str
+    where: str
+    batch: int
+    dtype: str
+    provider: str
+    layout: str = ""
+    backend: str = ""
+    tile: str = ""
+    status: str
+    reason: str = ""
+    error: float | None = None
+    eager_error: float | None = None
+    error_limit: float | None = None
+    wall_ms: float | None = None
+    wall_p20_ms: float | None = None
+    wall_p80_ms: float | None = None
+    wall_p99_ms: float | None = None
+    device_ms: float | None = None
+    device_p20_ms: float | None = None
+    device_p80_ms: float | None = None
+    device_p99_ms: float | None = None
+    device_how: str = ""
+    first_ms: float | None = None
+    build_ms: float | None = None
+    rounds: int = 0
+    warm_up: int = 0
+    stable: bool = False
+    inputs: str = ""
+    peak_memory_mb: float | None = None
+    peak_how: str = ""
+    flops: int = 0
+    bytes: int = 0
+    tflops: float | None = None
+    gbs: float | None = None
+    images_per_s: float | None = None
+    roof_share: float | None = None
+    bound: str = ""
+    environment: Environment
+
+    @property
+    def case(self) -> tuple[str, str, str, int, str]:
+        """What rows of different providers have in common."""
+        return (self.suite, self.subject, self.shape, self.batch, self.dtype)
+
+    @property
+    def measured(self) -> bool:
+        return self.status == MEASURED
+
+    @property
+    def time_ms(self) -> float | None:
+        """The median that stands for the row: on the device where that is known."""
+        return self.device_ms if self.device_ms is not None else self.wall_ms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """One layer under one kernel: what was counted, and what rooflines make of it.
+
+    Args:
+        where, shape, dtype, batch: the layer.
+        kernel, tile: whose compiled code was counted, for `arch`; empty where nothing was counted
+            and only the shape speaks.
+        counted_dram_bytes: distinct 32-byte sectors of global memory, in bytes.
+        counted_sectors: sectors requested, over the fewest that this tile can do with.
+        counted_wavefronts: of shared memory, over the fewest.
+        counted_sass_per_hmma: instructions per tensor-core product in the main loop.
+        modelled_from: whether the bytes are "counted" ones, or those of the "shape" alone.
+        modelled_ms: per GPU, max(bytes / bandwidth, FLOPs / peak): no kernel can be faster.
+    """
+
+    where: str
+    shape: str
+    dtype: str
+    batch: int
+    kernel: str = ""
+    tile: str = ""
+    arch: int | None = None
+    counted_dram_bytes: int | None = None
+    counted_sectors: float | None = None
+    counted_wavefronts: float | None = None
+    counted_sass_per_hmma: float | None = None
+    modelled_from: str = "shape"
+    modelled_ms: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Results:
+    """All rows of a run.
+
+    Args:
+        rows, modelled: see `Row` and `Modelled`.
+        left_out: providers that were not asked on this machine, with the reason.
+        complete: False where the run was interrupted.
+        command: what was asked.
+        seconds: how long the run took.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    modelled: list[Modelled] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    complete: bool = True
+    command: str = ""
+    seconds: float = 0.0
+
+
+def write(results: Results, folder: Path) -> list[Path]:
+    """Write rows.json, rows.csv and, where something was modelled, modelled.csv; return them."""
+    files = [folder / "rows.json", folder / "rows.csv"]
+    data = {"schema": SCHEMA, "version": VERSION, **asdict(results)}
+    files[0].write_text(json.dumps(_plain(data), indent=1) + "\n")
+    _write_csv(files[1], [_flat(row) for row in results.rows], _columns())
+    if results.modelled:
+        files.append(folder / "modelled.csv")
+        gpus = list(results.modelled[0].modelled_ms)
+        columns = [f.name for f in fields(Modelled) if f.name != "modelled_ms"]
+        columns += [f"modelled_ms ({gpu})" for gpu in gpus]
+        _write_csv(files[2], [_flat_modelled(row) for row in results.modelled], columns)
+    return files
+
+
+def read(path: Path) -> Results:
+    """Read what `write` wrote: a rows.json, a rows.csv, or the folder that holds them.
+
+    Raises:
+        ValueError: the file is of another schema or version, which is named, or is damaged.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "rows.json"
+    if path.suffix == ".csv":
+        return Results(rows=_read_csv(path))
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: not a file of {SCHEMA!r}")
+    check_version(path, data.pop("schema", None), data.pop("version", None))
+    try:
+        rows = [
+            Row(**{**row, "environment": Environment(**row["environment"])})
+            for row in data.pop("rows")
+        ]
+        modelled = [Modelled(**row) for row in data.pop("modelled")]
+        return Results(rows=rows, modelled=modelled, **data)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path}: a damaged file of {SCHEMA!r}: {error}") from None
+
+
+def check_version(path: Path, schema: object, version: object) -> None:
+    """Raise ValueError, by name, for a file of another schema or version."""
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r}; this reads {SCHEMA!r}")
+    if str(version) != str(VERSION):
+        raise ValueError(
+            f"{path}: version {version} of {SCHEMA!r}; this resnet_fast reads version {VERSION}: "
+            "measure again, or read it with the resnet_fast that wrote it"
+        )
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN: an error that is not a number is written as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _columns() -> list[str]:
+    own = [f.name for f in fields(Row) if f.name != "environment"]
+    return ["schema", "version", *own, *(f"environment.{f.name}" for f in fields(Environment))]
+
+
+def _flat(row: Row) -> dict[str, object]:
+    data = {"schema": SCHEMA, "version": VERSION, **asdict(row)}
+    environment = data.pop("environment")
+    return data | {f"environment.{name}": value for name, value in environment.items()}
+
+
+def _flat_modelled(row: Modelled) -> dict[str, object]:
+    data = asdict(row)
+    return data | {f"modelled_ms ({gpu})": ms for gpu, ms in data.pop("modelled_ms").items()}
+
+
+def _write_csv(path: Path, rows: Iterable[dict], columns: list[str]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    rows = []
+    with open(path, newline="") as file:
+        for line in csv.DictReader(file):
+            check_version(path, line.pop("schema", None), line.pop("version", None))
+            prefix = "environment."
+            facts = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
+            own = {k: v for k, v in line.items() if not k.startswith(prefix)}
+            environment = Environment(**_typed(Environment, facts))
+            rows.append(Row(**_typed(Row, own), environment=environment))
+    return rows
+
+
+def _typed(kind: type, texts: dict[str, str]) -> dict[str, object]:
+    """The texts of a CSV line as the dataclass's types."""
+    hints = typing.get_type_hints(kind)
+    return {name: _value(hints[name], text) for name, text in texts.items()}
+
+
+def _value(hint: object, text: str) -> object:
+    options = typing.get_args(hint) or (hint,)
+    if text == "" and type(None) in options:
+        return None
+    if bool in options:
+        return text == "True"
+    if int in options:
+        return int(text)
+    return float(text) if float in options else text

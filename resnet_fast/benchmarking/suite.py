@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite: cases x providers through the protocol, to rows. `resnet-fast bench` and
+`pytest benchmarks` both come here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from resnet_fast.benchmarking import cases, clocks, counted, formulas, protocol, providers, rows
+from resnet_fast.benchmarking.cases import ModelCase, OpCase, check_names, torch_dtype
+from resnet_fast.benchmarking.environment import environment
+from resnet_fast.benchmarking.protocol import Case, Outcome
+from resnet_fast.benchmarking.providers import ModelWork, OpWork, Provider
+from resnet_fast.benchmarking.rows import Environment, Results, Row
+from resnet_fast.comparison import measure, photographs
+from resnet_fast.profiling.roofline import Roofline, roofline_of
+from resnet_fast.spec import ELEMENT_SIZE
+
+CHECKED = 8  # images of a batch that are held against float64
+MAX_SETS = 256  # of inputs, to rotate through
+SETS_BYTES = 256 << 20
+ROOF_TOLERANCE = 1.05
+# When `--quick` begins nothing new in a suite; the rest of its three minutes is for the page.
+QUICK_SECONDS = {"ops": 50.0, "models": 150.0}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be measured; empty sequences stand for the defaults.
+
+    Args:
+        suites: of `cases.SUITES`.
+        device: "auto", "cpu", "cuda", ...
+        quick: few cases, little time.
+        providers, models, batches, dtypes: by name.
+        seconds: of timed rounds per case.
+
+    Raises:
+        ValueError: a name that is not known; the known ones are listed.
+    """
+
+    suites: Sequence[str] = cases.SUITES
+    device: str = "auto"
+    quick: bool = False
+    providers: Sequence[str] = ()
+    models: Sequence[str] = ()
+    batches: Sequence[int] = ()
+    dtypes: Sequence[str] = ()
+    seconds: float | None = None
+    place: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        check_names("suite", self.suites, cases.SUITES)
+        check_names("provider", self.providers, providers.names())
+        check_names("model", self.models, cases.model_names())
+        check_names("dtype", self.dtypes, cases.DTYPES)
+        if any(batch < 1 for batch in self.batches):
+            raise ValueError(f"batches must be positive, got {list(self.batches)}")
+        object.__setattr__(self, "place", measure.pick_device(self.device))
+        if "tf32" in self.dtypes and self.place.type != "cuda":
+            raise ValueError(f"tf32 is a GPU's way to multiply float32; this is {self.place}")
+
+    def cases(self, suite: str) -> list[ModelCase] | list[OpCase]:
+        """The suite's cases on the request's device."""
+        quick, kind = self.quick, self.place.type
+        batches = self.batches or (cases.QUICK_BATCHES if quick else cases.BATCHES)
+        dtypes = self.dtypes or (cases.QUICK_DTYPES if quick else cases.DTYPES)
+        if suite == "models":
+            known = cases.model_names()
+            names = self.models or (cases.QUICK_MODELS if quick else known)
+            return cases.model_cases(names, batches, dtypes, kind)
+        names = self.models or (cases.QUICK_MODELS if quick else cases.SHAPES_FROM)
+        if quick:
+            return cases.op_cases(names, batches[:1], dtypes, kind, cases.QUICK_CONVOLUTIONS)
+        return cases.op_cases(names, batches, dtypes, kind)
+
+    def seconds_of(self, suite: str) -> float:
+        if self.seconds is not None:
+            return self.seconds
+        return {"models": 4.0, "ops": 1.0}[suite] * (0.4 if self.quick else 1.0)
+
+
+def run(
+    request: Request,
+    *,
+    progress: Progress = lambda text: None,
+    keep: Callable[[Results], object] = lambda results: None,
+) -> Results:
+    """Measure all that is asked; Ctrl-C ends it early and keeps what was measured.
+
+    Args:
+        request: see there.
+        progress: told what is being done.
+        keep: called with the results after each case, so that a crash loses one case at most.
+    """
+    start = time.perf_counter()
+    results = Results()
+    clock = clocks.clock_of(request.place)
+    began = clock.now()
+    facts = environment(request.place)
+    try:
+        for suite in request.suites:
+            listed = request.cases(suite)
+            deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
+            for number, case in enumerate(listed, 1):
+                tell = partial(_tell, progress, f"{suite} {number}/{len(listed)}: {label(case)}")
+                found, left_out, interrupted = measure_case(
+                    case, request, clock, facts, deadline, tell
+                )
+                results.rows += found
+                results.left_out |= {f"{suite}: {name}": why for name, why in left_out.items()}
+                if interrupted:
+                    raise KeyboardInterrupt
+                keep(results)
+        if request.place.type != "cuda" and "ops" in request.suites:
+            progress("GPU kernels: what was counted, and what rooflines make of it")
+            results.modelled = counted.modelled(request.models or cases.SHAPES_FROM)
+    except KeyboardInterrupt:
+        results.complete = False
+    results.rows = with_shares(results.rows, roofs_of(results.rows, request.place, progress))
+    results.seconds = time.perf_counter() - start
+    return results
+
+
+def label(case: ModelCase | OpCase) -> str:
+    """The case in a few words."""
+    if isinstance(case, ModelCase):
+        return f"{case.model}, {case.dtype}, batch {case.batch}"
+    return f"{case.op} {case.shape}" + (" (tf32)" if case.dtype == "tf32" else "")
+
+
+def _tell(progress: Progress, label: str, text: str) -> None:
+    progress(f"{label}: {text}")
+
+
+def measure_case(
+    case: ModelCase | OpCase,
+    request: Request,
+    clock: clocks.Clock,
+    facts: Environment,
+    deadline: float = math.inf,
+    progress: Progress = lambda text: None,
+    samples: dict[str, tuple[float, ...]] | None = None,
+) -> tuple[list[Row], dict[str, str], bool]:
+    """One case: a row per provider, who was left out and why, and whether Ctrl-C came.
+
+    `samples`, if given, is filled with the rounds' wall times in milliseconds by provider.
+    """
+    suite = "models" if isinstance(case, ModelCase) else "ops"
+    asked, left_out = providers.choose(
+        case, request.place.type, tuple(request.providers), request.quick
+    )
+    interrupted = False
+    try:
+        with _precision(case.dtype, request.place):
+            material = _model if suite == "models" else _op
+            if clock.now() > deadline:
+                raise protocol.LeftOut(protocol.TIME_IS_UP)
+            progress("inputs and references")
+            check_memory(case, request.place)
+            shared, work = material(case, request)
+            builders = {p.name: partial(p.build, work) for p in asked}
+            outcomes, interrupted = protocol.measure(
+                builders, shared, clock, seconds=request.seconds_of(suite), deadline=deadline,
+                progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        outcomes, interrupted, shared = {p.name: Outcome() for p in asked}, True, None
+    except Exception as error:  # inputs or references: no provider could start
+        status, reason = protocol.why(error)
+        outcomes = {p.name: Outcome(status, reason) for p in asked}
+        shared = None
+    if samples is not None:
+        samples |= {name: o.wall.samples for name, o in outcomes.items() if o.wall}
+    text = shared.cache_text if shared else ""
+    found = [_row(case, p, outcomes[p.name], text, clock, facts) for p in asked]
+    _release(request.place)
+    return found, left_out, interrupted
+
+
+def _release(place: torch.device) -> None:
+    gc.collect()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _precision(dtype: str, place: torch.device) -> Iterator[None]:
+    """On a GPU, float32 by IEEE or by TF32 products, as the case says."""
+    if place.type != "cuda":
+        yield
+        return
+    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [flag.fp32_precision for flag in flags]
+    for flag in flags:
+        flag.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.fp32_precision = value
+
+
+def check_memory(case: ModelCase | OpCase, place: torch.device) -> None:
+    """Raise MemoryError where the batch cannot fit: asking for too much can end the process.
+
+    A model needs its largest layer's tensors, a few times over; an op its own.
+    """
+    free = clocks.free_bytes(place)
+    needed = needed_bytes(case)
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"not enough memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+        )
+
+
+def needed_bytes(case: ModelCase | OpCase) -> int:
+    """About what a case needs: the largest layer three times, the weights for each provider."""
+    if isinstance(case, OpCase):
+        return 3 * case.bytes + SETS_BYTES
+    layers = cases.plain_layers(case.model)
+    size = ELEMENT_SIZE[case.dtype.replace("tf32", "float32")]
+    largest = max(layer.bytes - layer.weight_bytes for layer in layers) * case.batch * size / 4
+    return int(3 * largest + 6 * sum(layer.weight_bytes for layer in layers) * size / 4)
+
+
+# ---- materials
+
+
+def _op(case: OpCase, request: Request) -> tuple[Case, OpWork]:
+    place, dtype = request.place, torch_dtype(case.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = formulas.module_of(case)
+        shapes = formulas.input_shapes(case)
+        first = tuple(
+            torch.randn(s).to(dtype).to(memory_format=torch.channels_last) for s in shapes
+        )
+    few = tuple(t[:CHECKED].clone(memory_format=torch.preserve_format) for t in first)
+    with torch.inference_mode():
+        exact = copy.deepcopy(module).double()(*(t.double() for t in few))
+    module = module.to(place)
+    with torch.inference_mode():
+        eager = module(*(t.to(place) for t in few)).cpu()
+    size = sum(t.numel() * t.element_size() for t in first)
+    count, text = rotation(size, place)
+    # A roll keeps the values' distribution, and no other set's result can pass for this one's.
+    sets = [
+        tuple(t.roll(i, dims=3).to(place).contiguous(memory_format=torch.channels_last)
+              for t in first)
+        for i in range(count)
+    ]  # fmt: skip
+    shared = Case(sets, exact, eager, case.k_gemm, cache_text=text)
+    return shared, OpWork(case, module, place)
+
+
+def rotation(size: int, place: torch.device) -> tuple[int, str]:
+    """How many sets of inputs of `size` bytes an op walks through, and the row's words for it."""
+    if place.type == "cuda":
+        return 2, "L2 flushed before each timed call"
+    l2, last = clocks.cache_bytes()
+    count = max(2, min(math.ceil(2 * l2 / size) + 1, MAX_SETS, SETS_BYTES // size))
+    total = count * size
+    return count, (
+        f"rotated through {count} sets, {total / 1e6:.0f} MB "
+        f"({total / l2:.1f} x L2, {total / last:.2f} x last-level cache)"
+    )
+
+
+@functools.cache
+def _pictures() -> photographs.Photographs:
+    return photographs.load()
+
+
+@functools.lru_cache(maxsize=1)
+def _pair(model: str) -> tuple:
+    """torchvision's model, ours, and float64's answers on the photographs."""
+    pixels = _pictures().pixels
+    theirs, ours = measure.build_pair(model, None, pixels)
+    with torch.inference_mode():
+        return theirs, ours, copy.deepcopy(theirs).double()(pixels.double())
+
+
+def _model(case: ModelCase, request: Request) -> tuple[Case, ModelWork]:
+    pictures = _pictures()
+    theirs, ours, answers = _pair(case.model)
+    count = len(pictures.names)
+
+    def batch(shift: int) -> Tensor:
+        chosen = pictures.pixels[(torch.arange(case.batch) + shift) % count]
+        x = chosen.to(request.place, torch_dtype(case.dtype))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    first = batch(0)
+    exact = answers[torch.arange(min(case.batch, CHECKED)) % count]
+    work = ModelWork(case, theirs, ours, first, request.quick)
+    with torch.inference_mode():
+        eager = work.placed(theirs)(first[:CHECKED]).cpu()
+    size = first.numel() * first.element_size()
+    sets = max(2, min(8, SETS_BYTES // size))
+    text = (
+        f"rotated through {sets} batches; each timed call follows an untimed one of the same "
+        "provider, as a server's calls do"
+    )
+    inputs = [(first,), *((batch(i),) for i in range(1, sets))]
+    return Case(inputs, exact, eager, back_to_back=True, cache_text=text), work
+
+
+# ---- rows
+
+
+def roofs_of(found: list[Row], place: torch.device, progress: Progress) -> dict[str, Roofline]:
+    """The device's rooflines by dtype, raised by those ops that went through them."""
+    roofs = {}
+    timed = [row for row in found if row.suite == "ops" and row.measured]
+    for dtype in dict.fromkeys(row.dtype for row in timed):
+        layers = [
+            (f"{row.subject} {row.shape}", row.flops, row.bytes, row.time_ms / 1e3)
+            for row in timed
+            if row.dtype == dtype
+        ]
+        with contextlib.suppress(ValueError):  # a device that no roofline is known for
+            roofs[dtype] = roofline_of(place, dtype, progress).raised(layers)
+    return roofs
+
+
+def with_shares(found: list[Row], roofs: dict[str, Roofline]) -> list[Row]:
+    """The rows with the share of the roofline that each measured op reaches."""
+
+    def shared(row: Row) -> Row:
+        if row.suite != "ops" or not row.measured or row.dtype not in roofs:
+            return row
+        floor = roofs[row.dtype].time_floor(row.flops, row.bytes)
+        share = floor.seconds / (row.time_ms / 1e3)
+        assert share <= ROOF_TOLERANCE, f"{row.subject} {row.shape}: {share:.0%} of its roofline"
+        return replace(row, roof_share=share, bound=floor.bound)
+
+    return [shared(row) for row in found]
+
+
+def _row(
+    case: ModelCase | OpCase,
+    provider: Provider,
+    outcome: Outcome,
+    cache_text: str,
+    clock: clocks.Clock,
+    facts: Environment,
+) -> Row:
+    model = isinstance(case, ModelCase)
+    flops, moved = work_of(case)
+    row = Row(
+        suite="models" if model else "ops",
+        subject=case.model if model else case.op,
+        shape=case.shape,
+        where="" if model else case.where,
+        batch=case.batch,
+        dtype=case.dtype,
+        provider=provider.name,
+        layout=outcome.layout,
+        backend=outcome.backend,
+        tile=outcome.tile,
+        status=outcome.status,
+        reason=outcome.reason,
+        inputs=cache_text,
+        flops=flops,
+        bytes=moved,
+        environment=facts,
+    )
+    if outcome.verdict is not None:
+        v = outcome.verdict
+        row = replace(row, error=v.ours, eager_error=v.eager, error_limit=v.limit)
+    if outcome.status != rows.MEASURED:
+        return row
+    row = replace(
+        row,
+        first_ms=outcome.first_ms,
+        build_ms=outcome.build_ms,
+        rounds=len(outcome.wall.samples),
+        warm_up=outcome.warm_up,
+        stable=outcome.stable,
+        peak_memory_mb=outcome.peak_memory_mb,
+        peak_how=clock.peak_how if outcome.peak_memory_mb is not None else "",
+        device_how=outcome.device_how,
+        **_columns("wall", outcome.wall),
+        **_columns("device", outcome.device),
+    )
+    return replace(row, **_rates(row))
+
+
+def _columns(name: str, found: protocol.Statistics | None) -> dict[str, float]:
+    if found is None:
+        return {}
+    columns = {f"{name}_{part}_ms": getattr(found, part) for part in ("p20", "p80", "p99")}
+    return {f"{name}_ms": found.median, **columns}
+
+
+def _rates(row: Row) -> dict[str, float]:
+    seconds = row.time_ms / 1e3
+    return {
+        "tflops": row.flops / seconds / 1e12,
+        "gbs": row.bytes / seconds / 1e9,
+        "images_per_s": row.batch / seconds,
+    }
+
+
+def work_of(case: ModelCase | OpCase) -> tuple[int, int]:
+    """FLOPs and bytes at their minimum; a model's are its layers' as they run fused."""
+    if isinstance(case, OpCase):
+        return case.flops, case.bytes
+    levels = counted.bytes_by_fusion(case.model)
+    size = ELEMENT_SIZE[case.dtype.replace("tf32", "float32")] / 4
+    flops = sum(layer.flops for layer in cases.plain_layers(case.model))
+    activations, weights = levels[counted.FUSED]
+    return flops * case.batch, int((activations * case.batch + weights) * size)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results as tables for a terminal. A table's title says how its numbers were obtained."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+
+from rich.table import Table
+from rich.text import Text
+
+from resnet_fast.benchmarking.compare import NO_TIME, SAME, SLOWER, Change
+from resnet_fast.benchmarking.providers import EAGER, OURS
+from resnet_fast.benchmarking.rows import Results, Row
+
+MODELLED_SHOWN = 12  # rows of the terminal's table; the file has all
+
+
+def render(results: Results) -> Iterator[Table | str]:
+    """What `resnet-fast bench` prints."""
+    if results.rows:
+        facts = results.rows[0].environment
+        yield ", ".join(
+            f"{name} {value}"
+            for name, value in (
+                ("device", facts.device), ("threads", facts.threads), ("clocks", facts.clocks),
+                ("driver", facts.driver), ("torch", facts.torch), ("triton", facts.triton),
+                ("cuDNN", facts.cudnn), ("resnet_fast", facts.resnet_fast),
+                ("commit", facts.commit),
+            )
+            if value
+        )  # fmt: skip
+    for suite in ("models", "ops"):
+        found = [row for row in results.rows if row.suite == suite]
+        if found:
+            yield _times(suite, found)
+            yield f"inputs: {inputs_of(found)}"
+    if results.modelled:
+        yield _modelled(results)
+    for name, why in results.left_out.items():
+        yield f"not asked: {name}: {why}"
+    if not results.complete:
+        yield "interrupted: the rows above are what was measured until then"
+
+
+def _times(suite: str, found: list[Row]) -> Table:
+    device = any(row.device_ms is not None for row in found)
+    table = Table(title=f"{suite}: measured (ratio: time over {EAGER[suite]}'s; below 1 is faster)")
+    names = ["case", "provider", "backend", "wall ms", "p20", "p80", "p99"]
+    names += ["device ms"] * device + ["first ms", "MB", "error", "eager's", "ratio"]
+    names += ["roof"] * (suite == "ops")
+    for name in names:
+        text = name in ("case", "provider", "backend")
+        table.add_column(name, justify="left" if text else "right", overflow="fold")
+    last = None
+    for row in shortened(found):
+        eager = eager_of(row, found)
+        title = "" if row.case == last else case_text(row)
+        last = row.case
+        if not row.measured:
+            reason = f"{row.status}: {row.reason}" if row.reason else row.status
+            table.add_row(title, row.provider, Text(reason, "yellow"))
+            continue
+        cells = [title, row.provider, row.backend + (f" {row.tile}" if row.tile else "")]
+        times = (row.wall_ms, row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms)
+        cells += [f"{value:.3g}" for value in times]
+        cells += [number(row.device_ms, ".3g")] * device
+        cells += [number(row.first_ms, ".4g"), number(row.peak_memory_mb, ".1f")]
+        cells += [number(row.error, ".1e"), number(row.eager_error, ".1e")]
+        cells += [f"{row.time_ms / eager.time_ms:.2f}" if eager else ""]
+        cells += [number(row.roof_share, ".0%")] * (suite == "ops")
+        table.add_row(*cells, style="bold" if row.provider == OURS else None)
+    return table
+
+
+def shortened(found: list[Row]) -> list[Row]:
+    """The rows, with those of a case in one where none has a time and all for the same reason."""
+    short = []
+    for _, group in itertools.groupby(found, key=lambda row: row.case):
+        of_case = list(group)
+        why = {(row.status, row.reason) for row in of_case}
+        if len(of_case) > 1 and len(why) == 1 and not of_case[0].measured:
+            of_case = [replace(of_case[0], provider=f"all {len(of_case)}")]
+        short += of_case
+    return short
+
+
+def inputs_of(found: list[Row]) -> str:
+    """How the rows' inputs met the caches, in a line."""
+    texts = list(dict.fromkeys(row.inputs for row in found if row.inputs))
+    more = f"; {len(texts) - 1} other ways are in the rows" if len(texts) > 1 else ""
+    return texts[0] + more if texts else "none were made"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number, or nothing where it is not known."""
+    return "" if value is None else format(value, form)
+
+
+def case_text(row: Row) -> str:
+    """A case in a few words."""
+    if row.suite == "models":
+        return f"{row.subject}, {row.dtype}, batch {row.batch}"
+    return f"{row.subject} {row.shape}" + (" (tf32)" if row.dtype == "tf32" else "")
+
+
+def eager_of(row: Row, found: list[Row]) -> Row | None:
+    """Eager torch's measured row of the same case."""
+    name = EAGER[row.suite]
+    same = (r for r in found if r.case == row.case and r.provider == name and r.measured)
+    return next(same, None)
+
+
+def _modelled(results: Results) -> Table:
+    gpus = list(results.modelled[0].modelled_ms)
+    title = "GPU kernels, not run: counted on the PTX machine, modelled by rooflines"
+    table = Table(title=title)
+    table.add_column("layer's shape", no_wrap=True)
+    for name in ("kernel", "counted: MB", "counted: sectors / least", "modelled from"):
+        table.add_column(name, justify="right")
+    for gpu in gpus:
+        table.add_column(f"modelled µs ({gpu})", justify="right")
+    listed = sorted(results.modelled, key=lambda m: m.modelled_from != "counted")
+    for m in listed[:MODELLED_SHOWN]:
+        kernel = f"{m.kernel} {m.tile} sm_{m.arch}" if m.kernel else ""
+        moved = None if m.counted_dram_bytes is None else m.counted_dram_bytes / 1e6
+        table.add_row(
+            m.shape, kernel, number(moved, ".2f"), number(m.counted_sectors, ".2f"),
+            m.modelled_from, *(f"{ms * 1e3:.2g}" for ms in m.modelled_ms.values()),
+        )  # fmt: skip
+    if len(listed) > MODELLED_SHOWN:
+        table.caption = f"{len(listed) - MODELLED_SHOWN} more in modelled.csv and on the page"
+    return table
+
+
+def markdown(results: Results) -> str:
+    """The models' times as a README's table: eager's in milliseconds, the others over it.
+
+    Only what was measured stands in it; below it, on what and by which command.
+    """
+    found = [row for row in results.rows if row.suite == "models" and row.measured]
+    names = [n for n in dict.fromkeys(row.provider for row in found) if n != EAGER["models"]]
+    head = ["model", "dtype", "batch", f"{EAGER['models']} (ms)", *names]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in found:
+        if row.provider != EAGER["models"]:
+            continue
+        cells = [row.subject, row.dtype, str(row.batch), f"{row.time_ms:.1f}"]
+        for name in names:
+            same = (r for r in found if r.case == row.case and r.provider == name)
+            other = next(same, None)
+            cells.append(f"{other.time_ms / row.time_ms:.2f}" if other else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    if not found:
+        return "No model was measured."
+    e = found[0].environment
+    return "\n".join(lines) + (
+        f"\n\nMeasured by `{results.command}` on: {e.device}, threads {e.threads}, "
+        f"torch {e.torch}, resnet_fast {e.resnet_fast}, commit {e.commit}."
+    )
+
+
+def changes(found: list[Change]) -> Iterator[Table | str]:
+    """What `resnet-fast bench --compare` prints: all that moved, and how many did not."""
+    table = Table(title="old against new: measured; ratio of times over eager's where both have it")
+    for name in ("case", "provider", "old ms", "new ms", "ratio", "noise", ""):
+        table.add_column(name, justify="left" if name in ("case", "provider", "") else "right")
+    for change in found:
+        if change.verdict == SAME:
+            continue
+        style = "bold red" if change.verdict in (SLOWER, NO_TIME) else None
+        verdict = change.verdict
+        if verdict == NO_TIME:
+            verdict += f": {change.row.status}: {change.row.reason}"
+        table.add_row(
+            case_text(change.row), change.row.provider, f"{change.old_ms:.3g}",
+            number(change.new_ms, ".3g"), f"{change.ratio:.2f}", f"{change.noise:.0%}",
+            Text(verdict), style=style,
+        )  # fmt: skip
+    if table.row_count:
+        yield table
+    same = sum(change.verdict == SAME for change in found)
+    yield f"{len(found)} in common, {same} the same within the noise"

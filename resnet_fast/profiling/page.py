@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `Profile` as one HTML page that needs nothing else: no network, no files beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from string import Template
+from typing import TYPE_CHECKING
+
+from resnet_fast.profiling import picture, text
+from resnet_fast.profiling.rows import Row
+
+if TYPE_CHECKING:
+    from resnet_fast.profiling.profile import Profile
+
+PAGE = Template("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1200px;
+       margin: 2em auto; padding: 0 20px }
+h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.15em; margin-top: 2em }
+.facts { color: #566; white-space: pre-wrap; font-size: .9em }
+.big { display: flex; gap: 2.5em; flex-wrap: wrap; margin: 1.2em 0 }
+.big b { display: block; font-size: 1.7em; font-weight: 600 }
+.flame { width: 100%; border: 1px solid #e2e6ea; background: #fff }
+.flame text { font: 11px system-ui, sans-serif; pointer-events: none }
+.flame rect:hover { stroke: #1d2733 }
+.scale { display: flex; align-items: center; gap: .6em; font-size: .85em; color: #566 }
+.scale i { width: 160px; height: 12px; display: inline-block; background: $gradient }
+.scale i.none { width: 26px; background: $grey }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .86em; font-variant-numeric: tabular-nums }
+th, td { padding: .25em .7em; text-align: right; white-space: nowrap }
+th { border-bottom: 2px solid #1d2733; position: sticky; top: 0; background: #fff }
+td { border-bottom: 1px solid #eceff2 }
+td.name, th.name, td.word, th.word { text-align: left }
+tr.gap td { color: #7a8590; font-style: italic } tr.total td { font-weight: 600 }
+td.roof { position: relative } td.roof i { position: absolute; left: 0; bottom: 0; height: 3px }
+</style></head><body>
+<h1>$title</h1>
+<div class="facts">$facts</div>
+<div class="big">$figures</div>
+$try
+<h2>Where the time goes</h2>
+<p>Width is time, in execution order from left to right: the model, its stages, their blocks, their
+layers. Point at a box for its figures.</p>
+$flame
+<p class="scale">far from its roofline <i></i> at its roofline &nbsp; <i class="none"></i>
+nothing computed</p>
+<h2>Stages</h2><div class="wide">$stages</div>
+<h2>Layers, in execution order</h2><div class="wide">$layers</div>
+<h2>How to read this</h2>
+<p>All times are measured. FLOPs (two for a multiply-add) and bytes (each tensor once) are counted
+from the layers' shapes. The <em>roofline</em> is the least time for them: by arithmetic or by
+memory, whichever is longer; <em>of roof</em> is that time over the measured one. A layer is
+<em>bound by launch</em> where starting it takes longer than its work. Rows in italics are the time
+between layers, so that the rows add up to the whole; <em>interruptions</em> are what a whole run
+takes beyond the sum of its layers' medians: pauses that hit other layers in each run.</p>
+</body></html>
+""")
+WORDS = ("bound by", "backend", "tile")
+
+
+def render(profile: Profile) -> str:
+    """The page."""
+    title = f"{profile.model}, {profile.dtype}, batch {profile.batch}, on {profile.device}"
+    colours = ", ".join(
+        "rgb({},{},{}) {:.0f}%".format(*colour, share * 100) for share, colour in picture.SCALE
+    )
+    return PAGE.substitute(
+        title=escape(title),
+        facts=escape(text.heading(profile)),
+        figures=_figures(profile),
+        gradient=f"linear-gradient(90deg, {colours})",
+        grey="rgb({},{},{})".format(*picture.GREY),
+        **{"try": _suggestions(profile)},
+        flame=picture.svg(profile),
+        stages=_table("stage", [*profile.stages, profile.total], profile),
+        layers=_table("layer", [*profile.rows, profile.total], profile),
+    )
+
+
+def _figures(profile: Profile) -> str:
+    total = profile.total
+    figures = [
+        (f"{profile.unmarked * 1e3:.2f} ms", f"a run of {profile.batch}"),
+        (f"{profile.batch / profile.unmarked:.1f}", "images a second"),
+        (f"{total.tflops:.3g}", "TFLOP/s"),
+    ]
+    if profile.roofline is not None:
+        figures.append((f"{total.roof:.0%}", "of its roofline"))
+    if profile.peer_seconds:
+        ratio = profile.peer_seconds / profile.unmarked
+        figures.append((f"{ratio:.2f}x", f"as fast as {profile.peer}"))
+    return "".join(f"<span><b>{escape(big)}</b>{escape(small)}</span>" for big, small in figures)
+
+
+def _suggestions(profile: Profile) -> str:
+    if not profile.suggestions:
+        return ""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in profile.suggestions)
+    return f"<h2>What to try</h2><ul>{lines}</ul>"
+
+
+def _table(first: str, rows: Sequence[Row], profile: Profile) -> str:
+    names = text.columns(profile)
+    lines = [(row, text.cells(row, profile)) for row in rows]
+    used = [i for i in range(len(names)) if any(cells[i] for _, cells in lines)]
+    heads = "".join(f'<th class="{_class(names[i])}">{escape(names[i])}</th>' for i in used)
+    body = []
+    for row, cells in lines:
+        kind = {"gap": "gap"}.get(row.kind, "total" if row.name == "total" else "")
+        found = [f'<td class="name">{escape(row.name)}</td>']
+        for i in used:
+            bar = _bar(row) if names[i] == "of roof" and cells[i] else ""
+            found.append(f'<td class="{_class(names[i])}">{escape(cells[i])}{bar}</td>')
+        body.append(f'<tr class="{kind}">{"".join(found)}</tr>')
+    head = f'<tr><th class="name">{escape(first)}</th>{heads}</tr>'
+    return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _class(column: str) -> str:
+    return "word" if column in WORDS else "roof" if column == "of roof" else ""
+
+
+def _bar(row: Row) -> str:
+    colour = "rgb({},{},{})".format(*picture.colour_of(row))
+    return f'<i style="width:{min(row.roof, 1) * 100:.0f}%;background:{colour}"></i>'

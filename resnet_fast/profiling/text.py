@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `Profile` as a table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from resnet_fast.profiling.rows import REMAINDER, Row
+
+if TYPE_CHECKING:
+    from resnet_fast.profiling.profile import Profile
+
+PAUSED = 0.05  # of the whole: more than a machine to itself shows
+
+
+def render(profile: Profile, layers: bool, top: int) -> str:
+    """The stages, the layers (all in order, or the slowest), and what to try."""
+    parts = [heading(profile)]
+    parts.append(_table("stage", [*profile.stages, profile.total], profile))
+    if layers:
+        parts.append(_table("layer", [*profile.rows, profile.total], profile))
+    else:
+        slowest = sorted(profile.layers, key=lambda row: -row.seconds)[:top]
+        parts.append(_table(f"slowest {len(slowest)} of {len(profile.layers)}", slowest, profile))
+    if profile.suggestions:
+        parts.append("\n".join(["What to try:", *(f"  {line}" for line in profile.suggestions)]))
+    return "\n\n".join(parts)
+
+
+def heading(profile: Profile) -> str:
+    """What was measured, on what, and how."""
+    machine = ", ".join(f"{name} {value}" for name, value in profile.machine.items())
+    kind = "device time" if profile.device_apart else "wall time"
+    lines = [
+        f"{profile.model}, {profile.dtype}, {'x'.join(map(str, profile.shape))}, {profile.device}",
+        f"on {machine}",
+        f"measured: {kind}, medians of {profile.rounds} runs; marking the layers costs "
+        f"{profile.overhead:+.1%}; unmarked runs take {profile.unmarked * 1e3:.2f} ms",
+    ]
+    if profile.roofline is None:
+        lines.append("roofline: none is known for this device and dtype")
+    else:
+        lines.append(f"roofline: {profile.roofline}")
+        lines += [f"  {note}" for note in profile.roofline.notes]
+    if profile.peer:
+        lines.append(f"{profile.peer}: the same layers there, norms and ReLUs with them")
+    paused = sum(row.share for row in profile.gaps if row.name == REMAINDER)
+    if paused > PAUSED:
+        lines.append(
+            f"{paused:.0%} of the time is interruptions: something else keeps this machine busy"
+        )
+    if profile.interrupted:
+        lines.append("interrupted: these are the rounds that were complete")
+    return "\n".join(lines)
+
+
+def columns(profile: Profile) -> tuple[str, ...]:
+    """The headings behind the first."""
+    host = ("host ms",) if profile.device_apart else ()
+    peer = (f"{profile.peer} ms", "ratio") if profile.peer else ()
+    return (
+        "ms", *host, "share", "MFLOP", "MB", "TFLOP/s", "GB/s", "of roof", "bound by", "backend",
+        "tile", *peer,
+    )  # fmt: skip
+
+
+def cells(row: Row, profile: Profile) -> tuple[str, ...]:
+    """A row's cells, as `columns` has them; empty where there is nothing to say."""
+    worked = bool(row.bytes)
+    host = (_or("{:.3f}", row.host and row.host * 1e3),) if profile.device_apart else ()
+    peer: tuple[str, ...] = ()
+    if profile.peer:
+        ratio = row.seconds / row.peer if row.peer else None
+        peer = (_or("{:.3f}", row.peer and row.peer * 1e3), _or("{:.2f}", ratio))
+    return (
+        f"{row.seconds * 1e3:.3f}", *host, f"{row.share:.1%}",
+        _or("{:.1f}", row.flops / 1e6 or None), _or("{:.2f}", row.bytes / 1e6 if worked else None),
+        _or("{:.3f}", row.tflops or None), _or("{:.1f}", row.bandwidth_gbs if worked else None),
+        _or("{:.0%}", row.roof if worked and profile.roofline else None),
+        row.bound, row.backend, row.tile, *peer,
+    )  # fmt: skip
+
+
+def _or(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _table(first: str, rows: Sequence[Row], profile: Profile) -> str:
+    lines = [(first, *columns(profile))]
+    lines += [(row.name, *cells(row, profile)) for row in rows]
+    used = [i for i in range(len(lines[0])) if i == 0 or any(line[i] for line in lines[1:])]
+    left = {0} | {i for i, name in enumerate(lines[0]) if name in ("bound by", "backend", "tile")}
+    widths = {i: max(len(line[i]) for line in lines) for i in used}
+    text = [
+        "  ".join(
+            line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in used
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers before times, fair turns, settled warm-ups, reasons for those who have no time."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+
+from resnet_fast.benchmarking import protocol, rows
+from resnet_fast.benchmarking.clocks import CudaClock, Lap
+from resnet_fast.benchmarking.protocol import Candidate, LeftOut, Missing, Statistics, warm_up
+from tests.benchmarking.fakes import FakeClock, case, right
+
+
+def measure(builders, clock, given=None, **options):
+    return protocol.measure(builders, given or case(), clock, **{"seconds": 0.1, **options})
+
+
+def test_a_wrong_answer_gets_no_time():
+    clock = FakeClock()
+    wrong = {"good": right(clock), "wrong": lambda: Candidate(lambda x: x + 0.5)}
+    outcomes, _ = measure(wrong, clock)
+    assert outcomes["good"].status == rows.MEASURED
+    found = outcomes["wrong"]
+    assert found.status == rows.FAILED and "exceeds" in found.reason
+    assert found.wall is found.device is found.first_ms is None
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(2, 4), torch.full((2, 3), torch.nan)])
+def test_a_wrong_shape_and_a_nan_are_wrong_answers(answer):
+    outcomes, _ = measure({"wrong": lambda: Candidate(lambda x: answer)}, FakeClock())
+    assert outcomes["wrong"].status == rows.FAILED and outcomes["wrong"].wall is None
+
+
+def test_an_answer_that_goes_stale_after_the_first_call_gets_no_time():
+    """As of a captured graph that goes on with the inputs of another call."""
+    clock, calls = FakeClock(), []
+
+    def stale(x):
+        clock.seconds += 1e-3
+        calls.append(x)
+        return x if len(calls) == 1 else x + 1
+
+    outcomes, _ = measure({"stale": lambda: Candidate(stale)}, clock)
+    assert outcomes["stale"].status == rows.FAILED
+    assert "after the warm-up" in outcomes["stale"].reason and outcomes["stale"].wall is None
+
+
+def raising(error):
+    def build():
+        raise error
+
+    return build
+
+
+REASONS = {
+    "missing": (Missing("not installed; pip install it"), rows.MISSING, "pip install"),
+    "left out": (LeftOut("takes too long"), rows.LEFT_OUT, "too long"),
+    "throws": (KeyError("peer broke"), rows.THREW, "KeyError: 'peer broke'"),
+    "gpu memory": (torch.OutOfMemoryError("CUDA out of memory. Tried"), rows.MEMORY, "Tried"),
+    "cpu memory": (
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        rows.MEMORY,
+        "alloc",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_who_cannot_run_says_why_and_the_rest_go_on(name):
+    error, status, text = REASONS[name]
+    clock = FakeClock()
+    outcomes, _ = measure({"bad": raising(error), "good": right(clock)}, clock)
+    assert outcomes["bad"].status == status and text in outcomes["bad"].reason
+    assert outcomes["bad"].wall is None
+    assert outcomes["good"].status == rows.MEASURED
+
+
+def test_who_throws_in_a_round_loses_its_times_and_the_rest_go_on():
+    clock = FakeClock()
+    builds = {"late": right(clock, log=(calls := [])), "good": right(clock)}
+    late = builds["late"]()
+
+    def call(x):
+        if len(calls) == 12:
+            raise RuntimeError("only now")
+        return late.call(x)
+
+    outcomes, _ = measure(builds | {"late": lambda: Candidate(call)}, clock)
+    assert outcomes["late"].status == rows.THREW and outcomes["late"].wall is None
+    assert len(outcomes["good"].wall.samples) >= protocol.MIN_ROUNDS
+
+
+def test_providers_take_turns_and_inputs_rotate():
+    clock, log = FakeClock(), []
+    names = ("a", "b", "c")
+    builders = {name: right(clock, log=log, name=name) for name in names}
+    outcomes, _ = measure(builders, clock)
+    rounds = len(outcomes["a"].wall.samples)
+    timed = log[-3 * rounds :]
+    assert [name for name, _ in timed] == list(names) * rounds
+    of_a = [index for name, index in timed if name == "a"]
+    assert all(later == (earlier + 1) % 3 for earlier, later in itertools.pairwise(of_a))
+
+
+def test_back_to_back_calls_follow_an_untimed_one_of_the_same():
+    clock, log = FakeClock(), []
+    builders = {name: right(clock, log=log, name=name) for name in "ab"}
+    outcomes, _ = measure(builders, clock, case(back_to_back=True))
+    rounds = len(outcomes["a"].wall.samples)
+    assert [name for name, _ in log[-4 * rounds :]] == list("aabb") * rounds
+    assert outcomes["a"].wall.samples == pytest.approx((1.0,) * rounds)
+
+
+def test_first_call_and_building_stand_apart():
+    clock, slow = FakeClock(), [0.5]
+
+    def build():
+        clock.seconds += 2
+
+        def call(x):
+            clock.seconds += slow.pop() if slow else 1e-3
+            return x
+
+        return Candidate(call)
+
+    outcomes, _ = measure({"cold": build}, clock)
+    found = outcomes["cold"]
+    assert found.build_ms == pytest.approx(2000) and found.first_ms == pytest.approx(500)
+    assert found.wall.median == pytest.approx(1)
+
+
+def test_modes_are_entered_outside_of_the_clock():
+    clock = FakeClock()
+
+    @contextlib.contextmanager
+    def costly():
+        clock.seconds += 1
+        yield
+
+    candidate = Candidate(right(clock)().call, around=costly)
+    outcomes, _ = measure({"x": lambda: candidate}, clock)
+    assert outcomes["x"].wall.p99 == pytest.approx(1)
+
+
+def test_the_inputs_are_prepared_once_and_untimed():
+    clock, prepared = FakeClock(), []
+
+    def prepare(inputs):
+        prepared.append(inputs)
+        clock.seconds += 1
+        return inputs
+
+    candidate = Candidate(right(clock)().call, prepare)
+    outcomes, _ = measure({"x": lambda: candidate}, clock)
+    assert len(prepared) == 3 and outcomes["x"].wall.p99 == pytest.approx(1)
+
+
+def test_warm_up_ends_when_times_settle():
+    falling = iter([80, 40, 20, 10, 9, 10.1, 9.9, 10, 10, 10])
+    count, stable = warm_up(lambda: next(falling), 1e6)
+    assert stable and 7 <= count <= 9
+
+
+def test_warm_up_that_never_settles_ends_and_says_so():
+    times = iter(2.0**i for i in range(100))
+    assert warm_up(lambda: next(times), 1e30) == (protocol.WARM_UP_LIMIT, False)
+
+
+def test_warm_up_keeps_to_its_time_but_makes_three_calls():
+    assert warm_up(lambda: 1000.0, 10) == (3, False)
+
+
+def test_the_deadline_begins_nothing_new():
+    clock = FakeClock()
+    builders = {"slow": right(clock, 1000), "never": right(clock)}
+    outcomes, interrupted = measure(builders, clock, deadline=3.0)
+    assert not interrupted
+    for found in outcomes.values():
+        assert found.status == rows.LEFT_OUT and protocol.TIME_IS_UP in found.reason
+    assert clock.seconds < 10
+
+
+def test_ctrl_c_keeps_what_was_measured():
+    clock, count = FakeClock(), [0]
+    candidate = right(clock)()
+
+    def call(x):
+        count[0] += 1
+        if count[0] == 30:
+            raise KeyboardInterrupt
+        return candidate.call(x)
+
+    builders = {"first": right(clock), "cut": lambda: Candidate(call)}
+    outcomes, interrupted = measure(builders, clock, seconds=1e6)
+    assert interrupted
+    assert outcomes["first"].status == rows.MEASURED
+    assert len(outcomes["first"].wall.samples) >= protocol.MIN_ROUNDS
+
+
+def test_ctrl_c_after_a_few_rounds_leaves_no_time_that_rests_on_so_few():
+    clock = FakeClock()
+    rounds = []
+
+    def progress(text):
+        rounds.append(text)
+        if text == "round 4":
+            raise KeyboardInterrupt
+
+    outcomes, interrupted = measure({"x": right(clock)}, clock, progress=progress)
+    assert interrupted and "round 3" in rounds
+    assert outcomes["x"].status == rows.INTERRUPTED and outcomes["x"].wall is None
+
+
+def test_ctrl_c_while_building_leaves_nothing_that_looks_measured():
+    clock = FakeClock()
+    builders = {"built": right(clock), "cut": raising(KeyboardInterrupt()), "after": right(clock)}
+    outcomes, interrupted = measure(builders, clock)
+    assert interrupted and {o.status for o in outcomes.values()} == {rows.INTERRUPTED}
+    assert all(o.wall is None for o in outcomes.values())
+
+
+def test_statistics_by_hand():
+    found = Statistics.of([float(i) for i in range(101)])
+    assert (found.median, found.p20, found.p80, found.p99) == (50, 20, 80, 99)
+    assert Statistics.of([3.0]).p99 == 3
+    skewed = Statistics.of([1.0, 1.0, 1.0, 9.0])
+    assert skewed.median == 1 and 1 <= skewed.p80 <= 9
+
+
+class _Event:
+    """A CUDA event whose time is the fake clock's."""
+
+    clock: FakeClock
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = self.clock.seconds
+
+    def elapsed_time(self, other):
+        return (other.at - self.at) * 1e3
+
+
+class _Graph:
+    """A CUDA graph that replays what was called while it was open."""
+
+    open = None
+
+    def replay(self):
+        self.call()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What `CudaClock` asks of torch.cuda, played by the fake clock."""
+    clock = FakeClock()
+    _Event.clock = clock
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_000_000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    timer = CudaClock.__new__(CudaClock)
+    timer.now, timer.device = clock.now, torch.device("cuda")
+    timer._buffer = torch.ones(8)
+    return clock, timer, monkeypatch
+
+
+def test_events_time_the_device_and_wall_time_stays_apart(gpu):
+    clock, timer, monkeypatch = gpu
+    wait = [0.002]
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda device: setattr(clock, "seconds", clock.seconds + wait[0])
+    )
+
+    def call():
+        clock.seconds += 0.003
+
+    lap = timer.lap(call)
+    assert lap.device_ms == pytest.approx(3) and lap.wall_ms == pytest.approx(5)
+    assert timer.peak_memory_mb(call) == pytest.approx(7)
+    timer.flush()
+    assert not timer._buffer.any()
+
+
+def test_a_replay_gives_the_device_time_and_its_absence_leaves_events(gpu):
+    clock, timer, monkeypatch = gpu
+
+    def replay():
+        clock.seconds += 0.0005
+
+    monkeypatch.setattr(timer, "capture", lambda call: replay, raising=False)
+    outcomes, _ = measure({"x": right(clock)}, timer)
+    assert outcomes["x"].device_how == "graph replay"
+    assert outcomes["x"].device.median == pytest.approx(0.5)
+    assert outcomes["x"].wall.median == pytest.approx(1)
+    monkeypatch.setattr(timer, "capture", lambda call: None)
+    outcomes, _ = measure({"x": right(clock)}, timer)
+    assert outcomes["x"].device_how == "events"
+    assert outcomes["x"].device.median == pytest.approx(1)
+
+
+def test_what_cannot_be_captured_is_timed_by_events(gpu):
+    _, timer, monkeypatch = gpu
+
+    @contextlib.contextmanager
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    assert timer.capture(lambda: None) is None
+
+
+def test_a_lap_of_the_host_has_no_device_time():
+    assert FakeClock().lap(lambda: None) == Lap(0.0, None)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows go to disk and come back whole; another version is refused by name; runs are compared."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import fields, replace
+
+import pytest
+
+from resnet_fast.benchmarking import compare, rows
+from resnet_fast.benchmarking.rows import Modelled, Results, Row
+from tests.benchmarking.fakes import ENVIRONMENT, row
+
+EAGER = "torchvision-channels_last"
+MODELLED = Modelled(
+    where="resnet50.layer1.0.conv2", shape="1x56x56x64 -> 64, 3x3/1 +relu, float16",
+    dtype="float16", batch=1, kernel="resnet_fast", tile="128x64x64 s3", arch=80,
+    counted_dram_bytes=876544, counted_sectors=1.01, modelled_from="counted",
+    modelled_ms={"H100 SXM": 0.0003, "L4": 0.003},
+)  # fmt: skip
+
+
+def results() -> Results:
+    threw = row("compile", status=rows.THREW, reason='RuntimeError: "quoted", and\na second line')
+    timeless = {f.name: None for f in fields(Row) if f.name.endswith("_ms")}
+    return Results(
+        rows=[row(), row(EAGER, 20.0, stable=True, warm_up=7), replace(threw, **timeless)],
+        modelled=[MODELLED],
+        left_out={"models: x": "no GPU"},
+        complete=False,
+        command="resnet-fast bench",
+        seconds=1.5,
+    )
+
+
+def test_json_round_trip(tmp_path):
+    rows.write(results(), tmp_path)
+    assert rows.read(tmp_path / "rows.json") == rows.read(tmp_path) == results()
+
+
+def test_csv_round_trip(tmp_path):
+    rows.write(results(), tmp_path)
+    assert rows.read(tmp_path / "rows.csv").rows == results().rows
+
+
+def test_a_row_has_all_that_is_needed_to_repeat_it(tmp_path):
+    rows.write(results(), tmp_path)
+    heading = (tmp_path / "rows.csv").read_text().partition("\n")[0].split(",")
+    for name in (
+        "version", "shape", "dtype", "layout", "backend", "tile", "environment.device",
+        "environment.clocks", "environment.driver", "environment.torch", "environment.triton",
+        "environment.cudnn", "environment.commit", "inputs", "peak_memory_mb", "first_ms",
+        "wall_ms", "wall_p20_ms", "wall_p80_ms", "wall_p99_ms", "device_ms", "device_how", "error",
+        "eager_error",
+    ):  # fmt: skip
+        assert name in heading, name
+
+
+def test_nan_is_text_in_json_and_the_file_stays_json(tmp_path):
+    rows.write(Results(rows=[row(error=math.nan)]), tmp_path)
+    data = json.loads((tmp_path / "rows.json").read_text(), parse_constant=pytest.fail)
+    assert data["rows"][0]["error"] == "nan"
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.csv"])
+def test_another_version_is_refused_by_name(tmp_path, name):
+    rows.write(results(), tmp_path)
+    path = tmp_path / name
+    text = path.read_text()
+    if name.endswith("json"):
+        text = text.replace('"version": 1', '"version": 7')
+    else:
+        text = text.replace(f"{rows.SCHEMA},1,", f"{rows.SCHEMA},7,")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.*version 7.*reads version 1"):
+        rows.read(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "other", "version": 1}', "no json"])
+def test_a_file_of_something_else_is_refused_by_name(tmp_path, text):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        rows.read(path)
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    rows.write(results(), tmp_path)
+    path = tmp_path / "rows.json"
+    data = json.loads(path.read_text())
+    del data["rows"][0]["provider"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"rows\.json.*damaged"):
+        rows.read(path)
+
+
+def test_modelled_numbers_have_columns_of_their_own(tmp_path):
+    rows.write(results(), tmp_path)
+    measured = (tmp_path / "rows.csv").read_text()
+    assert "modelled" not in measured and "counted" not in measured
+    lines = (tmp_path / "modelled.csv").read_text().splitlines()
+    heading = lines[0].split(",")
+    assert "modelled_ms (H100 SXM)" in heading and "modelled_ms (L4)" in heading
+    numbers = [name for name in heading if name.endswith("_ms") or "ms (" in name]
+    assert all(name.startswith("modelled_ms") for name in numbers)
+    assert not {f.name for f in fields(Row)} & {n for n in heading if n.startswith("counted")}
+
+
+def run(scale: dict[str, float], seed: int, drift: float = 1.0, scatter: float = 0.05) -> Results:
+    """A run as a noisy machine gives it: rounds scatter, and all of it drifts."""
+    noise = random.Random(seed)
+    found = []
+    for batch in (1, 8):
+        for provider, ms in ((EAGER, 20.0), ("compile", 14.0), ("resnet_fast", 12.0)):
+            factor = scale.get(provider, 1.0) * drift
+            times = sorted(ms * factor * noise.gauss(1, scatter) for _ in range(15))
+            spread = {"wall_p20_ms": times[3], "wall_p80_ms": times[11], "rounds": 15}
+            found.append(row(provider, times[7], batch=batch, **spread))
+    return Results(rows=found)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_two_runs_of_the_same_code_are_not_flagged(seed):
+    """Neither by the scatter of their rounds nor because the machine was slower the second time."""
+    changes = compare.compare(run({}, seed), run({}, 100 + seed, drift=1.4))
+    assert len(changes) == 6 and compare.regressions(changes) == []
+    assert {c.verdict for c in changes if c.row.provider == EAGER} == {compare.DRIFT}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_planted_slowdown_of_30_percent_is_flagged(seed):
+    changes = compare.compare(run({}, seed), run({"resnet_fast": 1.3}, 100 + seed, drift=0.9))
+    found = compare.regressions(changes)
+    assert {(c.row.provider, c.row.batch) for c in found} == {
+        ("resnet_fast", 1),
+        ("resnet_fast", 8),
+    }
+    assert all(c.verdict == compare.SLOWER and c.relative for c in found)
+
+
+def test_without_eager_times_themselves_are_compared():
+    old, new = Results(rows=[row(ms=10)]), Results(rows=[row(ms=13)])
+    (change,) = compare.compare(old, new)
+    assert change.verdict == compare.SLOWER and not change.relative
+    assert change.ratio == pytest.approx(1.3)
+    assert compare.compare(new, old)[0].verdict == compare.FASTER
+
+
+def test_a_time_that_was_lost_is_a_regression():
+    lost = replace(row(), status=rows.FAILED, reason="error 1 exceeds 0.1", wall_ms=None)
+    (change,) = compare.regressions(compare.compare(Results([row()]), Results([lost])))
+    assert change.verdict == compare.NO_TIME
+
+
+def test_only_rows_of_one_kind_of_device_are_compared():
+    gpu = replace(row(ms=99), environment=replace(ENVIRONMENT, kind="cuda"))
+    assert compare.compare(Results([row()]), Results([gpu])) == []
+
+
+def test_noise_that_hides_a_change_is_said():
+    old, new = Results([row(ms=10, spread=0.6)]), Results([row(ms=13, spread=0.6)])
+    (change,) = compare.compare(old, new)
+    assert change.verdict == compare.SAME and change.noise > 0.3
