@@ -52,9 +52,9 @@ class Profile:
         rows: per layer in execution order, then the gaps: they add up to `seconds`.
         seconds: median of the marked runs; on a GPU of the unmarked ones, from call to completion.
         unmarked: median of the runs that were not marked.
-        overhead: what marking costs: the median over the rounds of marked over unmarked, less one;
-            of the device's time where that is apart, else of the CPU's time in the calling thread,
-            in which other processes do not count.
+        overhead: what marking costs: the quickest marked run over the quickest unmarked one, less
+            one; of the device's time where that is apart, else of the CPU's time in the calling
+            thread, in which other processes count only as far as it spins for its own threads.
         rounds: how many there were.
         interrupted: whether Ctrl-C ended them early.
         device_apart: whether host and device have times of their own.
@@ -302,7 +302,7 @@ def _profile(
         roofline = roofline.raised((row.name, row.flops, row.bytes, row.seconds) for row in rows)
     rows = [_rows.against(row, roofline, whole, clock.device_apart) for row in rows]
     rows = [_served(row, subject.timeline.steps.get(row.name)) for row in rows]
-    ratios = [m / u for m, u in zip(subject.busy[True], subject.busy[False], strict=True) if u]
+    quickest = {marked: min(times) for marked, times in subject.busy.items()}
     modules = list(subject.model.modules())
     return Profile(
         model=type(subject.model).__name__,
@@ -315,7 +315,7 @@ def _profile(
         rows=rows,
         seconds=whole,
         unmarked=unmarked,
-        overhead=statistics.median(ratios) - 1 if ratios else 0.0,
+        overhead=quickest[True] / quickest[False] - 1 if quickest[False] else 0.0,
         rounds=len(subject.replays),
         device_apart=clock.device_apart,
         unoptimized=any(
