@@ -228,23 +228,28 @@ def _op_compile(work: OpWork) -> Candidate:
 
 def _op_ours(work: OpWork, backend: str = "auto") -> Candidate:
     call = formulas.ours(work.case, work.module, backend)
-    return Candidate(call, backend=partial(_plan_of, work, backend), tile=partial(_tile, work))
+    return Candidate(call, backend=partial(_backend_of, work), tile=partial(_tile_of, work))
 
 
-def _plan_of(work: OpWork, backend: str) -> str:
-    """The backend that ran, by the last call's plan, or by what the op says that it takes here."""
-    op, plans = work.case.op, {"conv_bn_act": "last_plan", "conv_bn_join": "last_join_plan"}
-    if op in plans:
-        return getattr(ops, plans[op])().backend
-    explain = {"add_relu": "explain_add_relu", "stem_pool": "explain_stem_pool"}[op]
-    if backend != "auto":
-        return backend
-    return getattr(ops, explain)(work.device.type, work.case.spec.dtype)[0]
+LAST_PLAN = {
+    "conv_bn_act": ops.last_plan,
+    "conv_bn_join": ops.last_join_plan,
+    "stem_pool": ops.last_stem_plan,
+}
 
 
-def _tile(work: OpWork) -> str:
-    plan = ops.last_plan() if work.case.op == "conv_bn_act" else None
-    return str(getattr(plan, "tile", None) or "")
+def _backend_of(work: OpWork) -> str:
+    """The backend that ran the last call; add_relu has no plan but one backend per dtype."""
+    case = work.case
+    if case.op in LAST_PLAN:
+        return LAST_PLAN[case.op]().backend
+    return ops.explain_add_relu(work.device.type, case.spec.dtype)[0]
+
+
+def _tile_of(work: OpWork) -> str:
+    """The tile of the last call's kernel; "" where there is none."""
+    plan = LAST_PLAN[work.case.op]() if work.case.op in LAST_PLAN else None
+    return str(plan.tile) if plan and plan.tile else ""
 
 
 WITH_NORM = ("conv_bn_act", "conv_bn_join", "stem_pool")  # add_relu takes no backend either

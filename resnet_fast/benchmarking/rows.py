@@ -64,7 +64,8 @@ class Row:
         shape: the op's `ConvSpec` as text, or the model's input.
         where: the layers that have this shape.
         batch, dtype: of the input; "tf32" is float32 with TF32 products, "float32" is IEEE.
-        provider: who computed it; `layout`, `backend` and `tile` say how.
+        provider: who computed it; `layout`, `backend` and `tile` say how. A model has no tile:
+            each of its layers has one, which `resnet-fast profile` tells.
         status, reason: "measured", or why there is no time.
         error, eager_error, error_limit: against float64, see `resnet_fast.agreement`.
         wall_ms, ...: wall time of the timed rounds: median and percentiles.

@@ -331,8 +331,7 @@ def _served(row: Row, step: Step | None) -> Row:
         return row
     if step is None or step.plan is None:
         return replace(row, backend="torch")
-    tile = getattr(step.plan, "tile", None)
-    tile = "" if tile is None else str(tile)
+    tile = "" if step.plan.tile is None else str(step.plan.tile)
     return replace(row, backend=step.plan.backend, tile=tile, why=step.plan.why_fallback())
 
 

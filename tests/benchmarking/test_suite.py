@@ -30,7 +30,7 @@ from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.benchmarking.providers import Provider
 from resnet_fast.benchmarking.suite import Request
 from resnet_fast.profiling.roofline import Roofline
-from resnet_fast.spec import ConvSpec
+from resnet_fast.spec import ConvSpec, TileConfig
 from tests.benchmarking.fakes import ENVIRONMENT, FakeClock
 from tests.benchmarking.fakes import row as made_up
 
@@ -144,6 +144,16 @@ def test_the_real_providers_of_ops_agree_and_are_timed(name):
         assert by_name["resnet_fast"].backend in ("cpu", "aten")
         assert by_name["resnet_fast-triton"].status == rows.THREW
         assert "runs on cuda" in by_name["resnet_fast-triton"].reason
+
+
+@pytest.mark.parametrize("name", ["conv", "join", "stem"])
+def test_a_row_tells_the_backend_and_the_tile_of_the_last_plan(name, monkeypatch):
+    case = SMALL_CASES[name]
+    plan = types.SimpleNamespace(backend="cuda", tile=TileConfig(64, 32, 64, 4, 4, SPLIT_K=2))
+    monkeypatch.setitem(providers.LAST_PLAN, case.op, lambda: plan)
+    request = Request(device="cpu", seconds=0.01, providers=["resnet_fast"])
+    (row,), *_ = suite.measure_case(case, request, clocks.Clock(), ENVIRONMENT)
+    assert (row.backend, row.tile) == ("cuda", "64x32x64 stages 4 warps 4 split 2")
 
 
 def small_model(monkeypatch):

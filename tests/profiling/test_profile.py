@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+import types
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from resnet_fast.profiling.calls import around_calls
 from resnet_fast.profiling.layers import as_run
 from resnet_fast.profiling.rows import GAP, LAUNCHES, REMAINDER, Row, peer_seconds, places
 from resnet_fast.profiling.timeline import EventClock, HostClock, Timeline
+from resnet_fast.spec import TileConfig
 
 SLEEP = 0.06
 X = torch.zeros(1, 3, 64, 64).to(memory_format=torch.channels_last)
@@ -313,6 +315,17 @@ def test_it_is_plain_data_too(found):
     assert data["format"] == module.FORMAT and data["model"] == "ResNet"
     assert [row["name"] for row in data["rows"]] == [row.name for row in found.rows]
     assert data["roofline"]["source"] == "measured" and data["machine"]["torch"]
+
+
+def test_a_row_tells_the_backend_and_the_tile_of_its_plan():
+    plan = types.SimpleNamespace(
+        backend="cuda", tile=TileConfig(64, 32, 64, 4, 4), why_fallback=str
+    )
+    row = Row("conv1", "stem", "conv", 1.0)
+    served = module._served(row, types.SimpleNamespace(plan=plan))
+    assert (served.backend, served.tile) == ("cuda", "64x32x64 stages 4 warps 4")
+    plan.tile = None
+    assert module._served(row, types.SimpleNamespace(plan=plan)).tile == ""
 
 
 # ---- a GPU, with a stand-in
