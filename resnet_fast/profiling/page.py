@@ -6,13 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from string import Template
-from typing import TYPE_CHECKING
 
 from resnet_fast.profiling import picture, text
+from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row
-
-if TYPE_CHECKING:
-    from resnet_fast.profiling.profile import Profile
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -64,7 +61,7 @@ takes beyond the sum of its layers' medians: pauses that hit other layers in eac
 WORDS = ("bound by", "backend", "tile")
 
 
-def render(profile: Profile) -> str:
+def render(profile: Findings) -> str:
     """The page."""
     title = f"{profile.model}, {profile.dtype}, batch {profile.batch}, on {profile.device}"
     colours = ", ".join(
@@ -83,7 +80,7 @@ def render(profile: Profile) -> str:
     )
 
 
-def _figures(profile: Profile) -> str:
+def _figures(profile: Findings) -> str:
     total = profile.total
     figures = [
         (f"{profile.unmarked * 1e3:.2f} ms", f"a run of {profile.batch}"),
@@ -98,14 +95,14 @@ def _figures(profile: Profile) -> str:
     return "".join(f"<span><b>{escape(big)}</b>{escape(small)}</span>" for big, small in figures)
 
 
-def _suggestions(profile: Profile) -> str:
+def _suggestions(profile: Findings) -> str:
     if not profile.suggestions:
         return ""
     lines = "".join(f"<li>{escape(line)}</li>" for line in profile.suggestions)
     return f"<h2>What to try</h2><ul>{lines}</ul>"
 
 
-def _table(first: str, rows: Sequence[Row], profile: Profile) -> str:
+def _table(first: str, rows: Sequence[Row], profile: Findings) -> str:
     names = text.columns(profile)
     lines = [(row, text.cells(row, profile)) for row in rows]
     used = [i for i in range(len(names)) if any(cells[i] for _, cells in lines)]
