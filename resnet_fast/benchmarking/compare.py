@@ -53,6 +53,23 @@ def compare(old: Results, new: Results) -> list[Change]:
     return [_change(before, after, key) for key in before if key in after]
 
 
+def differences(old: Results, new: Results) -> dict[str, tuple[str, str]]:
+    """What the runs' machines have not in common: then a change may be theirs."""
+    found = {}
+    for name in ("device", "threads", "driver", "torch", "triton", "cudnn"):
+        sides = [sorted({str(getattr(row.environment, name)) for row in run.rows})
+                 for run in (old, new)]  # fmt: skip
+        if sides[0] != sides[1]:
+            found[name] = tuple(", ".join(values) or "unknown" for values in sides)
+    return found
+
+
+def lost(old: Results, new: Results) -> int:
+    """How many times of the old run the new one has not even a row for."""
+    after = {_key(row) for row in new.rows}
+    return sum(row.measured and _key(row) not in after for row in old.rows)
+
+
 def regressions(changes: list[Change]) -> list[Change]:
     """Those that are slower, or have lost their time."""
     return [change for change in changes if change.verdict in (SLOWER, NO_TIME)]

@@ -36,7 +36,7 @@ class Environment:
         device: the processor's or GPU's name.
         kind: "cpu" or "cuda".
         threads: of torch on the CPU.
-        clocks: at the start of the run, as the machine tells them.
+        clocks: right after the case's rounds, as the machine tells them.
         driver: of the GPU.
         commit: of the checkout, with "-dirty" where files differ from it.
     """

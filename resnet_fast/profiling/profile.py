@@ -127,9 +127,10 @@ def profile(
         twin = torchvision_twin(model, example) if isinstance(compare, str) else compare
         x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
         subjects[peer or "peer"] = _Subject(twin, x)
-    for who, subject in subjects.items():
-        subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
-    interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
+    with clock.current():
+        for who, subject in subjects.items():
+            subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
+        interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
     ours, *others = subjects.values()
     found = _profile(ours, example, roofline, clock)
     found.interrupted = interrupted

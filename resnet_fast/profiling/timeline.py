@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import NamedTuple, Protocol
@@ -41,6 +41,9 @@ class Clock(Protocol):
 
     device_apart: bool
 
+    def current(self) -> AbstractContextManager:
+        """Entered around all runs: makes the clock's device the thread's."""
+
     def start(self) -> None:
         """Before a replay that is to be marked."""
 
@@ -64,6 +67,7 @@ class HostClock:
     """For models that run where Python runs: a mark is a moment."""
 
     device_apart = False
+    current = nullcontext
     mark = staticmethod(time.perf_counter)
 
     def start(self) -> None:
@@ -95,6 +99,9 @@ class EventClock:
         self._device, self._cuda = device, cuda
         self._events: list = []
         self._moments: list[float] = []
+
+    def current(self) -> AbstractContextManager:
+        return self._cuda.device(self._device)  # whose stream events are recorded on
 
     def start(self) -> None:
         self._moments.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 import types
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -336,6 +337,13 @@ class StandIn:
 
     def __init__(self):
         self.held = self.events = self.synchronized = 0
+        self.current, self.elsewhere = None, 0
+
+    @contextmanager
+    def device(self, device):
+        self.current = device
+        yield
+        self.current = None
 
     def synchronize(self, device):
         self.synchronized += 1
@@ -354,6 +362,7 @@ class Event:
 
     def record(self):
         self.cuda.events += 1
+        self.cuda.elsewhere += self.cuda.current is None
         self.at = self.cuda.events
 
     def elapsed_time(self, other):
@@ -377,9 +386,11 @@ def test_events_tell_the_devices_time(ours):
 
 
 def test_a_gpus_profile_tells_host_and_device_apart(ours, monkeypatch):
-    clock = EventClock(torch.device("cpu"), StandIn())
+    cuda = StandIn()
+    clock = EventClock(torch.device("cpu"), cuda)
     monkeypatch.setattr(module, "clock_of", lambda device: clock)
     found = profile(ours)
+    assert cuda.events and not cuda.elsewhere  # an event is recorded on the current device
     assert found.device_apart and found.gaps[-1].name == LAUNCHES
     assert "host ms" in str(found) and "device time" in str(found)
     assert all(row.host is not None for row in found.layers)
