@@ -293,15 +293,15 @@ def _device_of(refusal: str) -> str | None:
     return words[2] if refusal.startswith("runs on ") else None
 
 
+def of_suite(suite: str) -> list[Provider]:
+    """All providers of a suite, of any device."""
+    listed = (provider for device in ("cpu", "cuda") for provider in providers_of(suite, device))
+    return list({provider.name: provider for provider in listed}.values())
+
+
 def names() -> list[str]:
     """What `--providers` may name, of any suite and device."""
-    known = {
-        provider.name: None
-        for suite in ("models", "ops")
-        for device in ("cpu", "cuda")
-        for provider in providers_of(suite, device)
-    }
-    return list(known)
+    return list(dict.fromkeys(p.name for suite in ("models", "ops") for p in of_suite(suite)))
 
 
 def choose(

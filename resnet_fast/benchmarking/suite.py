@@ -71,9 +71,20 @@ class Request:
         check_names("dtype", self.dtypes, cases.DTYPES)
         if any(batch < 1 for batch in self.batches):
             raise ValueError(f"batches must be positive, got {list(self.batches)}")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be positive, got {self.seconds}")
+        if not any(map(self.asks, self.suites)):
+            of_suites = {p.name: None for suite in self.suites for p in providers.of_suite(suite)}
+            text = f"no provider of {', '.join(self.suites)} is named; known are"
+            raise ValueError(f"{text} {', '.join(of_suites)}")
         object.__setattr__(self, "place", measure.pick_device(self.device))
         if "tf32" in self.dtypes and self.place.type != "cuda":
             raise ValueError(f"tf32 is a GPU's way to multiply float32; this is {self.place}")
+
+    def asks(self, suite: str) -> bool:
+        """Whether any provider of the suite is asked."""
+        named = set(self.providers)
+        return not named or any(p.name in named for p in providers.of_suite(suite))
 
     def cases(self, suite: str) -> list[ModelCase] | list[OpCase]:
         """The suite's cases on the request's device."""
@@ -114,7 +125,7 @@ def run(
     began = clock.now()
     facts = environment(request.place)
     try:
-        for suite in request.suites:
+        for suite in filter(request.asks, request.suites):
             listed = request.cases(suite)
             deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
             for number, case in enumerate(listed, 1):

@@ -296,7 +296,7 @@ def _check(model, example, warmup: int, seconds: float, rounds: int | None, comp
         raise TypeError(f"resnet_fast.profile: example must be a tensor, got {type(example)}")
     if model.training:
         raise ValueError("resnet_fast.profile: the model is in training mode; call model.eval()")
-    if warmup < 0 or seconds < 0 or (rounds is not None and rounds < 1):
+    if warmup < 0 or not seconds >= 0 or (rounds is not None and rounds < 1):
         got = f"warmup {warmup}, seconds {seconds}, rounds {rounds}"
         raise ValueError(f"resnet_fast.profile: expected warmup, seconds >= 0, rounds >= 1; {got}")
     if isinstance(compare, str) and compare not in PEERS:

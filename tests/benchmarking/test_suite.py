@@ -305,7 +305,10 @@ UNKNOWN = {
     "provider": (["--providers", "nobody"], "resnet_fast-cuda-graph"),
     "model": (["--models", "resnet19"], "wide_resnet101_2"),
     "dtype": (["--dtype", "int3"], "bfloat16"),
-    "device": (["--device", "abacus"], "cannot be used"),
+    "device": (["--device", "abacus"], "known here are auto, cpu"),
+    "not-waited-for": (["--device", "meta"], "nothing is timed on meta; known here are auto, cpu"),
+    "seconds": (["--seconds", "nan"], "seconds must be positive"),
+    "of-another-suite": (["ops", "--providers", "openvino"], "known are aten, "),
     "tf32": (["--dtype", "tf32", "--device", "cpu"], "a GPU's way"),
     "batch": (["--batch", "0"], "positive"),
 }
@@ -317,6 +320,22 @@ def test_unknown_names_list_the_known_ones_before_any_work(name, monkeypatch, ca
     arguments, text = UNKNOWN[name]
     assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == cli.BAD_INPUT
     assert text in capsys.readouterr().err
+
+
+def test_a_suite_without_a_named_provider_is_not_begun(monkeypatch):
+    """Inputs and references of models take long, and nobody would run them."""
+    seen = []
+
+    def measure_case(case, *args):
+        seen.append(type(case))
+        return [], {}, False
+
+    monkeypatch.setattr(suite, "measure_case", measure_case)
+    some = {"models": ["resnet18"], "batches": [1], "dtypes": ["float32"], "device": "cpu"}
+    suite.run(Request(providers=["aten"], **some))
+    assert set(seen) == {OpCase}
+    with pytest.raises(ValueError, match=r"no provider of ops is named; known are aten, "):
+        Request(suites=["ops"], providers=["openvino"], **some)
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])

@@ -189,6 +189,8 @@ def test_with_layers_it_prints_all_in_order(capsys):
         pytest.param(["resnet18", "--compare", "keras"], ["keras", "torchvision"], id="compare"),
         pytest.param(["resnet18", "--batch", "0"], ["--batch"], id="batch"),
         pytest.param(["resnet18", "--seconds", "-1"], ["--seconds"], id="seconds"),
+        pytest.param(["resnet18", "--seconds", "nan"], ["--seconds"], id="nan"),
+        pytest.param(["resnet18", "--device", "meta"], ["nothing is timed on meta"], id="meta"),
         pytest.param(
             ["resnet18", "--batch", "100000000"], ["batch 100000000", "memory"], id="memory"
         ),
