@@ -264,7 +264,7 @@ def _served(row: Row, step: Step | None) -> Row:
     if row.kind == "gap":
         return row
     if step is None or step.plan is None:
-        return replace(row, backend="torch")
+        return replace(row, backend=row.backend or "torch")
     tile = "" if step.plan.tile is None else str(step.plan.tile)
     return replace(row, backend=step.plan.backend, tile=tile, why=step.plan.why_fallback())
 

@@ -62,6 +62,15 @@ def columns(profile: Findings) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def obtained(column: str) -> str:
+    """How a column's numbers were obtained; "" where it has none."""
+    if column in ("MFLOP", "MB"):
+        return "counted"
+    if column in ("TFLOP/s", "GB/s", "of roof"):
+        return "counted / measured"
+    return "" if column in ("bound by", "backend", "tile") else "measured"
+
+
 def cells(row: Row, profile: Findings) -> tuple[str, ...]:
     """A row's cells, as `columns` has them; empty where there is nothing to say."""
     worked = bool(row.bytes)

@@ -30,7 +30,7 @@ from resnet_fast.profiling.calls import Calls, around_calls
 
 RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
 POOL = "max-pool"  # whose layer has the name of the module that is not called
-FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`
+FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`, for CPUs
 HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
 
 Steps = program.Step | program.JoinStep

@@ -241,6 +241,7 @@ def test_the_pool_and_the_layout_of_the_fused_model_have_rows_of_their_own(ours,
     found = profile(ours, X.contiguous())
     assert [row.name for row in found.layers[:4]] == ["clone", "range check", "conv1", "maxpool"]
     assert only_slow(found) == ["maxpool"]
+    assert [row.backend for row in found.layers[:4]] == ["torch", "cpu", "cpu", "cpu"]
     holds = program.Program.holds
     monkeypatch.setattr(ops, "max_pool_3x3_2", pool)
     monkeypatch.setattr(program.Program, "holds", lambda *a: (time.sleep(SLEEP / 5), holds(*a))[1])
