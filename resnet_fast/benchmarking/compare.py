@@ -105,7 +105,6 @@ def scatter(row: Row) -> float:
     A median of n rounds scatters 1.2533 / sqrt(n) as much as one round. Rounds in a row are not
     independent, so no more than nine of them count.
     """
-    name = "device" if row.device_ms is not None else "wall"
-    low, high = (getattr(row, f"{name}_{part}_ms") for part in ("p20", "p80"))
+    low, high = (getattr(row, f"{row.clock}_{part}_ms") for part in ("p20", "p80"))
     one = (high - low) / SIGMAS_BETWEEN_P20_AND_P80 / row.time_ms
     return one * 1.2533 / math.sqrt(min(max(row.rounds, 1), 9))

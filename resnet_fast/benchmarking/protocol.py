@@ -12,9 +12,10 @@ left with its reason, and the rest go on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -75,7 +76,8 @@ class Case:
     """What all providers are given, and what their answers are held against.
 
     Args:
-        inputs: sets of inputs; timed calls walk through them.
+        inputs: sets of inputs; calls walk through them, whoever makes them: between two uses of
+            one lie all others.
         exact, eager: float64's result for the first set, and eager torch's at the case's dtype,
             of the first images (a float64 reference of 256 would take longer than the benchmark).
         k_gemm: products per output element; 1 where layers follow each other.
@@ -139,11 +141,11 @@ class _Runner:
     inputs: list[Inputs]
     outcome: Outcome
     clock: Clock
+    turns: Iterator[int]  # of all runners together
     thread: ThreadPoolExecutor | None = None
     replay: Callable[[], object] | None = None
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
-    turn: int = 0
 
     FIRST: ClassVar[int] = 0
 
@@ -161,8 +163,7 @@ class _Runner:
         return do() if self.thread is None else self.thread.submit(do).result()
 
     def next_call(self) -> Callable[[], Tensor]:
-        self.turn += 1
-        inputs = self.inputs[self.turn % len(self.inputs)]
+        inputs = self.inputs[next(self.turns) % len(self.inputs)]
         return lambda: self.candidate.call(*inputs)
 
     def first_call(self) -> Callable[[], Tensor]:
@@ -196,14 +197,14 @@ def measure(
     """
     outcomes = {name: Outcome() for name in builders}
     runners: dict[str, _Runner] = {}
-    interrupted = False
+    interrupted, turns = False, itertools.count(1)
     try:
         for name, build in builders.items():
             progress(f"{name}: building and checking")
             with _reason_in(outcomes[name]):
                 if clock.now() > deadline:
                     raise LeftOut(TIME_IS_UP)
-                runner = _enter(build, case, clock, outcomes[name], seconds)
+                runner = _enter(build, case, clock, outcomes[name], seconds, turns)
                 if runner is not None:
                     runners[name] = runner
         _rounds(runners, clock, min(clock.now() + seconds, deadline), deadline, case, progress)
@@ -239,14 +240,19 @@ def why(error: Exception) -> tuple[str, str]:
 
 
 def _enter(
-    build: Callable[[], Candidate], case: Case, clock: Clock, outcome: Outcome, seconds: float
+    build: Callable[[], Candidate],
+    case: Case,
+    clock: Clock,
+    outcome: Outcome,
+    seconds: float,
+    turns: Iterator[int],
 ) -> _Runner | None:
     """Build, check, warm up, check again; None where the answer was not exact enough."""
     start = clock.now()
     candidate = build()
     inputs = [candidate.prepare(one) for one in case.inputs]
     outcome.build_ms = (clock.now() - start) * 1e3
-    runner = _Runner(candidate, inputs, outcome, clock)
+    runner = _Runner(candidate, inputs, outcome, clock, turns)
     return runner if runner.inside(_is_ready, case, seconds) else None
 
 

@@ -12,6 +12,7 @@ from resnet_fast.benchmarking.providers import EAGER, OURS
 from resnet_fast.benchmarking.rows import Results, Row
 from resnet_fast.benchmarking.tables import (
     case_text,
+    clock_of,
     eager_of,
     inputs_of,
     milliseconds,
@@ -188,9 +189,9 @@ def _table(found: list[Row]) -> str:
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")
         lines.append(_row(cells, 3, kind))
     return (
-        f"<p class=quiet>ratio: time over {escape(EAGER[suite])}'s in the same rounds; below 1 is "
-        "faster. p20 to p80 hold the middle three fifths of the rounds. Errors are against "
-        f"float64. Inputs: {escape(inputs_of(found))}.</p><div class=scroll>"
+        f"<p class=quiet>ratio: {clock_of(found)} time over {escape(EAGER[suite])}'s in the same "
+        "rounds; below 1 is faster. p20 to p80 hold the middle three fifths of the rounds. Errors "
+        f"are against float64. Inputs: {escape(inputs_of(found))}.</p><div class=scroll>"
         f"<table>{_heading(names, 3)}<tbody>{''.join(lines)}</tbody></table></div>"
     )
 

@@ -46,7 +46,8 @@ def render(results: Results) -> Iterator[Table | str]:
 
 def _times(suite: str, found: list[Row]) -> Table:
     device = any(row.device_ms is not None for row in found)
-    table = Table(title=f"{suite}: measured (ratio: time over {EAGER[suite]}'s; below 1 is faster)")
+    ratio = f"ratio: {clock_of(found)} time over {EAGER[suite]}'s; below 1 is faster"
+    table = Table(title=f"{suite}: measured ({ratio})")
     names = ["case", "provider", "backend", "wall ms", "p20", "p80", "p99"]
     names += ["device ms"] * device + ["first ms", "MB", "error", "eager's", "ratio"]
     names += ["roof"] * (suite == "ops")
@@ -96,6 +97,11 @@ def inputs_of(found: list[Row]) -> str:
 def number(value: float | None, form: str) -> str:
     """A number, or nothing where it is not known."""
     return "" if value is None else format(value, form)
+
+
+def clock_of(found: list[Row]) -> str:
+    """Whose time the ratios of a suite's rows are of: "device" or "wall"."""
+    return next((row.clock for row in found if row.measured), "wall")
 
 
 def milliseconds(value: float | None) -> str:
