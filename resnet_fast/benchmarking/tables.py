@@ -128,20 +128,24 @@ def _modelled(results: Results) -> Table:
     title = "GPU kernels, not run: counted on the PTX machine, modelled by rooflines"
     table = Table(title=title)
     table.add_column("layer's shape", no_wrap=True)
-    for name in ("kernel", "counted: MB", "counted: sectors / least", "modelled from"):
+    table.add_column("kernel", overflow="fold")
+    for name in ("counted: MB", "counted: sectors / least", "modelled from"):
         table.add_column(name, justify="right")
     for gpu in gpus:
         table.add_column(f"modelled µs ({gpu})", justify="right")
     listed = sorted(results.modelled, key=lambda m: m.modelled_from != "counted")
-    for m in listed[:MODELLED_SHOWN]:
+    first = {(m.shape, m.kernel): m for m in reversed(listed)}  # of the tiles of a layer
+    shown = [m for m in listed if first[m.shape, m.kernel] is m][:MODELLED_SHOWN]
+    for m in shown:
         kernel = f"{m.kernel} {m.tile} sm_{m.arch}" if m.kernel else ""
         moved = None if m.counted_dram_bytes is None else m.counted_dram_bytes / 1e6
         table.add_row(
             m.shape, kernel, number(moved, ".2f"), number(m.counted_sectors, ".2f"),
             m.modelled_from, *(f"{ms * 1e3:.2g}" for ms in m.modelled_ms.values()),
         )  # fmt: skip
-    if len(listed) > MODELLED_SHOWN:
-        table.caption = f"{len(listed) - MODELLED_SHOWN} more in modelled.csv and on the page"
+    if len(listed) > len(shown):
+        more = f"{len(listed) - len(shown)} more, of other layers and tiles"
+        table.caption = f"{more}, in modelled.csv and on the page"
     return table
 
 

@@ -38,7 +38,7 @@ class StandIn:
             self.layouts.append(stem.conv.x)
             return dispatch.reference(x, *tensors)
 
-        return run
+        return run, dispatch.CUDA_TILES[0]
 
 
 @pytest.fixture
