@@ -56,8 +56,15 @@ REFUSED = {
     "pixels": (of(n=2**26, h=16, w=16), "output pixels"),
     "weights": (of(c=2**14, k=2**13 * 2), "bytes of weight"),
     "span": (of(h=2**13, w=2**13), "under one tile"),
+    "taps": (
+        problem(
+            replace(SPEC, w=3, padding=(1, 2**15 - 2), dilation=(1, 2**15 - 1)),
+            x="channels_inner", x_strides=(1_080_000, 120_000, 40_000),
+        ),
+        "elements of x between the filter's taps",
+    ),
     "tiny": (of(c=8, r=1, s=1, padding=(0, 0)), "half were padding"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -76,7 +76,7 @@ def test_it_says_what_it_holds(extension):
     assert "below 8.0" in refusals.pop(75) and not any(refusals.values())
     assert facts["explain"][0] and "for 8.0" in facts["explain"][1]
     if not torch.cuda.is_available():
-        assert facts["missing"] == "torch sees no NVIDIA GPU"
+        assert facts["missing"] == "torch sees no NVIDIA GPU" and facts["driver"]
 
 
 def test_a_kernels_resources_are_asked_of_a_gpu(extension):
@@ -139,6 +139,8 @@ CONVOLUTION = {
     "x-channels": ("x", "multiple of 8 channels", "[2, 12, 6, 7]"),
     "x-small": ("x", "as large as the filter", "[2, 16, 1, 1]"),
     "x-far": ("bytes of x between", "4294967295", "4294968896"),
+    "x-taps": ("elements of x between", "2147483647", "2621600016"),
+    "x-none-of-many-pixels": ("P * Q", "2147483391", "4294967296"),
     "weight-dtype": ("weight", "float16", "float32"),
     "weight-groups": ("weight", "[24, 16, 3, 3]", "[24, 8, 3, 3]"),
     "weight-layout": ("weight", "channels_last", "contiguous"),
@@ -146,6 +148,7 @@ CONVOLUTION = {
     "weight-filters": ("weight", "multiple of 8 filters", "[20, 16, 3, 3]"),
     "weight-taps": ("weight's height", "15", "16"),
     "stride": ("stride", "from 1", "0"),
+    "stride-length": ("length of stride", "from 2 to 2", "1"),
     "padding": ("padding", "from 0", "-1"),
     "dilation": ("dilation", "from 1", "0"),
     "scale-shape": ("scale", "[24]", "[23]"),
@@ -204,6 +207,7 @@ def test_conv_bn_join_refuses(name, extension):
 STEM = {
     **dict.fromkeys(("good", "nchw", "sliced", "bytes", "bytes-nchw", "no-norm", "float32")),
     "x-3d": ("x", "4-D", "[3, 21, 30]"),
+    "x-none-of-many-tiles": ("tiles of an image", "2147483647", "4908580864"),
     "x-channels": ("x", "3 channels", "[2, 4, 21, 30]"),
     "x-dtype": ("x", "float16", "float32"),
     "weight-shape": ("weight", "[16, 3, 7, 7]", "[16, 3, 5, 5]"),
