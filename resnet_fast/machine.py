@@ -87,7 +87,7 @@ def _extension() -> Fact:
         return Fact(name, False, f"{detail}; Triton serves the GPU", "resnet-fast build")
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        refusal = ops.explain_extension_on(major * 10 + minor)
+        refusal = ops.explain_extension_on(major * 10 + minor) or ops.explain_extension_missing()
         if refusal:
             return Fact(name, False, f"{refusal}; Triton serves the GPU", "resnet-fast build")
         detail = "; ".join((detail, *ops.explain_extension_resources()))
