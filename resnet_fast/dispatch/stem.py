@@ -120,9 +120,10 @@ def plan(stem: Stem, backend: str = backends.AUTO) -> backends.Plan:
         A plan; its bind takes (weight, scale, shift, mean, var, eps, image_mean, image_std).
 
     Raises:
-        ValueError: a backend asked for by argument refuses.
+        ValueError: a backend asked for by argument refuses, or RESNET_FAST_BACKEND is unknown.
     """
-    wanted = backend if backend != backends.AUTO else _env.backend()
+    wanted = backend if backend != backends.AUTO else _env.backend() or backends.AUTO
+    backends.check_name(wanted)
     refusals: dict[str, str] = {}
     for row in sorted(BACKENDS, key=lambda row: row.name != wanted):
         reason = row.refusal(stem)

@@ -271,6 +271,16 @@ def test_check_names_what_a_gpu_lacks(monkeypatch):
     assert not fact.present and "not for 7.5" in fact.detail and "Triton" in fact.detail
 
 
+def test_check_tells_of_the_variables_that_are_set(monkeypatch):
+    for name in ("RESNET_FAST_BACKEND", "RESNET_FAST_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not machine._environment()
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "triton")
+    monkeypatch.setenv("RESNET_FAST_DISABLE", "1")
+    disabled, backend = machine._environment()
+    assert "plain path" in disabled.detail and backend.detail.startswith("triton is asked first")
+
+
 def test_what_the_kernels_take_is_a_line_for_each_op(monkeypatch):
     taken = {"registers": 40, "shared_bytes": 512, "local_bytes": 0, "blocks_per_sm": 2}
     extension = types.SimpleNamespace(

@@ -115,6 +115,17 @@ def test_a_backend_that_cannot_says_why():
         stem_pool_op(*arguments(backend="cuda"))
 
 
+def test_the_environment_prefers(monkeypatch):
+    """Sizes of their own: a plan that was made is kept."""
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "aten")
+    assert ops.stem_plan_of(arguments(filters=32)).backend == "aten"
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")  # which has no stem
+    assert ops.stem_plan_of(arguments(filters=40)).backend == "cpu"
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="unknown backend 'tpu'"):
+        stem_pool_op(*arguments(filters=48))
+
+
 def test_the_plan_tells_its_backend_and_counts_calls():
     call = arguments("even", filters=24)
     plan = ops.stem_plan_of(call)
