@@ -143,7 +143,7 @@ def build(problem: Problem, tile: TileConfig | None = None) -> Bind:
 
 
 def add_relu_missing(device: str) -> str | None:
-    """Why `add_relu` cannot run on the current device of that type, or None."""
+    """Why `add_relu` cannot run on that device, or None."""
     from resnet_fast.kernels import cuda as kernel
 
     reason = kernel.missing()

@@ -232,6 +232,17 @@ def test_add_relu_takes_it_first(built, monkeypatch):
     assert torch.equal(cuda.add_relu(x, -2 * x), aten.add_relu(x, -2 * x))
 
 
+def test_of_two_gpus_each_is_asked_for_its_architecture(built, monkeypatch):
+    arch = {None: (7, 5), 0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: arch[device.index])
+    monkeypatch.setattr(built, "architecture_refusal", lambda arch: "old" if arch < 80 else None)
+    chosen = {
+        name: backends.explain_add_relu.__wrapped__(name, "float16")[0]
+        for name in ("cuda", "cuda:0", "cuda:1", "cpu")
+    }
+    assert chosen == {"cuda": "triton", "cuda:0": "triton", "cuda:1": "cuda", "cpu": "cpu"}
+
+
 # ---- the tables
 
 
