@@ -20,7 +20,7 @@ import torch
 from resnet_fast import build
 from resnet_fast.dispatch import join, stem
 from resnet_fast.testing import nvcc
-from tests.extension import calls
+from tests.extension import calls, models
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_FORM = re.compile(r"ValueError: resnet_fast::\w+: .+ must be .+, got .+; .+")
@@ -309,3 +309,14 @@ def test_the_struct_is_what_the_arguments_say(name, dtype, extension):
     down, across = p.dilation_h * p.stride_h, p.dilation_w * p.stride_w
     assert p.walk.offset == position[0] + position[1] * across + position[2] * down
     assert (p.walk.carry_c, p.walk.carry_s) == (across - p.c, down - p.s * across)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "convolutions", "joins"),
+    [("resnet18", "bfloat16", 13, 3), ("resnet50", "float16", 44, 4)],
+)
+def test_whole_models_pass_the_launchers_checks(name, dtype, convolutions, joins, extension):
+    launched = extension(models.run, name, dtype)
+    whole = {"stem_pool": 1, "conv_bn_act": convolutions, "conv_bn_join": joins}
+    assert launched.pop("none") == {}
+    assert launched == dict.fromkeys(launched, whole)
