@@ -150,3 +150,22 @@ def test_every_source_file_names_its_licence():
         *(ROOT / "tests").rglob("*.cu"),
     ):
         assert path.read_text().partition("\n")[0] == f"// {text}", path
+
+
+def neighbours(path: Path) -> set[Path]:
+    """The files of the package that a file imports, lazily or for its types too."""
+    found = set()
+    for module, _ in imports(path):
+        parts = module.split(".")[1:] if module.startswith("resnet_fast.") else []
+        here = PACKAGE.joinpath(*parts)
+        places = (here.with_suffix(".py"), here / "__init__.py", here.parent.with_suffix(".py"))
+        found |= {place for place in places if parts and place.is_file()}
+    return found - {path}
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {path: neighbours(path) for path in FILES if path.parent != PACKAGE}
+    while leaves := [path for path, others in graph.items() if not others & graph.keys()]:
+        for path in leaves:
+            del graph[path]
+    assert not graph, f"in or above a circle: {sorted(str(p.relative_to(PACKAGE)) for p in graph)}"
