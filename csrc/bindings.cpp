@@ -38,11 +38,33 @@ std::vector<std::string> names(const std::string& op) {
   return all;
 }
 
+// Why the CUDA runtime that is linked in here cannot use the driver, or "".
+std::string driver_error() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+// Makes a device the current one, and at the end the one that was.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&before_));
+    check(cudaSetDevice(device));
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
 py::dict resources(const std::string& op, int index, int device) {
   Kernel& kernel = kOps.at(op)().all.at(index);
+  const CurrentDevice current(device);
   cudaFuncAttributes attributes;
   int blocks = 0, threads_per_sm = 0;
-  check(cudaSetDevice(device));
   check(kernel.prepare(device));
   check(cudaFuncGetAttributes(&attributes, kernel.function));
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads,
@@ -68,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("architectures") = std::vector<int>{RESNET_FAST_ARCHITECTURES};
   m.attr("ptx") = RESNET_FAST_PTX;
   m.attr("built_for") = RESNET_FAST_BUILT_FOR;
+  m.attr("sources") = RESNET_FAST_SOURCES;  // a digest of csrc
   py::dict tiles;  // op -> [(BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N)]
   for (const auto& [op, kernels] : kOps) {
     py::list rows;
@@ -75,6 +98,8 @@ PYBIND11_MODULE(_C, m) {
     if (!rows.empty()) tiles[op.c_str()] = rows;
   }
   m.attr("tiles") = tiles;
+  m.def("driver_error", &driver_error,
+        "Why this binary's CUDA runtime cannot use the machine's driver, or an empty string.");
   m.def("kernels", &names, py::arg("op"), "The names of an op's instantiations.");
   m.def(
       "resources", &resources, py::arg("op"), py::arg("kernel"), py::arg("device"),

@@ -17,6 +17,7 @@ ptxas says of every kernel what it takes; it is kept beside each object and beco
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -34,6 +35,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TORCH_TARGET = (2, 11)
+SUFFIXES = (".cpp", ".cu", ".cuh", ".h")
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, the last one
 
 
@@ -230,6 +232,15 @@ def csrc() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "csrc"
 
 
+def digest() -> str:
+    """Of the sources that are here now: a module with another one was built from others."""
+    files = sorted(path for path in csrc().rglob("*") if path.suffix in SUFFIXES)
+    content = hashlib.sha256()
+    for path in files:
+        content.update(f"{path.relative_to(csrc()).as_posix()}\n".encode() + path.read_bytes())
+    return content.hexdigest()[:16]
+
+
 def _architectures(
     toolchain: Toolchain, asked: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -303,6 +314,7 @@ def _facts(toolchain: Toolchain, architectures: Sequence[int]) -> str:
         "#pragma once\n"
         f"#define RESNET_FAST_ARCHITECTURES {', '.join(map(str, architectures))}\n"
         f"#define RESNET_FAST_PTX {architectures[0]}\n"
+        f'#define RESNET_FAST_SOURCES "{digest()}"\n'
         f'#define RESNET_FAST_BUILT_FOR "torch {toolchain.torch_version}, CUDA {cuda}"\n'
     )
 

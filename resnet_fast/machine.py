@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 
-from resnet_fast import ops
+from resnet_fast import _env, ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ def facts() -> list[Fact]:
         _extension(),
         *_cpu(),
         _torchvision(),
+        *_environment(),
     ]
 
 
@@ -87,7 +88,7 @@ def _extension() -> Fact:
         return Fact(name, False, f"{detail}; Triton serves the GPU", "resnet-fast build")
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        refusal = ops.explain_extension_on(major * 10 + minor)
+        refusal = ops.explain_extension_on(major * 10 + minor) or ops.explain_extension_missing()
         if refusal:
             return Fact(name, False, f"{refusal}; Triton serves the GPU", "resnet-fast build")
         detail = "; ".join((detail, *ops.explain_extension_resources()))
@@ -116,6 +117,18 @@ def _torchvision() -> Fact:
         detail = "not installed: everything but weights= works"
         return Fact("torchvision", False, detail, 'pip install "resnet_fast[vision]"')
     return Fact("torchvision", True, _version("torchvision"))
+
+
+def _environment() -> list[Fact]:
+    """The variables that are set and that `services` does not look at."""
+    rows = []
+    if _env.disabled():
+        detail = "models take their plain path, whatever serves the ops"
+        rows.append(Fact("RESNET_FAST_DISABLE", True, detail, "unset it"))
+    if name := _env.backend():
+        detail = f"{name} is asked first wherever an op has it, before those that serve below"
+        rows.append(Fact("RESNET_FAST_BACKEND", True, detail))
+    return rows
 
 
 def _version(package: str) -> str:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom: the layers of the package, read from its imports."""
+"""Who may import whom: the layers of the package and of csrc, read from imports and includes."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -110,11 +111,45 @@ def test_the_ptx_machine_needs_numpy_and_the_standard_library_only():
             assert known, f"{path}:{line}: {module}"
 
 
+CSRC = ROOT / "csrc"
+CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
+# Where a file lies -> what of csrc it may include; whether it may include torch.
+MAY_INCLUDE = {
+    "common": (("common",), False),
+    "common/check.h": (("common",), True),
+    "cuda": (("common", "cuda", "cuda/device"), True),
+    "cuda/device": (("common", "cuda/device"), False),
+    "": (("cuda",), False),  # bindings.cpp; build_facts.h is written by the build
+}
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_cpp_includes_only_what_stands_below(path):
+    name = path.relative_to(CSRC).as_posix()
+    folder = name.rpartition("/")[0]
+    folders, torch = MAY_INCLUDE.get(name) or MAY_INCLUDE[folder]
+    for kind, included in re.findall(r'^#include ([<"])([^>"]+)[>"]', path.read_text(), re.M):
+        if kind == "<" or included == "build_facts.h":
+            assert torch or not included.startswith("torch/"), f"{name}: includes {included}"
+            continue
+        target = (path.parent / included).resolve().relative_to(CSRC)
+        assert target.parent.as_posix() in folders, f"{name}: includes {included}"
+        if folder == "cuda/device":
+            assert target.name != "check.h", f"{name}: device code takes plain structs"
+
+
 def test_every_source_file_names_its_licence():
+    text = "SPDX-License-Identifier: Apache-2.0"
     for folder in ("resnet_fast", "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            first = path.read_text().partition("\n")[0]
-            assert first == "# SPDX-License-Identifier: Apache-2.0", path
+            assert path.read_text().partition("\n")[0] == f"# {text}", path
+    assert len(CPP_FILES) > 15
+    for path in (
+        *CPP_FILES,
+        *(ROOT / "resnet_fast").rglob("*.cu"),
+        *(ROOT / "tests").rglob("*.cu"),
+    ):
+        assert path.read_text().partition("\n")[0] == f"// {text}", path
 
 
 def neighbours(path: Path) -> set[Path]:

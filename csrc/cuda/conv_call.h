@@ -48,6 +48,13 @@ inline void check_x(const Argument& x) {
   check_aligned(x);
 }
 
+// Of height and width: dispatchers let lists of any length pass for int[2].
+inline void check_pair(const char* op, const std::string& name, const std::vector<int64_t>& pair,
+                       int64_t low) {
+  check_range(op, "length of " + name, pair.size(), 2, 2, "give one number for each axis");
+  for (int64_t extent : pair) check_range(op, name, extent, low, kMaxExtent, "use another backend");
+}
+
 inline void check_dense(const Argument& a, const Argument& x, const std::vector<int64_t>& sizes,
                         const char* remedy) {
   check_same_dtype(a, x);
@@ -72,17 +79,16 @@ inline ConvSizes check_tensors(const ConvCall& call) {
 
   check_range(op, weight.name + "'s height", z.r, 1, kMaxTaps, "use another backend");
   check_range(op, weight.name + "'s width", z.s, 1, kMaxTaps, "use another backend");
-  for (int i : {0, 1}) {
-    check_range(op, "stride", call.stride[i], 1, kMaxExtent, "use another backend");
-    check_range(op, "padding", call.padding[i], 0, kMaxExtent, "use another backend");
-    check_range(op, "dilation", call.dilation[i], 1, kMaxExtent, "use another backend");
-  }
+  check_pair(op, "stride", call.stride, 1);
+  check_pair(op, "padding", call.padding, 0);
+  check_pair(op, "dilation", call.dilation, 1);
   check_range(op, x.name + "'s height", z.h, 1, kMaxRows, "split the image");
   check_range(op, x.name + "'s width", z.w, 1, kMaxRows, "split the image");
   const int64_t rows = z.h + 2 * call.padding[0] - call.dilation[0] * (z.r - 1) - 1;
   const int64_t columns = z.w + 2 * call.padding[1] - call.dilation[1] * (z.s - 1) - 1;
   if (rows < 0 || columns < 0) x.reject("at least as large as the filter", "add padding");
   z.p = rows / call.stride[0] + 1, z.q = columns / call.stride[1] + 1;
+  check_range(op, "P * Q", z.p * z.q, 1, kMaxRows, "split the image");  // also where N is 0
 
   const std::vector<int64_t> shape = {z.n, z.k, z.p, z.q};
   check_dense(call.out, x, shape, "allocate it of that shape");
@@ -141,6 +147,12 @@ inline int64_t block_bytes(const ConvProblem& p, int64_t n, int block_m, int siz
                  (p.h - 1 + p.padding_h) * p.stride_h + (p.w - 1 + p.padding_w) * p.stride_w + p.c);
 }
 
+// Elements of x from a filter's first tap to its last: what 31 bits of the odometer count.
+inline int64_t filter_reach(const ConvProblem& p) {
+  return int64_t{p.r - 1} * p.dilation_h * p.stride_h +
+         int64_t{p.s - 1} * p.dilation_w * p.stride_w + p.c;
+}
+
 // Everything but the device is checked here, so that it can be tested without one.
 inline ConvProblem problem_of(const ConvCall& call, const TileNumbers& tile) {
   const auto op = call.op;
@@ -172,6 +184,8 @@ inline ConvProblem problem_of(const ConvCall& call, const TileNumbers& tile) {
   p.tiles_n = Divisor::of(tiles_n);
   p.split_k = call.split_k, p.steps_per_split = divided_up(steps, call.split_k);
   p.relu = call.relu;
+  check_range(op, "elements of " + x.name + " between the filter's taps", filter_reach(p), 1,
+              INT32_MAX, "make x contiguous, or use another backend");
   check_range(op, "bytes of " + x.name + " between the rows of one block",
               block_bytes(p, z.n, tile[0], size), 0, kMaxBlockBytes,
               "make x contiguous, or use another backend");

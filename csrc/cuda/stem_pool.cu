@@ -51,6 +51,7 @@ StemProblem problem_of(const Argument& x, const Argument& weight, const Argument
   check_channels_last(out);
   check_aligned(out);
   const int64_t row = divided_up(pool_q, tile[1]), image = divided_up(pool_p, tile[0]) * row;
+  check_range(kOp, "tiles of an image", image, 1, INT32_MAX, "split the image");
   check_range(kOp, "tiles of all images", n * image, 0, INT32_MAX, "split the batch");
 
   StemProblem problem{};
@@ -119,6 +120,7 @@ void stem_pool_op(const Tensor& x, const Tensor& weight, const Tensor& scale, co
   auto& [kernels, tiles] = stem_pool_kernels();
   const size_t dtype = static_cast<size_t>(kernel_dtype(call.weight));
   Kernel& kernel = kernels[dtype * tiles.size() + tile];
+  torch::stable::accelerator::DeviceGuard guard(device);  // resident_blocks changes the current one
   // Blocks walk over tiles and load the filters once: as many as the GPU holds at a time.
   const int64_t blocks = std::min<int64_t>(problem.tiles, kernel.resident_blocks(device));
   const int64_t groups = divided_up(problem.k, 128 / call.weight.element_size());

@@ -297,7 +297,7 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
     )
     if not dense or x.stride() != y.stride() or x.numel() == 0:
         return aten.add_relu(x, y)
-    chosen, _ = explain_add_relu(x.device.type, str(x.dtype).removeprefix("torch."))
+    chosen, _ = explain_add_relu(str(x.device), str(x.dtype).removeprefix("torch."))
     if chosen == "cuda":
         return cuda.add_relu(x, y)
     if chosen == "triton":
@@ -324,13 +324,16 @@ def _add_relu_launch(numel: int, dtype: torch.dtype, aligned: bool, device: torc
 
 @functools.cache
 def explain_add_relu(device: str, dtype: str) -> tuple[str, dict[str, str]]:
-    """The first backend that takes dense tensors of a dtype, and for each other why not."""
-    known = dtype in ADD_RELU_DTYPES
+    """The first backend that takes dense tensors of a dtype, and for each other why not.
+
+    `device` is as torch prints it: of several GPUs, each may be of another architecture.
+    """
+    kind, known = torch.device(device).type, dtype in ADD_RELU_DTYPES
     reasons = {}
     for row in BACKENDS:
         reason = None
-        if row.device not in (None, device):
-            reason = f"runs on {row.device} tensors, not {device}"
+        if row.device not in (None, kind):
+            reason = f"runs on {row.device} tensors, not {kind}"
         elif row.by_name:
             reason = f"{row.name} has no such function"
         elif row.name != "aten":

@@ -30,6 +30,7 @@ MAX_EXTENT = 2**15 - 1  # of stride, padding and dilation
 MAX_PIXELS = 2**31 - 1 - 256  # of the output: with a tile's overhang they are counted in 31 bits
 MAX_WEIGHT = 2**31 - 1  # bytes, addressed in 31 bits
 MAX_SPAN = 2**32 - 1  # bytes of x between the first and the last that a block's rows read
+MAX_REACH = 2**31 - 1  # elements of x between a filter's taps, through which the kernel counts
 BLOCK_ROWS = max(tile.BLOCK_M for tile in heuristics.CUDA_TILES)
 
 
@@ -61,6 +62,8 @@ def kernel_refusal(problem: Problem) -> str | None:
         return reason
     if (span := _span(problem) * size) > MAX_SPAN:
         return f"{span} bytes of x under one tile: the CUDA kernel addresses them in 32 bits"
+    if (reach := _reach(problem)) > MAX_REACH:
+        return f"{reach} elements of x between the filter's taps: the CUDA kernel counts in 31 bits"
     if not problem.aligned:
         return "a tensor does not start at a multiple of 16 bytes"
     if any(stride * size % 16 for stride in _strides(problem)):
@@ -109,6 +112,14 @@ def _span(problem: Problem) -> int:
     return spec.c + sum((length - 1) * stride for length, stride in steps if length)
 
 
+def _reach(problem: Problem) -> int:
+    """Elements of x from a filter's first tap to its last."""
+    spec = problem.spec
+    _, down, across = _strides(problem)
+    rows, columns = (spec.r - 1) * spec.dilation[0], (spec.s - 1) * spec.dilation[1]
+    return rows * down + columns * across + spec.c
+
+
 def choose(problem: Problem) -> TileConfig:
     """The tile for `problem`, in the elements of its dtype.
 
@@ -141,7 +152,7 @@ def build(problem: Problem, tile: TileConfig | None = None) -> Bind:
 
 
 def add_relu_missing(device: str) -> str | None:
-    """Why `add_relu` cannot run on the current device of that type, or None."""
+    """Why `add_relu` cannot run on that device, or None."""
     from resnet_fast.kernels import cuda as kernel
 
     reason = kernel.missing()

@@ -16,7 +16,7 @@ from resnet_fast.kernels import aten
 
 def add_relu_backward(grad: Tensor, y: Tensor) -> Tensor:
     """grad where y, the result of add_relu, is not 0 or less; else 0. In grad's memory order."""
-    chosen, _ = backends.explain_add_relu(grad.device.type, str(grad.dtype).removeprefix("torch."))
+    chosen, _ = backends.explain_add_relu(str(grad.device), str(grad.dtype).removeprefix("torch."))
     dense = grad.is_contiguous() or (
         grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
     )

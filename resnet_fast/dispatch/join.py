@@ -148,11 +148,13 @@ def plan(problem: JoinProblem, backend: str = AUTO) -> JoinPlan:
     """Choose a backend for `problem` and let it prepare; see `backends.plan`.
 
     Raises:
-        ValueError: a backend asked for by argument refuses, or RESNET_FAST_BACKEND is unknown.
+        ValueError: a backend asked for by argument refuses or has no join, or
+            RESNET_FAST_BACKEND is unknown.
     """
+    if backend not in names():
+        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
     wanted = backend if backend != AUTO else _env.backend() or AUTO
-    if wanted not in names():
-        raise ValueError(f"resnet_fast: unknown backend {wanted!r}; known are {names()}")
+    backends.check_name(wanted)  # one that has no join is a preference that cannot be met
     refusals: dict[str, str] = {}
     for row in sorted(JOIN_BACKENDS, key=lambda row: row.name != wanted):
         reason = _refusal(row, problem)
@@ -179,9 +181,12 @@ def names() -> list[str]:
     return [AUTO, *(row.name for row in JOIN_BACKENDS)]
 
 
-def may_be_one_kernel(device: str) -> bool:
-    """Whether a backend that joins in one kernel could run on tensors of this device."""
-    return device == "cuda" or triton_interprets()
+def may_be_one_kernel(device: str, backend: str) -> bool:
+    """Whether a backend that joins in one kernel could run where this device and name are asked."""
+    if device != "cuda" and not triton_interprets():
+        return False
+    wanted = backend if backend != AUTO else _env.backend() or AUTO
+    return wanted in (AUTO, *FUSED)
 
 
 def _refusal(row: Backend, problem: JoinProblem) -> str | None:

@@ -73,15 +73,22 @@ def pooled(spec: ConvSpec) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Stem:
-    """A stem as a backend sees it: its convolution, and whether x is bytes."""
+    """A stem as a backend sees it.
+
+    Args:
+        conv: its convolution; `aligned` says nothing of x, which the CUDA kernel reads anywhere.
+        bytes: whether x is bytes.
+        x_aligned: whether x starts at a multiple of 16 bytes.
+    """
 
     conv: backends.Problem
     bytes: bool = False
+    x_aligned: bool = True
 
     def normalized(self) -> backends.Problem:
         """The convolution that is left once bytes have become numbers, in a tensor made here."""
         if not self.bytes:
-            return self.conv
+            return replace(self.conv, aligned=self.conv.aligned and self.x_aligned)
         spec = self.conv.spec
         strides = (spec.h * spec.w * spec.c, spec.w * spec.c, spec.c)
         return replace(self.conv, x="channels_last", x_strides=strides)
@@ -117,9 +124,10 @@ def plan(stem: Stem, backend: str = backends.AUTO) -> backends.Plan:
         A plan; its bind takes (weight, scale, shift, mean, var, eps, image_mean, image_std).
 
     Raises:
-        ValueError: a backend asked for by argument refuses.
+        ValueError: a backend asked for by argument refuses, or RESNET_FAST_BACKEND is unknown.
     """
-    wanted = backend if backend != backends.AUTO else _env.backend()
+    wanted = backend if backend != backends.AUTO else _env.backend() or backends.AUTO
+    backends.check_name(wanted)
     refusals: dict[str, str] = {}
     for row in sorted(BACKENDS, key=lambda row: row.name != wanted):
         reason = row.refusal(stem)
@@ -213,7 +221,7 @@ def _cuda_refusal(stem: Stem) -> str | None:
     if spec.k % CUDA_CHANNELS:
         return f"K {spec.k}: the CUDA kernel takes multiples of {CUDA_CHANNELS}"
     if not problem.aligned:
-        return "weight does not start at a multiple of 16 bytes"
+        return "weight or a vector does not start at a multiple of 16 bytes"
     if CUDA_TILES[-1].blocks(spec) >= CUDA_TILES_LIMIT:
         return "so many images that the CUDA kernel's tiles do not count in 32 bits"
     return None

@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from resnet_fast import build
+
 LIBRARY = torch.library.Library("resnet_fast", "FRAGMENT")
 
 _CONV = (
@@ -66,8 +68,9 @@ def missing() -> str | None:
     """Why the extension cannot be used on this machine, or None; cheapest questions first."""
     if built() and not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
-    reason = broken()
-    return reason and f"the CUDA C++ extension is {reason}; {HOW_TO_BUILD}"
+    if (reason := broken()) is not None:
+        return f"the CUDA C++ extension is {reason}; {HOW_TO_BUILD}"
+    return driver_refusal()
 
 
 @functools.cache
@@ -87,7 +90,18 @@ def broken() -> str | None:
         # A module for another Python or another torch fails in many ways; all have one remedy.
         text = " ".join(str(error).split())
         return f"broken: {type(error).__name__}: {text}"
-    return None if hasattr(extension, "tiles") else "broken: it is of another version"
+    if getattr(extension, "sources", "") != build.digest():
+        return "broken: it was built from other sources than those in csrc"
+    return None
+
+
+@functools.cache
+def driver_refusal() -> str | None:
+    """Why the CUDA runtime in the binary, which is not torch's, cannot use the driver, or None."""
+    error = module().driver_error()
+    if not error:
+        return None
+    return f"the CUDA C++ extension, built with {module().built_for}: {error}; {HOW_TO_BUILD}"
 
 
 @functools.cache

@@ -408,7 +408,7 @@ def _join_step(
     parts: Parts, steps: list[Step], projection: Step | None, x: Tensor, backend: str
 ) -> JoinStep | None:
     """The block's end as one op, where one kernel would run it; else None."""
-    if not _may_join(parts, x):
+    if not _may_join(parts, x, backend):
         return None
     h = x
     for unit, _ in parts.units[:-1]:
@@ -438,16 +438,16 @@ def _shape_after(unit: Unit, x: Tensor) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _may_join(parts: Parts, x: Tensor) -> bool:
-    """Whether the block ends in what `ops.conv_bn_join` takes, on a device that may have it."""
-    if parts.projection is None or not ops.may_join_in_one_kernel(x.device.type):
+def _may_join(parts: Parts, x: Tensor, backend: str) -> bool:
+    """Whether the block ends in what `ops.conv_bn_join` takes, where device and backend may."""
+    if parts.projection is None or not ops.may_join_in_one_kernel(x.device.type, backend):
         return False
     return fusion.join_refusal(parts.units[-1][0], parts.projection[0]) is None
 
 
 def _call_ops(parts: Parts, x: Tensor, backend: str) -> Tensor:
     """The block through torch's dispatcher, without writing over anything."""
-    joins = _may_join(parts, x)
+    joins = _may_join(parts, x, backend)
     shortcut = x if parts.joins else None
     if parts.projection is not None and not joins:
         unit = parts.projection[0]

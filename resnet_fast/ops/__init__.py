@@ -8,6 +8,7 @@ calls `dispatch`.
 from resnet_fast.kernels.cpu import forget, magnitude, max_pool_3x3_2, packed_bytes
 from resnet_fast.kernels.cuda import architecture_refusal as explain_extension_on
 from resnet_fast.kernels.cuda import explain as explain_extension
+from resnet_fast.kernels.cuda import missing as explain_extension_missing
 from resnet_fast.kernels.cuda import resources as explain_extension_resources
 from resnet_fast.ops._library import ArgumentError
 from resnet_fast.ops.add_relu import add_relu
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "explain_add_relu",
     "explain_extension",
+    "explain_extension_missing",
     "explain_extension_on",
     "explain_extension_resources",
     "explain_join",

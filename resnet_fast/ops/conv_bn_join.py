@@ -165,9 +165,9 @@ def last_plan() -> join.JoinPlan:
     return _last.plan
 
 
-def may_join_in_one_kernel(device: str) -> bool:
-    """Whether some backend that has one kernel for the op could run on tensors of `device`."""
-    return join.may_be_one_kernel(device)
+def may_join_in_one_kernel(device: str, backend: str) -> bool:
+    """Whether `backend`, or some if it is "auto", could run the op as one kernel on `device`."""
+    return join.may_be_one_kernel(device, backend)
 
 
 def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:

@@ -155,13 +155,13 @@ def _key(call: StemCall) -> tuple:
     facts = tuple(t if t is None else _facts(t) for t in _tensors(*call))
     key = (*facts, call.backend, call.weight.is_inference(), torch._C._get_mkldnn_enabled())
     if call.x.is_cuda:
-        key += (_is_aligned(call), precision())
+        key += (_are_aligned(*call[1:6]), _are_aligned(call.x), precision())
     return key
 
 
-def _is_aligned(call: StemCall) -> bool:
-    """Of what is read 16 bytes at a time: not x where the CUDA kernel reads it."""
-    return (call.x.data_ptr() | call.weight.data_ptr()) % 16 == 0
+def _are_aligned(*tensors: Tensor | None) -> bool:
+    """Whether each starts at a multiple of 16 bytes: GPU kernels read so many at a time."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def _make_plan(call: StemCall) -> backends.Plan:
@@ -179,9 +179,10 @@ def _make_plan(call: StemCall) -> backends.Plan:
         vectors=all(v is None or v.is_contiguous() for v in (*vectors, *call[7:9])),
         vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
         tracked=not weight.is_inference(),
-        aligned=_is_aligned(call),
+        aligned=_are_aligned(weight, *vectors),
     )
-    plan = stem.plan(stem.Stem(problem, x.dtype == torch.uint8), call.backend)
+    asked = stem.Stem(problem, x.dtype == torch.uint8, _are_aligned(x))
+    plan = stem.plan(asked, call.backend)
     if spec.m * spec.k == 0:
         empty = backends.Direct(lambda x, *_: stem.new_output(spec, x.device))
         plan.bind = lambda *_: empty

@@ -56,8 +56,15 @@ REFUSED = {
     "pixels": (of(n=2**26, h=16, w=16), "output pixels"),
     "weights": (of(c=2**14, k=2**13 * 2), "bytes of weight"),
     "span": (of(h=2**13, w=2**13), "under one tile"),
+    "taps": (
+        problem(
+            replace(SPEC, w=3, padding=(1, 2**15 - 2), dilation=(1, 2**15 - 1)),
+            x="channels_inner", x_strides=(1_080_000, 120_000, 40_000),
+        ),
+        "elements of x between the filter's taps",
+    ),
     "tiny": (of(c=8, r=1, s=1, padding=(0, 0)), "half were padding"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -223,6 +230,17 @@ def test_add_relu_takes_it_first(built, monkeypatch):
     assert chosen == "triton" and others["cuda"] == "no code for 90"
     x = torch.randn(3, 5)
     assert torch.equal(cuda.add_relu(x, -2 * x), aten.add_relu(x, -2 * x))
+
+
+def test_of_two_gpus_each_is_asked_for_its_architecture(built, monkeypatch):
+    arch = {None: (7, 5), 0: (7, 5), 1: (9, 0)}
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: arch[device.index])
+    monkeypatch.setattr(built, "architecture_refusal", lambda arch: "old" if arch < 80 else None)
+    chosen = {
+        name: backends.explain_add_relu.__wrapped__(name, "float16")[0]
+        for name in ("cuda", "cuda:0", "cuda:1", "cpu")
+    }
+    assert chosen == {"cuda": "triton", "cuda:0": "triton", "cuda:1": "cuda", "cpu": "cpu"}
 
 
 # ---- the tables

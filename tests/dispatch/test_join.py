@@ -142,9 +142,23 @@ def test_the_environment_prefers_and_the_argument_insists(monkeypatch):
     assert join.plan(on_cpu, "cpu").backend == "cpu"
     monkeypatch.setenv("RESNET_FAST_BACKEND", "triton")
     assert join.plan(on_cpu).backend == "cpu"  # a preference, which cannot be met
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")  # which has convolutions alone
+    assert join.plan(on_cpu).backend == "cpu"
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'"):
+        join.plan(on_cpu, "cudnn")
     monkeypatch.setenv("RESNET_FAST_BACKEND", "tpu")
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
         join.plan(on_cpu)
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "triton", "cpu", "aten", "cudnn"])
+def test_one_kernel_is_only_where_the_name_has_one(name, monkeypatch):
+    one_kernel = name in ("auto", "cuda", "triton")
+    assert join.may_be_one_kernel("cuda", name) == one_kernel
+    assert not join.may_be_one_kernel("cpu", name)
+    monkeypatch.setenv("RESNET_FAST_BACKEND", name.replace("auto", ""))
+    assert join.may_be_one_kernel("cuda", "auto") == one_kernel
+    assert join.may_be_one_kernel("cuda", "cuda")
 
 
 def test_explain_names_every_backend():

@@ -34,6 +34,7 @@ def facts() -> dict[str, object]:
         "kernels": {op: module.kernels(op) for op in OPS},
         "refusals": {arch: cuda.architecture_refusal(arch) for arch in (75, 80, 86, 90, 121)},
         "explain": cuda.explain(),
+        "driver": module.driver_error(),
     }
 
 
@@ -114,6 +115,17 @@ def far_apart(n: int, stride_n: int):
     return memory.as_strided((n, 16, 6, 7), (stride_n, 1, 7 * 16, 16))
 
 
+def taps_far_apart() -> dict[str, object]:
+    """A small x whose columns lie 40000 elements apart, under a filter that spans 65535 of them."""
+    return {
+        "x": torch.empty(2**21, dtype=torch.float16).as_strided(
+            (2, 16, 6, 3), (720_000, 1, 120_000, 40_000)
+        ),
+        "padding": (1, 2**15 - 2), "dilation": (1, 2**15 - 1),
+        "residual": None, "out": nhwc(2, 24, 3, 1),
+    }  # fmt: skip
+
+
 def changed(name: str) -> dict[str, object]:
     """The arguments above with one thing wrong."""
     good = convolution()
@@ -138,6 +150,11 @@ def changed(name: str) -> dict[str, object]:
         "x-channels": {"x": nhwc(2, 12, 6, 7), "weight": nhwc(24, 12, 3, 3)},
         "x-small": {"x": nhwc(2, 16, 1, 1), "padding": (0, 0)},
         "x-far": {"x": far_apart(2, 2**31)},
+        "x-taps": taps_far_apart(),
+        "x-none-of-many-pixels": {
+            "x": nhwc(0, 16, 2**16, 2**16), "stride": (1, 1),
+            "residual": None, "out": nhwc(0, 24, 2**16, 2**16),
+        },
         "weight-dtype": {"weight": weight.float()},
         "weight-groups": {"weight": nhwc(24, 8, 3, 3)},
         "weight-layout": {"weight": weight.contiguous()},
@@ -145,6 +162,7 @@ def changed(name: str) -> dict[str, object]:
         "weight-filters": {"weight": nhwc(20, 16, 3, 3)},
         "weight-taps": {"weight": nhwc(24, 16, 16, 3), "padding": (8, 1)},
         "stride": {"stride": (0, 2)},
+        "stride-length": {"stride": (2,)},
         "padding": {"padding": (1, -1)},
         "dilation": {"dilation": (1, 0)},
         "scale-shape": {"scale": torch.ones(23)},
@@ -255,6 +273,7 @@ def stem(name: str) -> dict[str, object]:
         "no-norm": {"mean": None, "var": None},
         "float32": {"x": x.float(), "weight": weight.float(), "out": out.float(), "tile": 1},
         "x-3d": {"x": x[0]},
+        "x-none-of-many-tiles": {"x": nhwc(0, 3, 2**21, 2**21), "out": nhwc(0, 16, 2**19, 2**19)},
         "x-channels": {"x": nhwc(2, 4, 21, 30)},
         "x-dtype": {"x": x.float()},
         "weight-shape": {"weight": nhwc(16, 3, 5, 5)},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import types
@@ -173,6 +174,9 @@ def package(folder: Path, extension: bytes | None) -> Path:
 
 
 USE = """
+import sys
+# where the checkout is installed to be edited, its finder would give this copy the checkout's _C
+sys.meta_path = [f for f in sys.meta_path if "__editable__" not in getattr(f, "__module__", "")]
 import torch, resnet_fast
 from resnet_fast import machine
 from resnet_fast.kernels import cuda
@@ -206,15 +210,56 @@ def test_without_a_working_extension_check_says_why_and_the_rest_works(extension
     assert reason in raised and "run `resnet-fast build`" in raised
 
 
-def test_an_extension_of_another_version_is_refused(monkeypatch):
-    for function in (cuda.built, cuda.broken):
-        function.cache_clear()
-    monkeypatch.setattr(cuda, "built", lambda: True)
-    monkeypatch.setattr(cuda.importlib, "import_module", lambda name: object())
-    try:
-        assert cuda.broken() == "broken: it is of another version"
-    finally:
+@pytest.fixture
+def loaded(monkeypatch):
+    """loaded(attributes): a module with these is what loading the extension gives."""
+
+    def forget():
         cuda.broken.cache_clear()
+        cuda.driver_refusal.cache_clear()
+
+    def load(**attributes):
+        forget()
+        module = types.SimpleNamespace(**attributes)
+        monkeypatch.setattr(cuda.importlib, "import_module", lambda name: module)
+
+    monkeypatch.setattr(cuda, "built", lambda: True)
+    monkeypatch.setattr(cuda.torch.cuda, "is_available", lambda: True)
+    yield load
+    forget()
+
+
+@pytest.mark.parametrize("attributes", [{}, {"sources": "of-another-commit"}], ids=["old", "other"])
+def test_an_extension_of_other_sources_is_refused(attributes, loaded):
+    """Its ops may have other arguments, which nothing would notice: the kernels are boxed."""
+    loaded(**attributes)
+    assert cuda.broken() == "broken: it was built from other sources than those in csrc"
+    assert "other sources" in cuda.missing() and "resnet-fast build" in cuda.missing()
+
+
+def test_a_driver_that_is_too_old_for_the_extension_is_told(loaded, monkeypatch):
+    facts = {"sources": build.digest(), "built_for": "torch 2.14.0, CUDA 13.0"}
+    loaded(**facts, driver_error=lambda: "CUDA driver version is insufficient")
+    assert re.search(r"CUDA 13\.0: CUDA driver .*; run `resnet-fast build`", cuda.missing())
+    monkeypatch.setattr(machine.ops, "explain_extension", lambda: (True, "for 8.0"))
+    monkeypatch.setattr(machine.ops, "explain_extension_on", lambda arch: None)
+    monkeypatch.setattr(machine.torch.cuda, "get_device_capability", lambda: (8, 0))
+    fact = machine._extension()
+    assert not fact.present and "driver version" in fact.detail
+    loaded(**facts, driver_error=lambda: "")
+    assert cuda.missing() is None
+
+
+def test_the_digest_is_of_what_the_sources_say(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    source = tmp_path / "csrc" / "op.cu"
+    source.parent.mkdir()
+    source.write_text("one")
+    first = build.digest()
+    (source.parent / "notes.txt").write_text("no source")
+    assert build.digest() == first
+    source.write_text("other")
+    assert build.digest() != first
 
 
 def test_check_names_what_a_gpu_lacks(monkeypatch):
@@ -224,6 +269,16 @@ def test_check_names_what_a_gpu_lacks(monkeypatch):
     monkeypatch.setattr(machine.torch.cuda, "get_device_capability", lambda: (7, 5))
     fact = machine._extension()
     assert not fact.present and "not for 7.5" in fact.detail and "Triton" in fact.detail
+
+
+def test_check_tells_of_the_variables_that_are_set(monkeypatch):
+    for name in ("RESNET_FAST_BACKEND", "RESNET_FAST_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert not machine._environment()
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "triton")
+    monkeypatch.setenv("RESNET_FAST_DISABLE", "1")
+    disabled, backend = machine._environment()
+    assert "plain path" in disabled.detail and backend.detail.startswith("triton is asked first")
 
 
 def test_what_the_kernels_take_is_a_line_for_each_op(monkeypatch):

@@ -20,7 +20,7 @@ import torch
 from resnet_fast import build
 from resnet_fast.dispatch import join, stem
 from resnet_fast.testing import nvcc
-from tests.extension import calls
+from tests.extension import calls, models
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_FORM = re.compile(r"ValueError: resnet_fast::\w+: .+ must be .+, got .+; .+")
@@ -76,7 +76,7 @@ def test_it_says_what_it_holds(extension):
     assert "below 8.0" in refusals.pop(75) and not any(refusals.values())
     assert facts["explain"][0] and "for 8.0" in facts["explain"][1]
     if not torch.cuda.is_available():
-        assert facts["missing"] == "torch sees no NVIDIA GPU"
+        assert facts["missing"] == "torch sees no NVIDIA GPU" and facts["driver"]
 
 
 def test_a_kernels_resources_are_asked_of_a_gpu(extension):
@@ -139,6 +139,8 @@ CONVOLUTION = {
     "x-channels": ("x", "multiple of 8 channels", "[2, 12, 6, 7]"),
     "x-small": ("x", "as large as the filter", "[2, 16, 1, 1]"),
     "x-far": ("bytes of x between", "4294967295", "4294968896"),
+    "x-taps": ("elements of x between", "2147483647", "2621600016"),
+    "x-none-of-many-pixels": ("P * Q", "2147483391", "4294967296"),
     "weight-dtype": ("weight", "float16", "float32"),
     "weight-groups": ("weight", "[24, 16, 3, 3]", "[24, 8, 3, 3]"),
     "weight-layout": ("weight", "channels_last", "contiguous"),
@@ -146,6 +148,7 @@ CONVOLUTION = {
     "weight-filters": ("weight", "multiple of 8 filters", "[20, 16, 3, 3]"),
     "weight-taps": ("weight's height", "15", "16"),
     "stride": ("stride", "from 1", "0"),
+    "stride-length": ("length of stride", "from 2 to 2", "1"),
     "padding": ("padding", "from 0", "-1"),
     "dilation": ("dilation", "from 1", "0"),
     "scale-shape": ("scale", "[24]", "[23]"),
@@ -204,6 +207,7 @@ def test_conv_bn_join_refuses(name, extension):
 STEM = {
     **dict.fromkeys(("good", "nchw", "sliced", "bytes", "bytes-nchw", "no-norm", "float32")),
     "x-3d": ("x", "4-D", "[3, 21, 30]"),
+    "x-none-of-many-tiles": ("tiles of an image", "2147483647", "4908580864"),
     "x-channels": ("x", "3 channels", "[2, 4, 21, 30]"),
     "x-dtype": ("x", "float16", "float32"),
     "weight-shape": ("weight", "[16, 3, 7, 7]", "[16, 3, 5, 5]"),
@@ -305,3 +309,14 @@ def test_the_struct_is_what_the_arguments_say(name, dtype, extension):
     down, across = p.dilation_h * p.stride_h, p.dilation_w * p.stride_w
     assert p.walk.offset == position[0] + position[1] * across + position[2] * down
     assert (p.walk.carry_c, p.walk.carry_s) == (across - p.c, down - p.s * across)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "convolutions", "joins"),
+    [("resnet18", "bfloat16", 13, 3), ("resnet50", "float16", 44, 4)],
+)
+def test_whole_models_pass_the_launchers_checks(name, dtype, convolutions, joins, extension):
+    launched = extension(models.run, name, dtype)
+    whole = {"stem_pool": 1, "conv_bn_act": convolutions, "conv_bn_join": joins}
+    assert launched.pop("none") == {}
+    assert launched == dict.fromkeys(launched, whole)

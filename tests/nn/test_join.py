@@ -34,8 +34,9 @@ def kind():
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """The "cpu" backend counts as one kernel, for plans that are made from now on."""
+    may_be = join.may_be_one_kernel
     monkeypatch.setattr(join, "FUSED", ("cuda", "triton", "cpu"))
-    monkeypatch.setattr(join, "may_be_one_kernel", lambda device: True)
+    monkeypatch.setattr(join, "may_be_one_kernel", lambda _, backend: may_be("cuda", backend))
     with torch.no_grad():
         yield
 
@@ -195,6 +196,23 @@ def test_a_backend_that_is_asked_for_is_taken(backend, pair, image):
     assert {row.backend for row in resnet_fast.report(fused)} == {backend}
 
 
+def called_ops(model: nn.Module, x: torch.Tensor) -> list[str]:
+    """The package's ops that a profiler sees in one call."""
+    with torch.profiler.profile() as profile:
+        model(x)
+    return [event.name for event in profile.events() if event.name.startswith("resnet_fast::")]
+
+
+def test_a_backend_without_a_join_runs_two_ops(pair, image, monkeypatch):
+    """By either way; cuDNN, which is asked for here, has convolutions alone."""
+    fused, _ = pair()
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")
+    x = image(2, 3, 56, 40)
+    assert "resnet_fast::conv_bn_join" not in called_ops(fused, x)
+    fused(x)
+    assert merged(fused) == {}
+
+
 def test_autocast_and_profilers_see_the_op(pair, image):
     fused, plain = pair()
     x = image(2, 3, 48, 48)
@@ -202,10 +220,7 @@ def test_autocast_and_profilers_see_the_op(pair, image):
     with torch.autocast("cpu", torch.bfloat16):
         mine, theirs = fused(x), plain(x)
     assert resnet_fast.agreement.compare(mine, theirs, exact).agrees
-    with torch.profiler.profile() as profile:
-        fused(x)
-    called = [event.name for event in profile.events() if event.name.startswith("resnet_fast::")]
-    assert called.count("resnet_fast::conv_bn_join") == 1
+    assert called_ops(fused, x).count("resnet_fast::conv_bn_join") == 1
 
 
 def test_a_model_that_has_run_can_be_freed(pair, image):

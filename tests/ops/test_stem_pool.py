@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -112,6 +115,17 @@ def test_a_backend_that_cannot_says_why():
         stem_pool_op(*arguments(backend="cuda"))
 
 
+def test_the_environment_prefers(monkeypatch):
+    """Sizes of their own: a plan that was made is kept."""
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "aten")
+    assert ops.stem_plan_of(arguments(filters=32)).backend == "aten"
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")  # which has no stem
+    assert ops.stem_plan_of(arguments(filters=40)).backend == "cpu"
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "tpu")
+    with pytest.raises(ValueError, match="unknown backend 'tpu'"):
+        stem_pool_op(*arguments(filters=48))
+
+
 def test_the_plan_tells_its_backend_and_counts_calls():
     call = arguments("even", filters=24)
     plan = ops.stem_plan_of(call)
@@ -122,6 +136,35 @@ def test_the_plan_tells_its_backend_and_counts_calls():
     slow = ops.stem_plan_of(call._replace(x=LAYOUTS["nchw"](call.x)))
     assert slow.backend == "aten" and "not channels_last" in slow.refusals["cpu"]
     assert not ops.stem_reads(call)
+
+
+def moved(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, one element further in memory than where an allocator puts it."""
+    memory = tensor.new_empty(tensor.numel() + 1)
+    return memory[1:].as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+
+@pytest.mark.parametrize("image", [False, True], ids=["floats", "bytes"])
+@pytest.mark.parametrize("name", ["", "x", "weight", "scale", "shift", "mean", "var"])
+def test_gpu_kernels_are_told_of_addresses(name, image, monkeypatch):
+    """All read parameters 16 bytes at a time; x only those that need it in channels_last."""
+    call = arguments(dtype=torch.float16, image=image)
+    if name:
+        call = call._replace(**{name: moved(getattr(call, name))})
+    asked, plan = [], dispatch.plan
+    monkeypatch.setattr(
+        dispatch, "plan", lambda stem, *rest: asked.append(stem) or plan(stem, *rest)
+    )
+    importlib.import_module("resnet_fast.ops.stem_pool")._make_plan(call)
+    (stem,) = asked
+    assert stem.conv.aligned == (name in ("", "x"))
+    assert stem.normalized().aligned == (name == "" or (name == "x" and image))
+    monkeypatch.setattr(dispatch.cuda, "missing", lambda: None)
+    kernel = importlib.import_module("resnet_fast.kernels.cuda")
+    monkeypatch.setattr(kernel, "architecture_refusal", lambda arch: None)
+    on_gpu = replace(stem, conv=replace(stem.conv, device="cuda", arch=80))
+    refusal = dispatch._cuda_refusal(on_gpu)
+    assert refusal is None if name in ("", "x") else "multiple of 16 bytes" in refusal
 
 
 def test_explain_names_every_backend():
