@@ -93,15 +93,19 @@ def _eager(work: ModelWork, benchmark: bool = False, nhwc: bool = True) -> Candi
     model = work.placed(work.theirs)
     if not nhwc:
         model = model.to(memory_format=torch.contiguous_format)
-    how = {**_cudnn(benchmark), "backend": "torch"}
+    how = {**_cudnn(benchmark, work.x.device), "backend": "torch"}
     if nhwc:
         return Candidate(model, **how)
     return Candidate(model, contiguous, layout="contiguous", **how)
 
 
-def _cudnn(benchmark: bool) -> dict[str, object]:
-    """How a candidate is called whose convolutions are cuDNN's, who searches or does not."""
-    return {"around": partial(_cudnn_flags, benchmark), "own_thread": benchmark}
+def _cudnn(benchmark: bool, device: torch.device) -> dict[str, object]:
+    """How a candidate is called whose convolutions are cuDNN's, which searches or does not.
+
+    A case's main thread has what was searched for (`suite.measure_case`).
+    """
+    apart = device.type == "cuda" and not benchmark
+    return {"around": partial(_cudnn_flags, benchmark), "own_thread": apart}
 
 
 @contextlib.contextmanager
@@ -118,7 +122,7 @@ def _cudnn_flags(benchmark: bool):
 def _cudnn_fused(work: ModelWork) -> Candidate:
     cudnn.check_available(work.x.device)
     model = work.placed(cudnn.CudnnFused(work.theirs))
-    return Candidate(model, backend="cuDNN, fused calls", **_cudnn(benchmark=True))
+    return Candidate(model, backend="cuDNN, fused calls", **_cudnn(True, work.x.device))
 
 
 def _compile(work: ModelWork, mode: str | None = None, graphable: bool = True) -> Candidate:
@@ -191,7 +195,7 @@ MODEL_PROVIDERS = (
     Provider("torchvision-cudnn-benchmark", "torchvision, channels_last, cudnn.benchmark",
              partial(_eager, benchmark=True), "cuda"),
     Provider("cudnn-fused", "cudnn_convolution_(add_)relu, BatchNorm folded", _cudnn_fused, "cuda"),
-    Provider("compile", "torch.compile, freezing", _compile),
+    Provider("compile", "torch.compile, freezing; on a GPU cudnn.benchmark, as below", _compile),
     Provider("compile-reduce-overhead", "torch.compile with CUDA graphs, freezing",
              partial(_compile, mode="reduce-overhead", graphable=False), "cuda", quick=False),
     Provider("compile-max-autotune", "torch.compile, max-autotune, freezing",
@@ -208,11 +212,11 @@ MODEL_PROVIDERS = (
 
 
 def _aten(work: OpWork, benchmark: bool = False) -> Candidate:
-    return Candidate(work.module, backend="torch", **_cudnn(benchmark))
+    return Candidate(work.module, backend="torch", **_cudnn(benchmark, work.device))
 
 
 def _aten_folded(work: OpWork) -> Candidate:
-    how = _cudnn(benchmark=work.device.type == "cuda")
+    how = _cudnn(True, work.device)
     return Candidate(formulas.folded(work.module), backend="torch", **how)
 
 
@@ -222,7 +226,7 @@ def _op_cudnn(work: OpWork) -> Candidate:
         raise LeftOut("cuDNN's fused calls end with a ReLU")
     conv = formulas.folded(work.module).conv
     call = cudnn.conv_add_relu if work.case.spec.residual else cudnn.conv_relu
-    return Candidate(partial(call, conv), backend="cuDNN, fused call", **_cudnn(benchmark=True))
+    return Candidate(partial(call, conv), backend="cuDNN, fused call", **_cudnn(True, work.device))
 
 
 def _op_compile(work: OpWork) -> Candidate:

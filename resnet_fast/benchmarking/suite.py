@@ -178,7 +178,7 @@ def measure_case(
     )
     interrupted = False
     try:
-        with _precision(case.dtype, request.place):
+        with _precision(case.dtype, request.place), _searching():
             material = _model if suite == "models" else _op
             if clock.now() > deadline:
                 raise protocol.LeftOut(protocol.TIME_IS_UP)
@@ -232,6 +232,20 @@ def _precision(dtype: str, place: torch.device) -> Iterator[None]:
     finally:
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+
+
+@contextlib.contextmanager
+def _searching() -> Iterator[None]:
+    """cuDNN at its best: it searches. Who does not want that has a thread of its own.
+
+    Here already, where references are made: the first to run a convolution chooses for its thread.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def check_memory(case: ModelCase | OpCase, place: torch.device) -> None:

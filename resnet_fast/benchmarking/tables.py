@@ -171,8 +171,9 @@ def markdown(results: Results) -> str:
         return "No model was measured."
     e = found[0].environment
     return "\n".join(lines) + (
-        f"\n\nMeasured by `{results.command}` on: {e.device}, threads {e.threads}, "
-        f"torch {e.torch}, resnet_fast {e.resnet_fast}, commit {e.commit}."
+        "\n\nThe others as ratios to the first column's time, below 1 is faster; a dash: no time, "
+        f"and the page says why. Measured by `{results.command}` on: {e.device}, "
+        f"threads {e.threads}, torch {e.torch}, resnet_fast {e.resnet_fast}, commit {e.commit}."
     )
 
 

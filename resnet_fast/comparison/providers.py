@@ -159,7 +159,8 @@ def torch_tensorrt_call(model: nn.Module, example: Tensor) -> Call:
         raise ValueError(f"TensorRT runs on a GPU, not on the {example.device.type}")
     import torch_tensorrt
 
+    # Explicit typing: in the model's own dtype, which a set of enabled ones is refused beside.
     return torch_tensorrt.compile(
-        model, ir="dynamo", inputs=[example], enabled_precisions={example.dtype},
+        model, ir="dynamo", inputs=[example], use_explicit_typing=True,
         disable_tf32=torch.backends.cudnn.conv.fp32_precision != "tf32",
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -541,21 +542,41 @@ def test_a_model_is_compiled_once_whoever_else_is_compiled(monkeypatch):
     assert compiled == [True, True] and ran == [True, False, True, False, False]
 
 
-def test_cudnn_searches_in_a_thread_of_its_own():
+def test_who_does_not_search_has_a_thread_of_its_own(monkeypatch):
     """torch keeps a convolution's plan per thread, whichever flag it was found under."""
-    model = nn.Identity()
-    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
-    built = {p.name: p.build(work) for p in providers.MODEL_PROVIDERS if "torchvision" in p.name}
-    assert {name: c.own_thread for name, c in built.items()} == {
-        "torchvision-contiguous": False, "torchvision-channels_last": False,
-        "torchvision-cudnn-benchmark": True,
-    }  # fmt: skip
-    op = providers.OpWork(SMALL_CASES["conv"], formulas.module_of(SMALL_CASES["conv"]),
-                          torch.device("cuda"))  # fmt: skip
+    gpu, seen = torch.device("cuda"), []
+    case = SMALL_CASES["conv"]
+    op = providers.OpWork(case, formulas.module_of(case), gpu)
     built = {p.name: p.build(op) for p in providers.OP_PROVIDERS if "aten" in p.name}
-    assert [c.own_thread for c in built.values()] == [False, True, True]
-    with built["aten-folded"].around():
-        assert torch.backends.cudnn.benchmark
+    assert {name: c.own_thread for name, c in built.items()} == {
+        "aten": True, "aten-cudnn-benchmark": False, "aten-folded": False,
+    }  # fmt: skip
+    assert {p.name: p.build(replace(op, device=torch.device("cpu"))).own_thread
+            for p in providers.OP_PROVIDERS if p.name == "aten"} == {"aten": False}  # fmt: skip
+    for name, candidate in built.items():
+        with candidate.around():
+            assert torch.backends.cudnn.benchmark == (name != "aten")
+
+    def material(*_):
+        seen.append(torch.backends.cudnn.benchmark)
+        raise MemoryError("not enough memory")
+
+    before = torch.backends.cudnn.benchmark
+    monkeypatch.setattr(suite, "_op", material)
+    suite.measure_case(case, Request(device="cpu"), clocks.Clock(), ENVIRONMENT)
+    assert seen == [True] and torch.backends.cudnn.benchmark == before
+
+
+@pytest.mark.parametrize("dtype, off", [("tf32", False), ("float32", True)])
+def test_tensorrt_multiplies_float32_as_the_case_says(dtype, off, monkeypatch):
+    asked = {}
+    fake = types.SimpleNamespace(compile=lambda model, **how: asked.update(how))
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", fake)
+    monkeypatch.setattr(peers, "find_spec", lambda name: True)
+    example = types.SimpleNamespace(device=torch.device("cuda"))
+    with suite._precision(dtype, torch.device("cuda")):
+        peers.torch_tensorrt_call(nn.Identity(), example)
+    assert asked["disable_tf32"] is off and asked["use_explicit_typing"]
 
 
 def test_our_cuda_graph_is_recorded_under_the_protocols_mode(monkeypatch):
