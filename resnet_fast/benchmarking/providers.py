@@ -251,7 +251,7 @@ def _backend_of(work: OpWork) -> str:
     case = work.case
     if case.op in LAST_PLAN:
         return LAST_PLAN[case.op]().backend
-    return ops.explain_add_relu(work.device.type, case.spec.dtype)[0]
+    return ops.explain_add_relu(str(work.device), case.spec.dtype)[0]
 
 
 def _tile_of(work: OpWork) -> str:
