@@ -7,6 +7,8 @@ The results are what these commands wrote:
     python benchmarks/counts.py --json benchmarks/results/counts/resnet50.json
     python benchmarks/counts.py --bytes --json benchmarks/results/counts/bytes.json
     resnet-fast bench --quick                  benchmarks/results/MACHINE/rows.json
+    resnet-fast profile resnet50 --batch 1 --dtype bfloat16 --compare torchvision --layers
+        --json benchmarks/results/MACHINE/profile.json
 """
 
 from __future__ import annotations
@@ -45,11 +47,33 @@ def bench() -> str:
     return "\n\n".join(tables.markdown(rows.read(file)) for file in files)
 
 
+def profiled() -> str:
+    """A model's stages, a table per machine."""
+    parts = []
+    for file in sorted(RESULTS.glob("*/profile.json")):
+        result = json.loads(file.read_text())
+        peer = result["peer"]
+        lines = [f"| stage | ms | share | GB/s | of roofline | bound by | {peer} (ms) |"]
+        lines.append("|---" * 7 + "|")
+        for row in (*result["stages"], result["total"]):
+            worked = row["bytes"] > 0
+            cells = [row["name"], f"{row['seconds'] * 1e3:.2f}", f"{row['share']:.0%}"]
+            cells += [f"{row['bandwidth_gbs']:.1f}", f"{row['roof']:.0%}"] if worked else ["", ""]
+            cells += [row["bound"], f"{row['peer'] * 1e3:.2f}" if row["peer"] else ""]
+            lines.append("| " + " | ".join(cells) + " |")
+        machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+        what = f"{result['model']}, {result['dtype']}, batch {result['batch']}"
+        lines.append(f"\n{what}, medians of {result['rounds']} runs, measured on: {machine}.")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 TABLES = {  # by what stands in the markers <!-- begin: ... --> and <!-- end: ... -->
     "benchmarks/readme.py": measured,
-    "counts": lambda: counted("resnet50", "layer1-first-conv2", "layer3-next-conv1"),
+    "counts": lambda: counted("resnet50", "layer1-first-conv2"),
     "bytes": lambda: counted("bytes"),
     "bench": bench,
+    "profile": profiled,
 }
 
 

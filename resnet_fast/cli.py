@@ -242,7 +242,7 @@ def bench(options: argparse.Namespace) -> int:
 
 def profile(options: argparse.Namespace) -> int:
     """The command `profile`."""
-    if options.batch < 1 or options.seconds < 0:
+    if options.batch < 1 or not options.seconds >= 0:
         raise BadInput("--batch must be positive, and --seconds not negative")
     for name in ("trace", "html", "png", "json"):
         _check_writable(f"--{name}", getattr(options, name))

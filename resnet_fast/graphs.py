@@ -60,7 +60,8 @@ class CudaCapture:
                     function(x)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # torch's own stream for this stays on the device that was the first to record.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 out = function(x)
         return graph, out
 

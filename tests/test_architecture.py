@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom: the layers of the package, read from its imports."""
+"""Who may import whom: the layers of the package and of csrc, read from imports and includes."""
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -110,8 +111,61 @@ def test_the_ptx_machine_needs_numpy_and_the_standard_library_only():
             assert known, f"{path}:{line}: {module}"
 
 
+CSRC = ROOT / "csrc"
+CPP_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
+# Where a file lies -> what of csrc it may include; whether it may include torch.
+MAY_INCLUDE = {
+    "common": (("common",), False),
+    "common/check.h": (("common",), True),
+    "cuda": (("common", "cuda", "cuda/device"), True),
+    "cuda/device": (("common", "cuda/device"), False),
+    "": (("cuda",), False),  # bindings.cpp; build_facts.h is written by the build
+}
+
+
+@pytest.mark.parametrize("path", CPP_FILES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_cpp_includes_only_what_stands_below(path):
+    name = path.relative_to(CSRC).as_posix()
+    folder = name.rpartition("/")[0]
+    folders, torch = MAY_INCLUDE.get(name) or MAY_INCLUDE[folder]
+    for kind, included in re.findall(r'^#include ([<"])([^>"]+)[>"]', path.read_text(), re.M):
+        if kind == "<" or included == "build_facts.h":
+            assert torch or not included.startswith("torch/"), f"{name}: includes {included}"
+            continue
+        target = (path.parent / included).resolve().relative_to(CSRC)
+        assert target.parent.as_posix() in folders, f"{name}: includes {included}"
+        if folder == "cuda/device":
+            assert target.name != "check.h", f"{name}: device code takes plain structs"
+
+
 def test_every_source_file_names_its_licence():
+    text = "SPDX-License-Identifier: Apache-2.0"
     for folder in ("resnet_fast", "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            first = path.read_text().partition("\n")[0]
-            assert first == "# SPDX-License-Identifier: Apache-2.0", path
+            assert path.read_text().partition("\n")[0] == f"# {text}", path
+    assert len(CPP_FILES) > 15
+    for path in (
+        *CPP_FILES,
+        *(ROOT / "resnet_fast").rglob("*.cu"),
+        *(ROOT / "tests").rglob("*.cu"),
+    ):
+        assert path.read_text().partition("\n")[0] == f"// {text}", path
+
+
+def neighbours(path: Path) -> set[Path]:
+    """The files of the package that a file imports, lazily or for its types too."""
+    found = set()
+    for module, _ in imports(path):
+        parts = module.split(".")[1:] if module.startswith("resnet_fast.") else []
+        here = PACKAGE.joinpath(*parts)
+        places = (here.with_suffix(".py"), here / "__init__.py", here.parent.with_suffix(".py"))
+        found |= {place for place in places if parts and place.is_file()}
+    return found - {path}
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {path: neighbours(path) for path in FILES if path.parent != PACKAGE}
+    while leaves := [path for path, others in graph.items() if not others & graph.keys()]:
+        for path in leaves:
+            del graph[path]
+    assert not graph, f"in or above a circle: {sorted(str(p.relative_to(PACKAGE)) for p in graph)}"

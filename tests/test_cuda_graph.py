@@ -8,12 +8,15 @@ is recorded at all, and how much faster it is (the last test here, which needs o
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast.graphs import GraphedModel, cuda_graph
+from resnet_fast.graphs import WARM_UP, CudaCapture, GraphedModel, cuda_graph
 
 
 class Recording:
@@ -289,6 +292,38 @@ def test_on_the_cpu_it_is_the_model(model):
 def test_bad_input(arguments):
     with pytest.raises(TypeError, match=r"resnet_fast\.cuda_graph: .* got"):
         cuda_graph(*arguments)
+
+
+def test_it_is_recorded_on_the_device_of_the_input(monkeypatch):
+    """On a stream made there: on another device's the graph would be empty, and say nothing."""
+    log, here = [], ["cuda:0"]
+
+    class Stream:
+        def __init__(self):
+            self.device = here[-1]
+
+        def wait_stream(self, other):
+            assert other.device == self.device
+
+    @contextlib.contextmanager
+    def device(which):
+        here.append(which)
+        yield
+        here.pop()
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        log.append(stream.device)
+        yield
+
+    for name, fake in {
+        "device": device, "Stream": Stream, "current_stream": Stream, "graph": graph,
+        "CUDAGraph": object, "stream": lambda stream: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    x = SimpleNamespace(device="cuda:1")
+    CudaCapture().capture(lambda x: log.append("run"), x)
+    assert log == ["run"] * WARM_UP + ["cuda:1", "run"]
 
 
 @pytest.mark.gpu

@@ -35,6 +35,10 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
 
+    def current(self) -> contextlib.AbstractContextManager:
+        """Entered around all calls: makes the clock's device the thread's."""
+        return contextlib.nullcontext()
+
     def lap(self, call: Callable[[], object]) -> Lap:
         """Time one call."""
         start = self.now()
@@ -75,6 +79,9 @@ class CudaClock(Clock):
         self.device = device
         self._buffer = torch.empty(flush_bytes, dtype=torch.int8, device=device)
 
+    def current(self) -> contextlib.AbstractContextManager:
+        return torch.cuda.device(self.device)  # whose stream events are recorded on
+
     def lap(self, call: Callable[[], object]) -> Lap:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
@@ -92,7 +99,8 @@ class CudaClock(Clock):
         """A CUDA graph of the call; None where it cannot be captured (it syncs, or is a graph)."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # torch's own stream for this stays on the device that was the first to record.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
                 call()
             graph.replay()
             torch.cuda.synchronize(self.device)

@@ -73,9 +73,22 @@ def said(request: Request) -> str:
 
 
 def compare(old: Path, new: Path) -> tuple[list, bool]:
-    """What to print of two results, and whether anything of the new one is slower."""
-    changes = comparing.compare(rows.read(old), rows.read(new))
-    return list(tables.changes(changes)), bool(comparing.regressions(changes))
+    """What to print of two results, and whether anything of the new one is slower.
+
+    Raises:
+        ValueError: they have no measured case and provider in common, or one cannot be read.
+    """
+    before, after = rows.read(old), rows.read(new)
+    changes = comparing.compare(before, after)
+    if not changes:
+        raise ValueError(f"{old} and {new} have no measured case and provider in common")
+    notes = [
+        f"{name} differs: old {a}, new {b}"
+        for name, (a, b) in comparing.differences(before, after).items()
+    ]
+    if lost := comparing.lost(before, after):
+        notes.append(f"{lost} of the old run's times have no row in the new run")
+    return [*notes, *tables.changes(changes)], bool(comparing.regressions(changes))
 
 
 def failed(results: Results) -> bool:

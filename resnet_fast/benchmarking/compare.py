@@ -53,6 +53,23 @@ def compare(old: Results, new: Results) -> list[Change]:
     return [_change(before, after, key) for key in before if key in after]
 
 
+def differences(old: Results, new: Results) -> dict[str, tuple[str, str]]:
+    """What the runs' machines have not in common: then a change may be theirs."""
+    found = {}
+    for name in ("device", "threads", "driver", "torch", "triton", "cudnn"):
+        sides = [sorted({str(getattr(row.environment, name)) for row in run.rows})
+                 for run in (old, new)]  # fmt: skip
+        if sides[0] != sides[1]:
+            found[name] = tuple(", ".join(values) or "unknown" for values in sides)
+    return found
+
+
+def lost(old: Results, new: Results) -> int:
+    """How many times of the old run the new one has not even a row for."""
+    after = {_key(row) for row in new.rows}
+    return sum(row.measured and _key(row) not in after for row in old.rows)
+
+
 def regressions(changes: list[Change]) -> list[Change]:
     """Those that are slower, or have lost their time."""
     return [change for change in changes if change.verdict in (SLOWER, NO_TIME)]
@@ -88,7 +105,6 @@ def scatter(row: Row) -> float:
     A median of n rounds scatters 1.2533 / sqrt(n) as much as one round. Rounds in a row are not
     independent, so no more than nine of them count.
     """
-    name = "device" if row.device_ms is not None else "wall"
-    low, high = (getattr(row, f"{name}_{part}_ms") for part in ("p20", "p80"))
+    low, high = (getattr(row, f"{row.clock}_{part}_ms") for part in ("p20", "p80"))
     one = (high - low) / SIGMAS_BETWEEN_P20_AND_P80 / row.time_ms
     return one * 1.2533 / math.sqrt(min(max(row.rounds, 1), 9))

@@ -28,7 +28,7 @@ def environment(device: torch.device) -> Environment:
         device=torch.cuda.get_device_name(device) if cuda else processor_name(),
         kind=device.type,
         threads=torch.get_num_threads(),
-        clocks=_gpu_fact(device, "clocks.sm,clocks.mem") if cuda else _cpu_clock(),
+        clocks=clocks_of(device),
         driver=_gpu_fact(device, "driver_version") if cuda else "",
         python=platform.python_version(),
         torch=torch.__version__,
@@ -37,6 +37,11 @@ def environment(device: torch.device) -> Environment:
         resnet_fast=resnet_fast.__version__,
         commit=commit(),
     )
+
+
+def clocks_of(device: torch.device) -> str:
+    """The clocks as they are now, as the machine tells them; "" where it does not."""
+    return _gpu_fact(device, "clocks.sm,clocks.mem") if device.type == "cuda" else _cpu_clock()
 
 
 def machine_name(facts: Environment) -> str:
@@ -75,8 +80,9 @@ def _cpu_clock() -> str:
 
 
 def _gpu_fact(device: torch.device, query: str) -> str:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    form = ("--format=csv,noheader", f"--id={index}")
+    # By its identity: CUDA_VISIBLE_DEVICES gives torch other numbers than nvidia-smi has.
+    identity = torch.cuda.get_device_properties(device).uuid
+    form = ("--format=csv,noheader", f"--id=GPU-{identity}")
     return _said("nvidia-smi", f"--query-gpu={query}", *form) or "unknown"
 
 

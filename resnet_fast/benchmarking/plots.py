@@ -175,8 +175,9 @@ def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
         axes.set_ylabel("TFLOP/s")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
+        axes.margins(y=0.1)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="lower right")
+            axes.legend(fontsize=8, loc="upper left")  # above the roof, where nothing can be
         else:
             axes.text(0.5, 0.5, "no layer was measured", transform=axes.transAxes, ha="center")
     return figure

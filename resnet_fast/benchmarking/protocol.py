@@ -12,11 +12,13 @@ left with its reason, and the rest go on.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,7 +55,10 @@ class Candidate:
         prepare: a set of inputs as this provider takes it; done once per set, untimed.
         around: entered outside of the clock around every call: modes, flags.
         layout, backend, tile: for the row; each a text, or a function asked after the first call.
-        graphable: whether its work may be captured in a CUDA graph to time the device alone.
+        graphable: whether its work may be captured in a CUDA graph to time the device alone. What
+            is a graph itself may not, and holds its memory between calls: it has no peak.
+        own_thread: whether all its calls are made in a thread of its own. torch keeps cuDNN's
+            choice for a convolution per thread, searched for or not: the first comer's, for all.
     """
 
     call: Callable[..., Tensor]
@@ -63,6 +68,7 @@ class Candidate:
     backend: str | Callable[[], str] = ""
     tile: str | Callable[[], str] = ""
     graphable: bool = True
+    own_thread: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,8 @@ class Case:
     """What all providers are given, and what their answers are held against.
 
     Args:
-        inputs: sets of inputs; timed calls walk through them.
+        inputs: sets of inputs; calls walk through them, whoever makes them: between two uses of
+            one lie all others.
         exact, eager: float64's result for the first set, and eager torch's at the case's dtype,
             of the first images (a float64 reference of 256 would take longer than the benchmark).
         k_gemm: products per output element; 1 where layers follow each other.
@@ -133,16 +140,30 @@ class _Runner:
     candidate: Candidate
     inputs: list[Inputs]
     outcome: Outcome
+    clock: Clock
+    turns: Iterator[int]  # of all runners together
+    thread: ThreadPoolExecutor | None = None
     replay: Callable[[], object] | None = None
     wall: list[float] = field(default_factory=list)
     device: list[float] = field(default_factory=list)
-    turn: int = 0
 
     FIRST: ClassVar[int] = 0
 
+    def __post_init__(self) -> None:
+        if self.candidate.own_thread:
+            self.thread = ThreadPoolExecutor(1)
+
+    def inside(self, work: Callable[..., Any], *args) -> Any:
+        """Do `work` under the candidate's modes, on the clock's device, in the right thread."""
+
+        def do() -> Any:
+            with self.clock.current(), self.candidate.around():
+                return work(self, *args)
+
+        return do() if self.thread is None else self.thread.submit(do).result()
+
     def next_call(self) -> Callable[[], Tensor]:
-        self.turn += 1
-        inputs = self.inputs[self.turn % len(self.inputs)]
+        inputs = self.inputs[next(self.turns) % len(self.inputs)]
         return lambda: self.candidate.call(*inputs)
 
     def first_call(self) -> Callable[[], Tensor]:
@@ -176,14 +197,14 @@ def measure(
     """
     outcomes = {name: Outcome() for name in builders}
     runners: dict[str, _Runner] = {}
-    interrupted = False
+    interrupted, turns = False, itertools.count(1)
     try:
         for name, build in builders.items():
             progress(f"{name}: building and checking")
             with _reason_in(outcomes[name]):
                 if clock.now() > deadline:
                     raise LeftOut(TIME_IS_UP)
-                runner = _enter(build, case, clock, outcomes[name], seconds)
+                runner = _enter(build, case, clock, outcomes[name], seconds, turns)
                 if runner is not None:
                     runners[name] = runner
         _rounds(runners, clock, min(clock.now() + seconds, deadline), deadline, case, progress)
@@ -219,33 +240,43 @@ def why(error: Exception) -> tuple[str, str]:
 
 
 def _enter(
-    build: Callable[[], Candidate], case: Case, clock: Clock, outcome: Outcome, seconds: float
+    build: Callable[[], Candidate],
+    case: Case,
+    clock: Clock,
+    outcome: Outcome,
+    seconds: float,
+    turns: Iterator[int],
 ) -> _Runner | None:
     """Build, check, warm up, check again; None where the answer was not exact enough."""
     start = clock.now()
     candidate = build()
     inputs = [candidate.prepare(one) for one in case.inputs]
     outcome.build_ms = (clock.now() - start) * 1e3
-    runner = _Runner(candidate, inputs, outcome)
-    with candidate.around():
-        result: list[Tensor] = []
-        first = clock.lap(lambda: result.append(runner.first_call()()))
-        if not _agrees(result.pop(), case, outcome, "its first call"):
-            return None
-        outcome.first_ms = first.wall_ms
-        for name in ("layout", "backend", "tile"):
-            said = getattr(candidate, name)
-            setattr(outcome, name, said() if callable(said) else said)
-        outcome.warm_up, outcome.stable = warm_up(
-            lambda: clock.lap(runner.next_call()).wall_ms, seconds / 2 * 1e3
-        )
-        # Whoever kept anything of the calls before (a captured graph, a buffer) shows it here.
-        if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):
-            return None
+    runner = _Runner(candidate, inputs, outcome, clock, turns)
+    return runner if runner.inside(_is_ready, case, seconds) else None
+
+
+def _is_ready(runner: _Runner, case: Case, seconds: float) -> bool:
+    """Check, warm up, check again; False where the answer was not exact enough."""
+    candidate, clock, outcome = runner.candidate, runner.clock, runner.outcome
+    result: list[Tensor] = []
+    first = clock.lap(lambda: result.append(runner.first_call()()))
+    if not _agrees(result.pop(), case, outcome, "its first call"):
+        return False
+    outcome.first_ms = first.wall_ms
+    for name in ("layout", "backend", "tile"):
+        said = getattr(candidate, name)
+        setattr(outcome, name, said() if callable(said) else said)
+    outcome.warm_up, outcome.stable = warm_up(
+        lambda: clock.lap(runner.next_call()).wall_ms, seconds / 2 * 1e3
+    )
+    # Whoever kept anything of the calls before (a captured graph, a buffer) shows it here.
+    if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):
+        return False
+    if candidate.graphable:
         outcome.peak_memory_mb = clock.peak_memory_mb(runner.next_call())
-        if candidate.graphable:
-            runner.replay = clock.capture(runner.first_call())
-    return runner
+        runner.replay = clock.capture(runner.first_call())
+    return True
 
 
 def _agrees(result: Tensor, case: Case, outcome: Outcome, when: str) -> bool:
@@ -302,23 +333,23 @@ def _rounds(
         progress(f"round {count}")
         for name, runner in list(runners.items()):
             with _reason_in(runner.outcome):
-                _lap(runner, clock, case.back_to_back)
+                runner.inside(_lap, case.back_to_back)
                 continue
             del runners[name]  # it threw: its reason stands in its outcome, and its times go
 
 
-def _lap(runner: _Runner, clock: Clock, back_to_back: bool) -> None:
-    with runner.candidate.around():
-        if back_to_back:
-            runner.next_call()()
-        else:
+def _lap(runner: _Runner, back_to_back: bool) -> None:
+    clock = runner.clock
+    if back_to_back:
+        runner.next_call()()
+    else:
+        clock.flush()
+    lap = clock.lap(runner.next_call())
+    device_ms = lap.device_ms
+    if runner.replay is not None:
+        if not back_to_back:
             clock.flush()
-        lap = clock.lap(runner.next_call())
-        device_ms = lap.device_ms
-        if runner.replay is not None:
-            if not back_to_back:
-                clock.flush()
-            device_ms = clock.lap(runner.replay).device_ms
+        device_ms = clock.lap(runner.replay).device_ms
     # Both or neither: an interruption between the two must not leave columns of unlike length.
     runner.wall.append(lap.wall_ms)
     if device_ms is not None:
@@ -328,6 +359,8 @@ def _lap(runner: _Runner, clock: Clock, back_to_back: bool) -> None:
 def _close(runner: _Runner, interrupted: bool) -> None:
     """Turn samples into statistics; a provider with too few rounds gets none."""
     outcome = runner.outcome
+    if runner.thread is not None:
+        runner.thread.shutdown()
     if len(runner.wall) < MIN_ROUNDS:
         if not interrupted:
             outcome.status, outcome.reason = rows.LEFT_OUT, TIME_IS_UP

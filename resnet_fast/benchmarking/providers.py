@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import ops
 from resnet_fast.benchmarking import cases, cudnn, formulas
-from resnet_fast.benchmarking.cases import ModelCase, OpCase, torch_dtype
+from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.benchmarking.protocol import Candidate, Inputs, LeftOut, Missing
 from resnet_fast.comparison import providers as peers
 
@@ -93,10 +93,15 @@ def _eager(work: ModelWork, benchmark: bool = False, nhwc: bool = True) -> Candi
     model = work.placed(work.theirs)
     if not nhwc:
         model = model.to(memory_format=torch.contiguous_format)
-    around = partial(_cudnn_flags, benchmark)
+    how = {**_cudnn(benchmark), "backend": "torch"}
     if nhwc:
-        return Candidate(model, around=around, backend="torch")
-    return Candidate(model, contiguous, around, layout="contiguous", backend="torch")
+        return Candidate(model, **how)
+    return Candidate(model, contiguous, layout="contiguous", **how)
+
+
+def _cudnn(benchmark: bool) -> dict[str, object]:
+    """How a candidate is called whose convolutions are cuDNN's, who searches or does not."""
+    return {"around": partial(_cudnn_flags, benchmark), "own_thread": benchmark}
 
 
 @contextlib.contextmanager
@@ -113,13 +118,14 @@ def _cudnn_flags(benchmark: bool):
 def _cudnn_fused(work: ModelWork) -> Candidate:
     cudnn.check_available(work.x.device)
     model = work.placed(cudnn.CudnnFused(work.theirs))
-    return Candidate(model, around=partial(_cudnn_flags, True), backend="cuDNN, fused calls")
+    return Candidate(model, backend="cuDNN, fused calls", **_cudnn(benchmark=True))
 
 
 def _compile(work: ModelWork, mode: str | None = None, graphable: bool = True) -> Candidate:
     if work.quick and (work.case.model, work.case.batch) not in QUICK_COMPILED:
         raise LeftOut("compiling takes longer than --quick may take; run without it")
-    call = peers.compiled(work.placed(work.theirs), work.x.dtype, work.x.device, mode)
+    call = peers.compiled(work.placed(work.theirs), mode)
+    graphable = graphable or not work.x.is_cuda  # its graphs are a GPU's
     return Candidate(call, around=torch.no_grad, backend="Inductor, freezing", graphable=graphable)
 
 
@@ -201,12 +207,13 @@ MODEL_PROVIDERS = (
 # ---- single ops
 
 
-def _aten(work: OpWork) -> Candidate:
-    return Candidate(work.module, backend="torch", around=partial(_cudnn_flags, False))
+def _aten(work: OpWork, benchmark: bool = False) -> Candidate:
+    return Candidate(work.module, backend="torch", **_cudnn(benchmark))
 
 
 def _aten_folded(work: OpWork) -> Candidate:
-    return Candidate(formulas.folded(work.module), backend="torch")
+    how = _cudnn(benchmark=work.device.type == "cuda")
+    return Candidate(formulas.folded(work.module), backend="torch", **how)
 
 
 def _op_cudnn(work: OpWork) -> Candidate:
@@ -214,43 +221,48 @@ def _op_cudnn(work: OpWork) -> Candidate:
     if work.case.spec.activation != "relu":
         raise LeftOut("cuDNN's fused calls end with a ReLU")
     conv = formulas.folded(work.module).conv
-    if work.case.spec.residual:
-        return Candidate(partial(cudnn.conv_add_relu, conv), backend="cuDNN, fused call",
-                         around=partial(_cudnn_flags, True))  # fmt: skip
-    return Candidate(partial(cudnn.conv_relu, conv), backend="cuDNN, fused call",
-                     around=partial(_cudnn_flags, True))  # fmt: skip
+    call = cudnn.conv_add_relu if work.case.spec.residual else cudnn.conv_relu
+    return Candidate(partial(call, conv), backend="cuDNN, fused call", **_cudnn(benchmark=True))
 
 
 def _op_compile(work: OpWork) -> Candidate:
-    call = peers.compiled(work.module, torch_dtype(work.case.dtype), work.device)
+    call = peers.compiled(work.module)
     return Candidate(call, around=torch.no_grad, backend="Inductor, freezing")
 
 
 def _op_ours(work: OpWork, backend: str = "auto") -> Candidate:
     call = formulas.ours(work.case, work.module, backend)
-    return Candidate(call, backend=partial(_plan_of, work, backend), tile=partial(_tile, work))
+    return Candidate(call, backend=partial(_backend_of, work), tile=partial(_tile_of, work))
 
 
-def _plan_of(work: OpWork, backend: str) -> str:
-    """The backend that ran, by the last call's plan, or by what the op says that it takes here."""
-    op, plans = work.case.op, {"conv_bn_act": "last_plan", "conv_bn_join": "last_join_plan"}
-    if op in plans:
-        return getattr(ops, plans[op])().backend
-    explain = {"add_relu": "explain_add_relu", "stem_pool": "explain_stem_pool"}[op]
-    if backend != "auto":
-        return backend
-    return getattr(ops, explain)(work.device.type, work.case.spec.dtype)[0]
+LAST_PLAN = {
+    "conv_bn_act": ops.last_plan,
+    "conv_bn_join": ops.last_join_plan,
+    "stem_pool": ops.last_stem_plan,
+}
 
 
-def _tile(work: OpWork) -> str:
-    plan = ops.last_plan() if work.case.op == "conv_bn_act" else None
-    return str(getattr(plan, "tile", None) or "")
+def _backend_of(work: OpWork) -> str:
+    """The backend that ran the last call; add_relu has no plan but one backend per dtype."""
+    case = work.case
+    if case.op in LAST_PLAN:
+        return LAST_PLAN[case.op]().backend
+    return ops.explain_add_relu(work.device.type, case.spec.dtype)[0]
+
+
+def _tile_of(work: OpWork) -> str:
+    """The tile of the last call's kernel; "" where there is none."""
+    plan = LAST_PLAN[work.case.op]() if work.case.op in LAST_PLAN else None
+    return str(plan.tile) if plan and plan.tile else ""
 
 
 WITH_NORM = ("conv_bn_act", "conv_bn_join", "stem_pool")  # add_relu takes no backend either
 OP_PROVIDERS = (
     Provider("aten", "torch, unfused", _aten),
-    Provider("aten-folded", "torch, BatchNorm folded", _aten_folded, ops=WITH_NORM),
+    Provider("aten-cudnn-benchmark", "torch, unfused, cudnn.benchmark",
+             partial(_aten, benchmark=True), "cuda", ops=WITH_NORM),
+    Provider("aten-folded", "torch, BatchNorm folded; on a GPU cudnn.benchmark", _aten_folded,
+             ops=WITH_NORM),
     Provider("cudnn-fused", "cudnn_convolution_(add_)relu, BatchNorm folded", _op_cudnn, "cuda",
              ops=("conv_bn_act",)),
     Provider("compile", "torch.compile of the unfused formula, freezing", _op_compile),
@@ -281,15 +293,15 @@ def _device_of(refusal: str) -> str | None:
     return words[2] if refusal.startswith("runs on ") else None
 
 
+def of_suite(suite: str) -> list[Provider]:
+    """All providers of a suite, of any device."""
+    listed = (provider for device in ("cpu", "cuda") for provider in providers_of(suite, device))
+    return list({provider.name: provider for provider in listed}.values())
+
+
 def names() -> list[str]:
     """What `--providers` may name, of any suite and device."""
-    known = {
-        provider.name: None
-        for suite in ("models", "ops")
-        for device in ("cpu", "cuda")
-        for provider in providers_of(suite, device)
-    }
-    return list(known)
+    return list(dict.fromkeys(p.name for suite in ("models", "ops") for p in of_suite(suite)))
 
 
 def choose(

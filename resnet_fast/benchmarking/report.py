@@ -10,11 +10,19 @@ from pathlib import Path
 
 from resnet_fast.benchmarking.providers import EAGER, OURS
 from resnet_fast.benchmarking.rows import Results, Row
-from resnet_fast.benchmarking.tables import case_text, eager_of, inputs_of, number, shortened
+from resnet_fast.benchmarking.tables import (
+    case_text,
+    clock_of,
+    eager_of,
+    inputs_of,
+    milliseconds,
+    number,
+    shortened,
+)
 from resnet_fast.profiling.roofline import Roofline
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; margin: 0 auto; max-width: 1080px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; margin: 0 auto; max-width: 1280px;
        padding: 1.5rem; }
 h1 { margin-bottom: .2rem; } h2 { margin-top: 2.4rem; border-bottom: 2px solid #e4e7eb; }
 img { max-width: 100%; height: auto; }
@@ -161,7 +169,7 @@ def _table(found: list[Row]) -> str:
         first = row.case != last
         last = row.case
         kind = " ".join(["first"] * first + ["ours"] * (row.provider == OURS))
-        title = case_text(row) if first else ""
+        title = case_text(row).replace("->", "→") if first else ""
         if not row.measured:
             why = f"{row.status}: {row.reason}" if row.reason else row.status
             lines.append(
@@ -174,16 +182,16 @@ def _table(found: list[Row]) -> str:
         cells = [title, row.provider, f"{row.backend} {row.tile}".strip()]
         cells.append(f"{row.time_ms / eager.time_ms:.2f}" if eager else "")
         times = (row.wall_ms, row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms)
-        cells += [f"{value:.3g}" for value in times]
-        cells += [number(row.device_ms, ".3g")] * device
-        cells += [number(row.first_ms, ".4g"), number(row.peak_memory_mb, ".1f")]
+        cells += map(milliseconds, times)
+        cells += [milliseconds(row.device_ms)] * device
+        cells += [milliseconds(row.first_ms), number(row.peak_memory_mb, ".1f")]
         cells += [number(row.error, ".1e"), number(row.eager_error, ".1e"), str(row.rounds)]
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")
         lines.append(_row(cells, 3, kind))
     return (
-        f"<p class=quiet>ratio: time over {escape(EAGER[suite])}'s in the same rounds; below 1 is "
-        "faster. p20 to p80 hold the middle three fifths of the rounds. Errors are against "
-        f"float64. Inputs: {escape(inputs_of(found))}.</p><div class=scroll>"
+        f"<p class=quiet>ratio: {clock_of(found)} time over {escape(EAGER[suite])}'s in the same "
+        "rounds; below 1 is faster. p20 to p80 hold the middle three fifths of the rounds. Errors "
+        f"are against float64. Inputs: {escape(inputs_of(found))}.</p><div class=scroll>"
         f"<table>{_heading(names, 3)}<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -197,7 +205,8 @@ def _modelled(results: Results) -> str:
     for m in sorted(results.modelled, key=lambda m: m.modelled_from != "counted"):
         moved = None if m.counted_dram_bytes is None else m.counted_dram_bytes / 1e6
         kernel = f"{m.kernel} {m.tile} sm_{m.arch}" if m.kernel else ""
-        cells = [m.where, m.shape, kernel, number(moved, ".2f"), number(m.counted_sectors, ".2f")]
+        shape = m.shape.replace("->", "→")  # one letter: no line breaks within it
+        cells = [m.where, shape, kernel, number(moved, ".2f"), number(m.counted_sectors, ".2f")]
         cells += [number(m.counted_wavefronts, ".2f"), m.modelled_from]
         lines.append(_row([*cells, *(f"{m.modelled_ms[g] * 1e3:.2g}" for g in gpus)], 3))
     none = "" if any(m.kernel for m in results.modelled) else (

@@ -36,7 +36,7 @@ class Environment:
         device: the processor's or GPU's name.
         kind: "cpu" or "cuda".
         threads: of torch on the CPU.
-        clocks: at the start of the run, as the machine tells them.
+        clocks: right after the case's rounds, as the machine tells them.
         driver: of the GPU.
         commit: of the checkout, with "-dirty" where files differ from it.
     """
@@ -64,7 +64,8 @@ class Row:
         shape: the op's `ConvSpec` as text, or the model's input.
         where: the layers that have this shape.
         batch, dtype: of the input; "tf32" is float32 with TF32 products, "float32" is IEEE.
-        provider: who computed it; `layout`, `backend` and `tile` say how.
+        provider: who computed it; `layout`, `backend` and `tile` say how. A model has no tile:
+            each of its layers has one, which `resnet-fast profile` tells.
         status, reason: "measured", or why there is no time.
         error, eager_error, error_limit: against float64, see `resnet_fast.agreement`.
         wall_ms, ...: wall time of the timed rounds: median and percentiles.
@@ -74,7 +75,7 @@ class Row:
         inputs: how the timed calls' inputs met the caches.
         peak_memory_mb: what one call needs above what was held before it; `peak_how` says of what.
         flops, bytes: of the whole case at its minimum: each tensor moved once.
-        tflops, gbs, images_per_s: from the median of the device time, or else of the wall time.
+        tflops, gbs, images_per_s: from `time_ms`.
         roof_share, bound: the time that the roofline allows over the time taken, and what binds.
     """
 
@@ -129,9 +130,17 @@ class Row:
         return self.status == MEASURED
 
     @property
+    def clock(self) -> str:
+        """Whose time stands for the row: "device" for an op where it is known, or "wall".
+
+        Who asks a model waits for the host too, which a CUDA graph is there to shorten.
+        """
+        return "device" if self.suite == "ops" and self.device_ms is not None else "wall"
+
+    @property
     def time_ms(self) -> float | None:
-        """The median that stands for the row: on the device where that is known."""
-        return self.device_ms if self.device_ms is not None else self.wall_ms
+        """The median that stands for the row, by its `clock`."""
+        return getattr(self, f"{self.clock}_ms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from resnet_fast.benchmarking import cases, clocks, counted, formulas, protocol, providers, rows
 from resnet_fast.benchmarking.cases import ModelCase, OpCase, check_names, torch_dtype
-from resnet_fast.benchmarking.environment import environment
+from resnet_fast.benchmarking.environment import clocks_of, environment
 from resnet_fast.benchmarking.protocol import Case, Outcome
 from resnet_fast.benchmarking.providers import ModelWork, OpWork, Provider
 from resnet_fast.benchmarking.rows import Environment, Results, Row
@@ -70,9 +71,20 @@ class Request:
         check_names("dtype", self.dtypes, cases.DTYPES)
         if any(batch < 1 for batch in self.batches):
             raise ValueError(f"batches must be positive, got {list(self.batches)}")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be positive, got {self.seconds}")
+        if not any(map(self.asks, self.suites)):
+            of_suites = {p.name: None for suite in self.suites for p in providers.of_suite(suite)}
+            text = f"no provider of {', '.join(self.suites)} is named; known are"
+            raise ValueError(f"{text} {', '.join(of_suites)}")
         object.__setattr__(self, "place", measure.pick_device(self.device))
         if "tf32" in self.dtypes and self.place.type != "cuda":
             raise ValueError(f"tf32 is a GPU's way to multiply float32; this is {self.place}")
+
+    def asks(self, suite: str) -> bool:
+        """Whether any provider of the suite is asked."""
+        named = set(self.providers)
+        return not named or any(p.name in named for p in providers.of_suite(suite))
 
     def cases(self, suite: str) -> list[ModelCase] | list[OpCase]:
         """The suite's cases on the request's device."""
@@ -113,7 +125,7 @@ def run(
     began = clock.now()
     facts = environment(request.place)
     try:
-        for suite in request.suites:
+        for suite in filter(request.asks, request.suites):
             listed = request.cases(suite)
             deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
             for number, case in enumerate(listed, 1):
@@ -178,6 +190,7 @@ def measure_case(
                 builders, shared, clock, seconds=request.seconds_of(suite), deadline=deadline,
                 progress=progress,
             )  # fmt: skip
+            facts = replace(facts, clocks=clocks_of(request.place))  # warm, as in the rounds
     except KeyboardInterrupt:
         outcomes, interrupted, shared = {p.name: Outcome() for p in asked}, True, None
     except Exception as error:  # inputs or references: no provider could start
@@ -194,25 +207,31 @@ def measure_case(
 
 def _release(place: torch.device) -> None:
     gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # it would look through the case's models for ever
     if place.type == "cuda":
         torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def _precision(dtype: str, place: torch.device) -> Iterator[None]:
-    """On a GPU, float32 by IEEE or by TF32 products, as the case says."""
+    """On a GPU, float32 by IEEE or by TF32 products, as the case says.
+
+    By the flags `allow_tf32`, which set `fp32_precision` too: set alone, that makes whoever asks
+    for the older flags throw, and Inductor does.
+    """
     if place.type != "cuda":
         yield
         return
-    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [flag.fp32_precision for flag in flags]
+    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
-        flag.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+        flag.allow_tf32 = dtype == "tf32"
     try:
         yield
     finally:
         for flag, value in zip(flags, before, strict=True):
-            flag.fp32_precision = value
+            flag.allow_tf32 = value
 
 
 def check_memory(case: ModelCase | OpCase, place: torch.device) -> None:
@@ -333,7 +352,8 @@ def roofs_of(found: list[Row], place: torch.device, progress: Progress) -> dict[
             for row in timed
             if row.dtype == dtype
         ]
-        with contextlib.suppress(ValueError):  # a device that no roofline is known for
+        # No roofline is known for some devices; that of float32 on a GPU is by the flags.
+        with contextlib.suppress(ValueError), _precision(dtype, place):
             roofs[dtype] = roofline_of(place, dtype, progress).raised(layers)
     return roofs
 

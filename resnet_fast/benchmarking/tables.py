@@ -46,7 +46,8 @@ def render(results: Results) -> Iterator[Table | str]:
 
 def _times(suite: str, found: list[Row]) -> Table:
     device = any(row.device_ms is not None for row in found)
-    table = Table(title=f"{suite}: measured (ratio: time over {EAGER[suite]}'s; below 1 is faster)")
+    ratio = f"ratio: {clock_of(found)} time over {EAGER[suite]}'s; below 1 is faster"
+    table = Table(title=f"{suite}: measured ({ratio})")
     names = ["case", "provider", "backend", "wall ms", "p20", "p80", "p99"]
     names += ["device ms"] * device + ["first ms", "MB", "error", "eager's", "ratio"]
     names += ["roof"] * (suite == "ops")
@@ -64,9 +65,9 @@ def _times(suite: str, found: list[Row]) -> Table:
             continue
         cells = [title, row.provider, row.backend + (f" {row.tile}" if row.tile else "")]
         times = (row.wall_ms, row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms)
-        cells += [f"{value:.3g}" for value in times]
-        cells += [number(row.device_ms, ".3g")] * device
-        cells += [number(row.first_ms, ".4g"), number(row.peak_memory_mb, ".1f")]
+        cells += map(milliseconds, times)
+        cells += [milliseconds(row.device_ms)] * device
+        cells += [milliseconds(row.first_ms), number(row.peak_memory_mb, ".1f")]
         cells += [number(row.error, ".1e"), number(row.eager_error, ".1e")]
         cells += [f"{row.time_ms / eager.time_ms:.2f}" if eager else ""]
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")
@@ -96,6 +97,16 @@ def inputs_of(found: list[Row]) -> str:
 def number(value: float | None, form: str) -> str:
     """A number, or nothing where it is not known."""
     return "" if value is None else format(value, form)
+
+
+def clock_of(found: list[Row]) -> str:
+    """Whose time the ratios of a suite's rows are of: "device" or "wall"."""
+    return next((row.clock for row in found if row.measured), "wall")
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits, or all before the point; nothing where it is not known."""
+    return number(value, ".3g" if value is None or value < 999.5 else ".0f")
 
 
 def case_text(row: Row) -> str:
@@ -174,8 +185,8 @@ def changes(found: list[Change]) -> Iterator[Table | str]:
         if verdict == NO_TIME:
             verdict += f": {change.row.status}: {change.row.reason}"
         table.add_row(
-            case_text(change.row), change.row.provider, f"{change.old_ms:.3g}",
-            number(change.new_ms, ".3g"), f"{change.ratio:.2f}", f"{change.noise:.0%}",
+            case_text(change.row), change.row.provider, milliseconds(change.old_ms),
+            milliseconds(change.new_ms), f"{change.ratio:.2f}", f"{change.noise:.0%}",
             Text(verdict), style=style,
         )  # fmt: skip
     if table.row_count:

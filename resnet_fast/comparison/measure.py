@@ -159,16 +159,21 @@ def pick_device(device: str) -> torch.device:
     """The device that a name stands for; "auto" is a GPU if there is one.
 
     Raises:
-        ValueError: torch knows no such device, or has none here.
+        ValueError: torch knows no such device, or has none here; or it is of a kind whose end of
+            work nothing here waits for.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
+        if place.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"nothing is timed on {place.type}")
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used: {reason}") from None
+        known = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        text = f"device {device!r} cannot be used: {reason}; known here are {', '.join(known)}"
+        raise ValueError(text) from None
     return place
 
 

@@ -67,7 +67,10 @@ _on_device_of = on_device_of  # as join.py and stem.py know it
 
 @dataclass(slots=True)
 class Plan:
-    """A problem, the backend that was chosen for it and why, and why those before it were not."""
+    """A problem, the backend that was chosen for it and why, and why those before it were not.
+
+    `tile` is how its kernel cuts the work, printable; None where the backend has no tiles.
+    """
 
     problem: Problem
     backend: str
@@ -75,6 +78,7 @@ class Plan:
     bind: Bind
     calls: int = 0
     why: str = ""
+    tile: object = None
 
     def why_fallback(self) -> str:
         """Why no fused kernel of this device took the problem; empty where one did."""
@@ -104,7 +108,9 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
         reason = why_not(row, problem, asked=row.name == wanted)
         if reason is None:
             tile = tuning.tile_of(measured, row.name, spec, problem.arch) if measured else None
-            return Plan(problem, row.name, refusals, row.build(problem, tile), why=why)
+            tile = tile or row.choose(problem)
+            bind = row.build(problem, tile)
+            return Plan(problem, row.name, refusals, bind, why=why, tile=tile)
         if row.name == backend:
             text = f"backend {backend!r} cannot take {spec}: {reason}"
             raise ValueError(f"resnet_fast: {text}")
@@ -187,13 +193,18 @@ def _triton_refusal(problem: Problem) -> str | None:
     return None
 
 
-def _triton_build(problem: Problem, tile: TileConfig | None = None) -> Bind:
+def _triton_choose(problem: Problem) -> TileConfig:
     from resnet_fast.dispatch import heuristics
+
+    return heuristics.choose(problem.spec, problem.arch or INTERPRETED_ARCH)
+
+
+def _triton_build(problem: Problem, tile: TileConfig | None = None) -> Bind:
     from resnet_fast.kernels import conv_bn_act as kernel
 
     spec, arch = problem.spec, problem.arch or INTERPRETED_ARCH
     operands = kernel.Operands(problem.x_strides, problem.vector_dtypes, problem.aligned)
-    run = kernel.build(spec, tile or heuristics.choose(spec, arch), operands, arch=arch)
+    run = kernel.build(spec, tile or _triton_choose(problem), operands, arch=arch)
 
     def launch(x, residual, inplace, weight, scale, shift, mean, var, eps) -> Tensor:
         y = residual if inplace else new_output(x, spec)
@@ -265,12 +276,13 @@ def _nothing(*_) -> None:
 
 
 BACKENDS = (
-    Backend("cuda", "cuda", cuda.missing, cuda.refusal, cuda.build),
-    Backend("triton", "cuda", _triton_missing, _triton_refusal, _triton_build),
+    Backend("cuda", "cuda", cuda.missing, cuda.refusal, cuda.build, choose=cuda.choose),
+    Backend("triton", "cuda", _triton_missing, _triton_refusal, _triton_build,
+            choose=_triton_choose),
     Backend("cpu", "cpu", _nothing, _cpu_refusal, _cpu_build),
     Backend("aten", None, _nothing, _nothing, _aten_build),
     Backend("cudnn", "cuda", _cudnn_missing, _cudnn_refusal, _cudnn_build, aten.CUDNN_BY_NAME),
-)
+)  # fmt: skip
 
 
 # ---- add_relu: no spec, no plan; dense tensors of one layout, or aten

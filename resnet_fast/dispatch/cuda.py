@@ -46,7 +46,7 @@ def refusal(problem: Problem) -> str | None:
     if reason := kernel_refusal(problem):
         return reason
     try:
-        heuristics.choose(problem.spec, problem.arch, heuristics.CUDA)
+        choose(problem)
     except ValueError as error:
         return str(error)
     return None
@@ -120,13 +120,22 @@ def _reach(problem: Problem) -> int:
     return rows * down + columns * across + spec.c
 
 
+def choose(problem: Problem) -> TileConfig:
+    """The tile for `problem`, in the elements of its dtype.
+
+    Raises:
+        ValueError: none of the table is legal.
+    """
+    return heuristics.choose(problem.spec, problem.arch, heuristics.CUDA)
+
+
 def build(problem: Problem, tile: TileConfig | None = None) -> Bind:
     """Prepare `problem`, whose `refusal` is None."""
     from resnet_fast.kernels import cuda as kernel
 
     kernel.module()  # registers the op's implementation
     spec = problem.spec
-    tile = tile or heuristics.choose(spec, problem.arch, heuristics.CUDA)
+    tile = tile or choose(problem)
     run = torch.ops.resnet_fast._conv_bn_act_cuda.default
     geometry = (spec.stride, spec.padding, spec.dilation, spec.activation == "relu")
     cut = (heuristics.cuda_index(spec, tile), tile.SPLIT_K)

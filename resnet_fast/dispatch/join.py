@@ -118,13 +118,17 @@ Bind = Callable[..., JoinLaunch]
 
 @dataclass(slots=True)
 class JoinPlan:
-    """A problem, the backend that was chosen for it, and why the others were not."""
+    """A problem, the backend that was chosen for it, and why the others were not.
+
+    `tile` is how its one kernel cuts the work; None where two convolutions run, each by its own.
+    """
 
     problem: JoinProblem
     backend: str
     refusals: dict[str, str]
     bind: Bind
     calls: int = 0
+    tile: TileConfig | None = None
 
     @property
     def is_one_kernel(self) -> bool:
@@ -155,7 +159,8 @@ def plan(problem: JoinProblem, backend: str = AUTO) -> JoinPlan:
     for row in sorted(JOIN_BACKENDS, key=lambda row: row.name != wanted):
         reason = _refusal(row, problem)
         if reason is None:
-            return JoinPlan(problem, row.name, refusals, row.build(problem))
+            tile = row.choose(problem)
+            return JoinPlan(problem, row.name, refusals, row.build(problem, tile), tile=tile)
         if row.name == backend:
             text = f"backend {backend!r} cannot take {problem.spec}: {reason}"
             raise ValueError(f"resnet_fast: {text}")
@@ -218,21 +223,31 @@ def cuda_refusal(problem: JoinProblem) -> str | None:
 def choose_cuda_tile(spec: JoinSpec, arch: int) -> int:
     """The index in CUDA_TILES of the tile with the least estimated time."""
     gpu = _hardware.GPUS[_hardware.nearest_architecture(arch)]
-    halves = 2 if spec.main.dtype == "float32" else 1
+    tiles = cuda_tiles(spec.main.dtype)
 
     def microseconds(index: int) -> float:
-        tile = CUDA_TILES[index]
-        tile = replace(tile, BLOCK_K=tile.BLOCK_K // halves)
-        return heuristics.score(spec.as_one_product, tile, gpu).microseconds
+        return heuristics.score(spec.as_one_product, tiles[index], gpu).microseconds
 
-    return min(range(len(CUDA_TILES)), key=microseconds)
+    return min(range(len(tiles)), key=microseconds)
 
 
-def _cuda_build(problem: JoinProblem) -> Bind:
+def cuda_tiles(dtype: str) -> tuple[TileConfig, ...]:
+    """CUDA_TILES in the elements of a dtype."""
+    size = ELEMENT_SIZE[dtype]
+    return tuple(replace(tile, BLOCK_K=tile.BLOCK_K * 2 // size) for tile in CUDA_TILES)
+
+
+def _cuda_choose(problem: JoinProblem) -> TileConfig:
+    spec = problem.spec
+    return cuda_tiles(spec.main.dtype)[choose_cuda_tile(spec, problem.arch)]
+
+
+def _cuda_build(problem: JoinProblem, tile: TileConfig | None = None) -> Bind:
     from resnet_fast.kernels import cuda as kernel
 
     spec = problem.spec
-    stride, index = list(spec.projection.stride), choose_cuda_tile(spec, problem.arch)
+    index = cuda_tiles(spec.main.dtype).index(tile or _cuda_choose(problem))
+    stride = list(spec.projection.stride)
     kernel.module()  # registers the op's implementation
     run = torch.ops.resnet_fast._conv_bn_join_cuda.default
 
@@ -305,7 +320,11 @@ def tile_refusal(spec: JoinSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | 
     return heuristics.refusal(longer, tile, gpu)
 
 
-def _triton_build(problem: JoinProblem) -> Bind:
+def _triton_choose(problem: JoinProblem) -> TileConfig:
+    return choose_tile(problem.spec, problem.arch or INTERPRETED_ARCH)
+
+
+def _triton_build(problem: JoinProblem, tile: TileConfig | None = None) -> Bind:
     from resnet_fast.kernels import conv_bn_join as kernel
 
     main, projection, spec = problem.main, problem.projection, problem.spec
@@ -314,7 +333,7 @@ def _triton_build(problem: JoinProblem) -> Bind:
         main.x_strides, projection.x_strides, main.vector_dtypes, projection.vector_dtypes,
         main.aligned and projection.aligned,
     )  # fmt: skip
-    run = kernel.build(spec, choose_tile(spec, arch), operands, arch=arch)
+    run = kernel.build(spec, tile or _triton_choose(problem), operands, arch=arch)
 
     def launch(h, x, weight, scale, shift, mean, var, eps, proj_weight, *proj_vectors) -> Tensor:
         y = new_output(h, spec.main)
@@ -349,7 +368,7 @@ def _two_refusal(name: str) -> Callable[[JoinProblem], str | None]:
 
 
 def _two_build(name: str) -> Callable[[JoinProblem], Bind]:
-    def build(problem: JoinProblem) -> Bind:
+    def build(problem: JoinProblem, tile: None = None) -> Bind:
         row = _convolution(name)
         main, projection = row.build(_adding(problem.main)), row.build(problem.projection)
 
@@ -367,8 +386,9 @@ def _nothing(*_) -> None:
 
 
 JOIN_BACKENDS = (
-    Backend("cuda", "cuda", cuda.missing, cuda_refusal, _cuda_build),
-    Backend("triton", "cuda", _triton_missing, _triton_refusal, _triton_build),
+    Backend("cuda", "cuda", cuda.missing, cuda_refusal, _cuda_build, choose=_cuda_choose),
+    Backend("triton", "cuda", _triton_missing, _triton_refusal, _triton_build,
+            choose=_triton_choose),
     Backend("cpu", "cpu", _nothing, _two_refusal("cpu"), _two_build("cpu")),
     Backend("aten", None, _nothing, _nothing, _two_build("aten")),
-)
+)  # fmt: skip

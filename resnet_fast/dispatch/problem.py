@@ -106,8 +106,9 @@ class Backend:
         refusal: why it cannot take a `Problem`, or None.
         build: prepares a `Problem`: all that can be kept between calls is made here; the bind it
             returns is called with the tensors of a layer, its launch with those of a call. The
-            tile is a measured choice, or None for the backend's own.
+            tile is a measured choice, or None for what `choose` gives.
         by_name: why it is taken only where it is asked for by name; "" for any other backend.
+        choose: the tile by which its kernel cuts a `Problem`; None where it has none to choose.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Backend:
     refusal: Callable[[Problem], str | None]
     build: Callable[[Problem, TileConfig | None], Bind]
     by_name: str = ""
+    choose: Callable[[Problem], TileConfig | None] = lambda problem: None
 
 
 def triton_interprets() -> bool:

@@ -24,7 +24,7 @@ from resnet_fast import _env, _hardware
 from resnet_fast.dispatch import backends, cuda
 from resnet_fast.dispatch.problem import on_device_of
 from resnet_fast.kernels import aten, cpu
-from resnet_fast.spec import ConvSpec, conv_output_size
+from resnet_fast.spec import ConvSpec, TileConfig, conv_output_size
 
 CUDA_DTYPES = ("float16", "bfloat16", "float32")
 CUDA_CHANNELS = 8  # K is a multiple of it: whole 16 bytes of half precision
@@ -47,6 +47,9 @@ class StemTile:
         """Tiles of one group of channels."""
         p, q = pooled(spec)
         return spec.n * -(-p // self.BLOCK_P) * -(-q // self.BLOCK_Q)
+
+    def __str__(self) -> str:
+        return f"{self.BLOCK_P}x{self.BLOCK_Q} pooled pixels warps {self.NUM_WARPS}"
 
 
 CUDA_TILES = (
@@ -91,7 +94,8 @@ class Stem:
         return replace(self.conv, x="channels_last", x_strides=strides)
 
 
-Build = Callable[[Stem], Callable[..., Tensor]]
+Run = Callable[..., Tensor]  # (x, weight, scale, shift, mean, var, eps, image_mean, image_std)
+Tile = StemTile | TileConfig | None  # of the first kernel; None where there are no tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +105,12 @@ class StemBackend:
     Args:
         name: as in `backends.BACKENDS`.
         refusal: why it cannot take a stem on this machine, or None.
-        build: prepares a stem: run(x, weight, scale, shift, mean, var, eps, image_mean, image_std).
+        build: prepares a stem: what runs it, and the tile by which that cuts the work.
     """
 
     name: str
     refusal: Callable[[Stem], str | None]
-    build: Build
+    build: Callable[[Stem], tuple[Run, Tile]]
 
 
 def plan(stem: Stem, backend: str = backends.AUTO) -> backends.Plan:
@@ -128,7 +132,8 @@ def plan(stem: Stem, backend: str = backends.AUTO) -> backends.Plan:
     for row in sorted(BACKENDS, key=lambda row: row.name != wanted):
         reason = row.refusal(stem)
         if reason is None:
-            return backends.Plan(stem.conv, row.name, refusals, _binder(row.build(stem)))
+            run, tile = row.build(stem)
+            return backends.Plan(stem.conv, row.name, refusals, _binder(run), tile=tile)
         if row.name == backend:
             text = f"backend {backend!r} cannot take the stem {stem.conv.spec}: {reason}"
             raise ValueError(f"resnet_fast: {text}")
@@ -154,7 +159,7 @@ def explain(stem: Stem) -> tuple[str, dict[str, str]]:
     return chosen, {name: why or f"{chosen} comes first" for name, why in others.items()}
 
 
-def _binder(run: Callable[..., Tensor]) -> backends.Bind:
+def _binder(run: Run) -> backends.Bind:
     def launch(x, residual, inplace, *tensors) -> Tensor:
         return run(x, *tensors)
 
@@ -222,7 +227,7 @@ def _cuda_refusal(stem: Stem) -> str | None:
     return None
 
 
-def _cuda_build(stem: Stem) -> Callable[..., Tensor]:
+def _cuda_build(stem: Stem) -> tuple[Run, Tile]:
     from resnet_fast.kernels import cuda as kernel
 
     kernel.module()  # registers the op's implementation
@@ -236,7 +241,7 @@ def _cuda_build(stem: Stem) -> Callable[..., Tensor]:
             run(x, weight, scale, shift, mean, var, eps, image_mean, image_std, tile, y)
         return y
 
-    return launch
+    return launch, CUDA_TILES[tile]
 
 
 # ---- triton, cpu: the backend's convolution, then its pool
@@ -250,17 +255,17 @@ def _conv_refusal(name: str, stem: Stem) -> str | None:
     return row.missing() or row.refusal(stem.normalized())
 
 
-def _two_steps(stem: Stem, name: str, pool: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    conv = backends.plan(stem.normalized(), name).bind
+def _two_steps(stem: Stem, name: str, pool: Callable[[Tensor], Tensor]) -> tuple[Run, Tile]:
+    conv = backends.plan(stem.normalized(), name)
 
     def launch(x, weight, scale, shift, mean, var, eps, image_mean, image_std) -> Tensor:
         x = normalize(x, image_mean, image_std, weight.dtype)
-        return pool(conv(weight, scale, shift, mean, var, eps)(x, None))
+        return pool(conv.bind(weight, scale, shift, mean, var, eps)(x, None))
 
-    return launch
+    return launch, conv.tile
 
 
-def _triton_build(stem: Stem) -> Callable[..., Tensor]:
+def _triton_build(stem: Stem) -> tuple[Run, Tile]:
     from resnet_fast.kernels import stem_pool as kernel
 
     spec = stem.conv.spec
@@ -313,5 +318,5 @@ BACKENDS = (
         functools.partial(_conv_refusal, "cpu"),
         functools.partial(_two_steps, name="cpu", pool=_cpu_pool),
     ),
-    StemBackend("aten", lambda stem: None, lambda stem: reference),
+    StemBackend("aten", lambda stem: None, lambda stem: (reference, None)),
 )

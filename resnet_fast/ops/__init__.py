@@ -39,6 +39,7 @@ from resnet_fast.ops.stem_pool import BACKENDS as STEM_BACKENDS
 from resnet_fast.ops.stem_pool import StemCall, stem_pool, stem_pool_op
 from resnet_fast.ops.stem_pool import explain as explain_stem_pool
 from resnet_fast.ops.stem_pool import has_kernels as has_stem_kernels
+from resnet_fast.ops.stem_pool import last_plan as last_stem_plan
 from resnet_fast.ops.stem_pool import plan_of as stem_plan_of
 from resnet_fast.ops.stem_pool import reads as stem_reads
 
@@ -67,6 +68,7 @@ __all__ = [
     "has_stem_kernels",
     "last_join_plan",
     "last_plan",
+    "last_stem_plan",
     "magnitude",
     "max_pool_3x3_2",
     "may_join_in_one_kernel",

@@ -9,6 +9,7 @@ images may be given as they are: uint8 in either layout, with mean and standard 
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import torch
@@ -116,6 +117,7 @@ def _fake(*args, **kwargs) -> Tensor:
 
 
 _plans: dict[tuple, backends.Plan] = {}
+_last = threading.local()
 
 
 def plan_of(call: StemCall) -> backends.Plan:
@@ -139,7 +141,13 @@ def _implementation(*args, **kwargs) -> Tensor:
     call = StemCall(*args, **kwargs)
     plan = plan_of(call)
     plan.calls += 1
+    _last.plan = plan
     return plan.bind(*call[1:-1])(call.x, None)
+
+
+def last_plan() -> backends.Plan:
+    """The plan of this thread's last call."""
+    return _last.plan
 
 
 def _key(call: StemCall) -> tuple:

@@ -29,11 +29,7 @@ def profile_by_name(
         ValueError: unknown model, dtype, device or peer; the known ones are listed.
         MemoryError: the batch does not fit.
     """
-    try:
-        place = pick_device(device)
-    except ValueError as error:
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise ValueError(f"{error}; known here are {', '.join(['auto', 'cpu', *gpus])}") from None
+    place = pick_device(device)
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if compare is not None and compare not in PEERS:

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from string import Template
-from typing import TYPE_CHECKING
 
 from resnet_fast.profiling import picture, text
+from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row
-
-if TYPE_CHECKING:
-    from resnet_fast.profiling.profile import Profile
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
@@ -34,7 +32,9 @@ h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.15em; margin-top:
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .86em; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .7em; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid #1d2733; position: sticky; top: 0; background: #fff }
+th { border-bottom: 2px solid #1d2733 }
+th.how { border-bottom: 1px solid #c6ccd2; color: #566; font-weight: 400; text-align: center }
+thead tr:first-child th:first-child { border: 0 }
 td { border-bottom: 1px solid #eceff2 }
 td.name, th.name, td.word, th.word { text-align: left }
 tr.gap td { color: #7a8590; font-style: italic } tr.total td { font-weight: 600 }
@@ -53,18 +53,20 @@ nothing computed</p>
 <h2>Stages</h2><div class="wide">$stages</div>
 <h2>Layers, in execution order</h2><div class="wide">$layers</div>
 <h2>How to read this</h2>
-<p>All times are measured. FLOPs (two for a multiply-add) and bytes (each tensor once) are counted
-from the layers' shapes. The <em>roofline</em> is the least time for them: by arithmetic or by
-memory, whichever is longer; <em>of roof</em> is that time over the measured one. A layer is
-<em>bound by launch</em> where starting it takes longer than its work. Rows in italics are the time
-between layers, so that the rows add up to the whole; <em>interruptions</em> are what a whole run
-takes beyond the sum of its layers' medians: pauses that hit other layers in each run.</p>
+<p>All times are measured, medians. FLOPs (two for a multiply-add) and bytes (each tensor once) are
+counted from the layers' shapes; rates are what was counted over what was measured. The
+<em>roofline</em> is the least time for them: by arithmetic or by memory, whichever is longer;
+<em>of roof</em> is that time over the measured one. What a CPU can do at best is measured too, what
+a GPU can is specified by its maker. A layer is <em>bound by launch</em> where starting it takes
+longer than its work. Rows in italics are the time between layers, so that the rows add up to the
+whole; <em>interruptions</em> are what a whole run takes beyond the sum of its layers' medians:
+pauses that hit other layers in each run.</p>
 </body></html>
 """)
 WORDS = ("bound by", "backend", "tile")
 
 
-def render(profile: Profile) -> str:
+def render(profile: Findings) -> str:
     """The page."""
     title = f"{profile.model}, {profile.dtype}, batch {profile.batch}, on {profile.device}"
     colours = ", ".join(
@@ -83,7 +85,7 @@ def render(profile: Profile) -> str:
     )
 
 
-def _figures(profile: Profile) -> str:
+def _figures(profile: Findings) -> str:
     total = profile.total
     figures = [
         (f"{profile.unmarked * 1e3:.2f} ms", f"a run of {profile.batch}"),
@@ -98,14 +100,14 @@ def _figures(profile: Profile) -> str:
     return "".join(f"<span><b>{escape(big)}</b>{escape(small)}</span>" for big, small in figures)
 
 
-def _suggestions(profile: Profile) -> str:
+def _suggestions(profile: Findings) -> str:
     if not profile.suggestions:
         return ""
     lines = "".join(f"<li>{escape(line)}</li>" for line in profile.suggestions)
     return f"<h2>What to try</h2><ul>{lines}</ul>"
 
 
-def _table(first: str, rows: Sequence[Row], profile: Profile) -> str:
+def _table(first: str, rows: Sequence[Row], profile: Findings) -> str:
     names = text.columns(profile)
     lines = [(row, text.cells(row, profile)) for row in rows]
     used = [i for i in range(len(names)) if any(cells[i] for _, cells in lines)]
@@ -119,6 +121,11 @@ def _table(first: str, rows: Sequence[Row], profile: Profile) -> str:
             found.append(f'<td class="{_class(names[i])}">{escape(cells[i])}{bar}</td>')
         body.append(f'<tr class="{kind}">{"".join(found)}</tr>')
     head = f'<tr><th class="name">{escape(first)}</th>{heads}</tr>'
+    above = "".join(
+        f'<th class="how" colspan="{len(list(group))}">{how}</th>'
+        for how, group in groupby(text.obtained(names[i]) for i in used)
+    )
+    head = f"<tr><th></th>{above}</tr>{head}"
     return f"<table><thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
 
 

@@ -14,13 +14,11 @@ from __future__ import annotations
 from dataclasses import replace
 from html import escape
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row, total
 from resnet_fast.profiling.trace import block_of
-
-if TYPE_CHECKING:
-    from resnet_fast.profiling.profile import Profile
 
 LEVELS = ("model", "stage", "block", "layer")
 GREY = (216, 219, 224)
@@ -44,7 +42,7 @@ class Box(NamedTuple):
     row: Row
 
 
-def boxes(profile: Profile) -> list[Box]:
+def boxes(profile: Findings) -> list[Box]:
     """All rectangles of the picture, level by level."""
     rows = [row for row in profile.rows if row.seconds > 0]
     whole = sum(row.seconds for row in rows) or 1.0
@@ -77,7 +75,7 @@ def colour_of(row: Row) -> tuple[int, int, int]:
     return SCALE[-1][1]
 
 
-def svg(profile: Profile) -> str:
+def svg(profile: Findings) -> str:
     """The picture as SVG; each rectangle tells its figures when pointed at."""
     height = ROW * len(LEVELS)
     parts = [
@@ -101,7 +99,7 @@ def svg(profile: Profile) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def told(box: Box, profile: Profile) -> str:
+def told(box: Box, profile: Findings) -> str:
     """What a rectangle tells: name, time, share, and what binds it."""
     row = box.row
     text = f"{box.name}: {row.seconds * 1e3:.3f} ms, {row.share:.1%} of the time"
@@ -119,7 +117,7 @@ def label_of(box: Box, letters: float) -> str:
     return ""
 
 
-def write_png(profile: Profile, file) -> None:
+def write_png(profile: Findings, file) -> None:
     """The picture as a PNG.
 
     Args:

@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from resnet_fast.comparison.measure import describe_machine
 from resnet_fast.conversion import recipes
 from resnet_fast.nn.program import Step
+from resnet_fast.profiling import page, picture
 from resnet_fast.profiling import rows as _rows
+from resnet_fast.profiling import text as _text
 from resnet_fast.profiling.calls import Calls, around_calls
+from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.layers import as_run
 from resnet_fast.profiling.peers import torchvision_twin
 from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.profiling.rows import LAUNCHES, REMAINDER, Row
 from resnet_fast.profiling.suggest import suggestions
 from resnet_fast.profiling.timeline import Clock, Replay, Timeline, clock_of
+from resnet_fast.profiling.trace import trace_of
 
 FORMAT = 1  # of `to_json`
 WARM_UP = 3
@@ -40,73 +44,10 @@ SETTLING_RUNS, SETTLING_SECONDS = 4, 0.2
 PEERS = ("torchvision",)
 
 
-@dataclass(slots=True)
-class Profile:
-    """What `profile` found; print it, or write it with `to_json`, `trace`, `html` and `png`.
+class Profile(Findings):
+    """What `profile` found; print it, or write it with `to_json`, `trace`, `html` and `png`."""
 
-    Args:
-        model: its class, and its parameters' number where that tells more.
-        device, dtype, batch, shape: of the example.
-        machine: versions and processor.
-        roofline: what the device can do; None where that is not known.
-        rows: per layer in execution order, then the gaps: they add up to `seconds`.
-        seconds: median of the marked runs; on a GPU of the unmarked ones, from call to completion.
-        unmarked: median of the runs that were not marked.
-        overhead: what marking costs: the quickest marked run over the quickest unmarked one, less
-            one; of the device's time where that is apart, else of the CPU's time in the calling
-            thread, in which other processes count only as far as it spins for its own threads.
-        rounds: how many there were.
-        interrupted: whether Ctrl-C ended them early.
-        device_apart: whether host and device have times of their own.
-        peer: who is compared with; "" for nobody.
-        peer_seconds: median of its unmarked runs.
-        unoptimized: whether `resnet_fast.optimize` would fuse what is not fused.
-        contiguous_weights: how many convolutions' weights are not channels_last.
-    """
-
-    model: str
-    device: str
-    dtype: str
-    batch: int
-    shape: tuple[int, ...]
-    machine: dict[str, str]
-    roofline: Roofline | None
-    rows: list[Row]
-    seconds: float
-    unmarked: float
-    overhead: float
-    rounds: int
-    interrupted: bool = False
-    device_apart: bool = False
-    peer: str = ""
-    peer_seconds: float | None = None
-    unoptimized: bool = False
-    contiguous_weights: int = 0
-    suggestions: list[str] = field(default_factory=list)
-
-    @property
-    def layers(self) -> list[Row]:
-        """The rows that are layers, in execution order."""
-        return [row for row in self.rows if row.kind != "gap"]
-
-    @property
-    def gaps(self) -> list[Row]:
-        """The rows that are the time between."""
-        return [row for row in self.rows if row.kind == "gap"]
-
-    @property
-    def stages(self) -> list[Row]:
-        """A sum per stage, in the order in which they begin, then the gaps."""
-        by_stage: dict[str, list[Row]] = {}
-        for row in self.layers:
-            by_stage.setdefault(row.stage, []).append(row)
-        sums = [_rows.total(rows, name, self.seconds) for name, rows in by_stage.items()]
-        return [*sums, *self.gaps]
-
-    @property
-    def total(self) -> Row:
-        """The sum of all rows; its peer time is that of the whole model compared with."""
-        return replace(_rows.total(self.rows, "total", self.seconds), peer=self.peer_seconds)
+    __slots__ = ()
 
     def to_json(self) -> dict:
         """Plain data: dictionaries, lists, strings and numbers."""
@@ -120,23 +61,17 @@ class Profile:
 
     def table(self, layers: bool = False, top: int = 12) -> str:
         """As text: the stages and the slowest layers, or with `layers` all layers in order."""
-        from resnet_fast.profiling import text
-
-        return text.render(self, layers, top)
+        return _text.render(self, layers, top)
 
     def __str__(self) -> str:
         return self.table()
 
     def trace(self) -> dict:
         """A Chrome trace, as https://ui.perfetto.dev opens it: `json.dump` it into a file."""
-        from resnet_fast.profiling import trace
-
-        return trace.trace_of(self)
+        return trace_of(self)
 
     def html(self, file: TextIO | None = None) -> str:
         """One page that needs nothing else; also written to `file`."""
-        from resnet_fast.profiling import page
-
         text = page.render(self)
         if file is not None:
             file.write(text)
@@ -144,8 +79,6 @@ class Profile:
 
     def png(self, file) -> None:
         """The flame picture: width is time, colour the share of the roofline; needs matplotlib."""
-        from resnet_fast.profiling import picture
-
         picture.write_png(self, file)
 
 
@@ -194,9 +127,10 @@ def profile(
         twin = torchvision_twin(model, example) if isinstance(compare, str) else compare
         x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
         subjects[peer or "peer"] = _Subject(twin, x)
-    for who, subject in subjects.items():
-        subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
-    interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
+    with clock.current():
+        for who, subject in subjects.items():
+            subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
+        interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
     ours, *others = subjects.values()
     found = _profile(ours, example, roofline, clock)
     found.interrupted = interrupted
@@ -330,9 +264,8 @@ def _served(row: Row, step: Step | None) -> Row:
     if row.kind == "gap":
         return row
     if step is None or step.plan is None:
-        return replace(row, backend="torch")
-    tile = getattr(step.plan, "tile", None)
-    tile = "" if tile is None else str(tile)
+        return replace(row, backend=row.backend or "torch")
+    tile = "" if step.plan.tile is None else str(step.plan.tile)
     return replace(row, backend=step.plan.backend, tile=tile, why=step.plan.why_fallback())
 
 
@@ -363,7 +296,7 @@ def _check(model, example, warmup: int, seconds: float, rounds: int | None, comp
         raise TypeError(f"resnet_fast.profile: example must be a tensor, got {type(example)}")
     if model.training:
         raise ValueError("resnet_fast.profile: the model is in training mode; call model.eval()")
-    if warmup < 0 or seconds < 0 or (rounds is not None and rounds < 1):
+    if warmup < 0 or not seconds >= 0 or (rounds is not None and rounds < 1):
         got = f"warmup {warmup}, seconds {seconds}, rounds {rounds}"
         raise ValueError(f"resnet_fast.profile: expected warmup, seconds >= 0, rounds >= 1; {got}")
     if isinstance(compare, str) and compare not in PEERS:

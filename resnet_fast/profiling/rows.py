@@ -136,7 +136,9 @@ def rows_of(layers: Sequence[Layer], replays: Sequence[Replay], device_apart: bo
         edge = 2 * place.index + (0 if place.before else 1)
         taken.add(edge)
         edges = [replay.edges[edge] for replay in replays]
-        found.append(_row(place, *_medians(edges, device_apart), found))
+        row = _row(place, *_medians(edges, device_apart), found)
+        ours = not place.before and replays[0].names[place.index] in (POOL, RANGE_CHECK)
+        found.append(replace(row, backend="cpu") if ours else row)
     rest = [
         Edge(*map(sum, zip(*(e for n, e in enumerate(r.edges) if n not in taken), strict=True)))
         for r in replays

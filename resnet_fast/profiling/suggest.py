@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from resnet_fast.profiling.profile import Profile
+from resnet_fast.profiling.findings import Findings
 
 WAITING = 0.15  # of the whole: below that, launches are hidden behind the device's work
 SLOW = 0.4  # of the roofline: half of what good kernels reach
@@ -38,15 +36,15 @@ class Rule:
 
     name: str
     reason: str
-    find: Callable[[Profile], Iterator[str]]
+    find: Callable[[Findings], Iterator[str]]
 
 
-def suggestions(profile: Profile) -> list[str]:
+def suggestions(profile: Findings) -> list[str]:
     """All lines of all rules, the most general first."""
     return [f"{line}: {rule.reason}" for rule in RULES for line in rule.find(profile)]
 
 
-def _optimize(p: Profile) -> Iterator[str]:
+def _optimize(p: Findings) -> Iterator[str]:
     loose = [row for row in p.rows if row.kind in ("norm", "relu", "add")]
     share = sum(row.share for row in loose)
     if p.unoptimized and share > UNFUSED:
@@ -56,7 +54,7 @@ def _optimize(p: Profile) -> Iterator[str]:
         )
 
 
-def _graph(p: Profile) -> Iterator[str]:
+def _graph(p: Findings) -> Iterator[str]:
     gap = sum(row.share for row in p.rows if row.kind == "gap")
     if not p.device_apart or gap < WAITING:
         return
@@ -69,7 +67,7 @@ def _graph(p: Profile) -> Iterator[str]:
     )
 
 
-def _channels_last(p: Profile) -> Iterator[str]:
+def _channels_last(p: Findings) -> Iterator[str]:
     share = sum(row.share for row in p.rows if row.kind == "copy")
     if share > CONVERTING:
         yield f"{share:.0%} of the time in changes of layout; give x in channels_last"
@@ -80,13 +78,13 @@ def _channels_last(p: Profile) -> Iterator[str]:
         )
 
 
-def _bfloat16(p: Profile) -> Iterator[str]:
+def _bfloat16(p: Findings) -> Iterator[str]:
     share = sum(row.share for row in p.rows if row.bound == "arithmetic")
     if p.dtype == "float32" and share > BOUND and _has_bfloat16(p.device):
         yield f"{share:.0%} of the time in arithmetic-bound float32 layers; try bfloat16"
 
 
-def _batch(p: Profile) -> Iterator[str]:
+def _batch(p: Findings) -> Iterator[str]:
     rows = [row for row in p.rows if row.bound == "memory"]
     moved = sum(row.bytes for row in rows)
     weights = sum(row.weight_bytes for row in rows)
@@ -98,7 +96,7 @@ def _batch(p: Profile) -> Iterator[str]:
         )
 
 
-def _tune(p: Profile) -> Iterator[str]:
+def _tune(p: Findings) -> Iterator[str]:
     if importlib.util.find_spec("resnet_fast.dispatch.tuning") is None:
         return
     slow = [r for r in p.rows if r.backend not in ("", "torch", "aten", "cpu")
@@ -110,7 +108,7 @@ def _tune(p: Profile) -> Iterator[str]:
         )
 
 
-def _fallback(p: Profile) -> Iterator[str]:
+def _fallback(p: Findings) -> Iterator[str]:
     for row in [row for row in p.rows if row.why and row.share > LARGE][:MOST]:
         yield f"{row.name}: runs unfused ({row.why})"
 

@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import REMAINDER, Row
-
-if TYPE_CHECKING:
-    from resnet_fast.profiling.profile import Profile
 
 PAUSED = 0.05  # of the whole: more than a machine to itself shows
 
 
-def render(profile: Profile, layers: bool, top: int) -> str:
+def render(profile: Findings, layers: bool, top: int) -> str:
     """The stages, the layers (all in order, or the slowest), and what to try."""
     parts = [heading(profile)]
     parts.append(_table("stage", [*profile.stages, profile.total], profile))
@@ -28,7 +25,7 @@ def render(profile: Profile, layers: bool, top: int) -> str:
     return "\n\n".join(parts)
 
 
-def heading(profile: Profile) -> str:
+def heading(profile: Findings) -> str:
     """What was measured, on what, and how."""
     machine = ", ".join(f"{name} {value}" for name, value in profile.machine.items())
     kind = "device time" if profile.device_apart else "wall time"
@@ -55,7 +52,7 @@ def heading(profile: Profile) -> str:
     return "\n".join(lines)
 
 
-def columns(profile: Profile) -> tuple[str, ...]:
+def columns(profile: Findings) -> tuple[str, ...]:
     """The headings behind the first."""
     host = ("host ms",) if profile.device_apart else ()
     peer = (f"{profile.peer} ms", "ratio") if profile.peer else ()
@@ -65,7 +62,16 @@ def columns(profile: Profile) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def cells(row: Row, profile: Profile) -> tuple[str, ...]:
+def obtained(column: str) -> str:
+    """How a column's numbers were obtained; "" where it has none."""
+    if column in ("MFLOP", "MB"):
+        return "counted"
+    if column in ("TFLOP/s", "GB/s", "of roof"):
+        return "counted / measured"
+    return "" if column in ("bound by", "backend", "tile") else "measured"
+
+
+def cells(row: Row, profile: Findings) -> tuple[str, ...]:
     """A row's cells, as `columns` has them; empty where there is nothing to say."""
     worked = bool(row.bytes)
     host = (_or("{:.3f}", row.host and row.host * 1e3),) if profile.device_apart else ()
@@ -86,7 +92,7 @@ def _or(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def _table(first: str, rows: Sequence[Row], profile: Profile) -> str:
+def _table(first: str, rows: Sequence[Row], profile: Findings) -> str:
     lines = [(first, *columns(profile))]
     lines += [(row.name, *cells(row, profile)) for row in rows]
     used = [i for i in range(len(lines[0])) if i == 0 or any(line[i] for line in lines[1:])]

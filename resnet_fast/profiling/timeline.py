@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import NamedTuple, Protocol
@@ -30,7 +30,7 @@ from resnet_fast.profiling.calls import Calls, around_calls
 
 RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
 POOL = "max-pool"  # whose layer has the name of the module that is not called
-FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`
+FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`, for CPUs
 HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
 
 Steps = program.Step | program.JoinStep
@@ -40,6 +40,9 @@ class Clock(Protocol):
     """Tells the time on the host and, where it has one, on the device; marks are its own."""
 
     device_apart: bool
+
+    def current(self) -> AbstractContextManager:
+        """Entered around all runs: makes the clock's device the thread's."""
 
     def start(self) -> None:
         """Before a replay that is to be marked."""
@@ -64,6 +67,7 @@ class HostClock:
     """For models that run where Python runs: a mark is a moment."""
 
     device_apart = False
+    current = nullcontext
     mark = staticmethod(time.perf_counter)
 
     def start(self) -> None:
@@ -95,6 +99,9 @@ class EventClock:
         self._device, self._cuda = device, cuda
         self._events: list = []
         self._moments: list[float] = []
+
+    def current(self) -> AbstractContextManager:
+        return self._cuda.device(self._device)  # whose stream events are recorded on
 
     def start(self) -> None:
         self._moments.clear()

@@ -7,12 +7,9 @@ Source: "Trace Event Format", the Chromium project; https://ui.perfetto.dev open
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row
-
-if TYPE_CHECKING:
-    from resnet_fast.profiling.profile import Profile
 
 MODEL, STAGES, BLOCKS, LAYERS, HOST = range(1, 6)
 TRACKS = {MODEL: "model", STAGES: "stages", BLOCKS: "blocks", LAYERS: "layers", HOST: "host"}
@@ -25,7 +22,7 @@ def block_of(row: Row) -> str:
     return f"{row.stage}.{number}" if rest != row.name and number.isdigit() else ""
 
 
-def trace_of(profile: Profile) -> dict:
+def trace_of(profile: Findings) -> dict:
     """The trace; gaps stand at its end, as it is not known which of them was how long."""
     tracks = {k: v for k, v in TRACKS.items() if k != HOST or profile.device_apart}
     events = [_named("process_name", 0, f"{profile.model} on {profile.device}")]

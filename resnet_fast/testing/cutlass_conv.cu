@@ -36,13 +36,12 @@ int main(int argc, char** argv) {
                                            cutlass::conv::Mode::kCrossCorrelation, 1);
   auto half = [](long long address) { return reinterpret_cast<Half*>(address); };
   bool add = v[11] != 0;
-  typename Conv::Arguments arguments{
-      problem,
-      {half(v[9]), Layout::packed({n, h, w, c})},
-      {half(v[10]), Layout::packed({k, r, s, c})},
-      {half(v[add ? 11 : 12]), Layout::packed({n, p, q, k})},
-      {half(v[12]), Layout::packed({n, p, q, k})},
-      {1.0f, add ? 1.0f : 0.0f}};
+  typename Conv::Arguments arguments{problem,
+                                     {half(v[9]), Layout::packed({n, h, w, c})},
+                                     {half(v[10]), Layout::packed({k, r, s, c})},
+                                     {half(v[add ? 11 : 12]), Layout::packed({n, p, q, k})},
+                                     {half(v[12]), Layout::packed({n, p, q, k})},
+                                     {1.0f, add ? 1.0f : 0.0f}};
   typename Conv::Params params(arguments, nullptr);
   dim3 grid = typename Conv::ThreadblockSwizzle().get_grid_shape(params.grid_tiled_shape);
   std::printf("%u %u %u %d %d\n", grid.x, grid.y, grid.z, int(Conv::kThreadCount),

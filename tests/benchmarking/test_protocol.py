@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 
 import pytest
 import torch
@@ -102,8 +103,8 @@ def test_providers_take_turns_and_inputs_rotate():
     rounds = len(outcomes["a"].wall.samples)
     timed = log[-3 * rounds :]
     assert [name for name, _ in timed] == list(names) * rounds
-    of_a = [index for name, index in timed if name == "a"]
-    assert all(later == (earlier + 1) % 3 for earlier, later in itertools.pairwise(of_a))
+    indices = [index for _, index in timed]  # none finds in a cache what the one before has read
+    assert all(later == (earlier + 1) % 3 for earlier, later in itertools.pairwise(indices))
 
 
 def test_back_to_back_calls_follow_an_untimed_one_of_the_same():
@@ -144,6 +145,33 @@ def test_modes_are_entered_outside_of_the_clock():
     candidate = Candidate(right(clock)().call, around=costly)
     outcomes, _ = measure({"x": lambda: candidate}, clock)
     assert outcomes["x"].wall.p99 == pytest.approx(1)
+
+
+def test_who_wants_a_thread_has_one_of_its_own_for_all_calls():
+    """Modes are a thread's: they are entered there."""
+    clock, seen = FakeClock(), {"mine": set(), "theirs": set()}
+
+    def builder(name, own_thread):
+        def call(x):
+            assert torch.is_inference_mode_enabled()
+            seen[name].add(threading.get_ident())
+            clock.seconds += 1e-3
+            return x.clone()
+
+        return lambda: Candidate(call, own_thread=own_thread)
+
+    outcomes, _ = measure({n: builder(n, n == "mine") for n in seen}, clock)
+    assert {o.status for o in outcomes.values()} == {rows.MEASURED}
+    assert seen["theirs"] == {threading.get_ident()}
+    assert len(seen["mine"]) == 1 and seen["mine"] != seen["theirs"]
+
+
+def test_who_throws_in_a_thread_of_its_own_says_why():
+    def call(x):
+        raise RuntimeError("no engine")
+
+    outcomes, _ = measure({"x": lambda: Candidate(call, own_thread=True)}, FakeClock())
+    assert outcomes["x"].status == rows.THREW and "no engine" in outcomes["x"].reason
 
 
 def test_the_inputs_are_prepared_once_and_untimed():
@@ -261,12 +289,14 @@ def gpu(monkeypatch):
     clock = FakeClock()
     _Event.clock = clock
     monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_000_000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     timer = CudaClock.__new__(CudaClock)
-    timer.now, timer.device = clock.now, torch.device("cuda")
+    timer.now, timer.device = clock.now, torch.device("cuda:1")
     timer._buffer = torch.ones(8)
     return clock, timer, monkeypatch
 
@@ -303,19 +333,55 @@ def test_a_replay_gives_the_device_time_and_its_absence_leaves_events(gpu):
     outcomes, _ = measure({"x": right(clock)}, timer)
     assert outcomes["x"].device_how == "events"
     assert outcomes["x"].device.median == pytest.approx(1)
+    assert outcomes["x"].peak_memory_mb == pytest.approx(7)
+    graph = right(clock)()
+    graph.graphable = False  # its memory is the graph's, and is held before the call
+    outcomes, _ = measure({"x": lambda: graph}, timer)
+    assert outcomes["x"].wall and outcomes["x"].peak_memory_mb is None
 
 
 def test_what_cannot_be_captured_is_timed_by_events(gpu):
     _, timer, monkeypatch = gpu
 
     @contextlib.contextmanager
-    def refuse(graph):
+    def refuse(graph, stream):
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     assert timer.capture(lambda: None) is None
+
+
+def test_the_clocks_device_is_the_one_that_is_timed(gpu):
+    """With several GPUs, events and graphs of another would see none of the work."""
+    clock, timer, monkeypatch = gpu
+    streams, inside, calls = [], [], []
+
+    @contextlib.contextmanager
+    def recorded(graph, stream):
+        streams.append(stream)
+        graph.call = lambda: None
+        yield
+
+    @contextlib.contextmanager
+    def device(which):
+        inside.append(which)
+        yield
+        inside.pop()
+
+    def call(x):
+        calls.append(list(inside))
+        clock.seconds += 1e-3
+        return x.clone()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recorded)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    outcomes, _ = measure({"x": lambda: Candidate(call)}, timer)
+    assert outcomes["x"].device_how == "graph replay"
+    assert streams == ["a stream of cuda:1"]
+    assert all(where == [torch.device("cuda:1")] for where in calls)
 
 
 def test_a_lap_of_the_host_has_no_device_time():

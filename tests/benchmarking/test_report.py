@@ -87,6 +87,14 @@ def test_a_run_that_measured_nothing_has_a_page_too(tmp_path):
     assert "Interrupted" in page and "gone" in page
 
 
+@pytest.mark.parametrize(
+    "value, text",
+    [(None, ""), (0.0123, "0.0123"), (61.32, "61.3"), (999.6, "1000"), (1377, "1377")],
+)
+def test_milliseconds_are_plain_numbers(value, text):
+    assert tables.milliseconds(value) == text
+
+
 def test_the_readmes_table_has_what_was_measured_and_nothing_else():
     found = results()
     table = tables.markdown(found)

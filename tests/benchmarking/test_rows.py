@@ -141,6 +141,15 @@ def test_a_planted_slowdown_of_30_percent_is_flagged(seed):
     assert all(c.verdict == compare.SLOWER and c.relative for c in found)
 
 
+def test_a_models_time_is_its_wall_time_and_an_ops_the_devices():
+    """What a CUDA graph saves is the host's time: by the device's it would save nothing."""
+    device = {"device_ms": 4.0, "device_p20_ms": 3.9, "device_p80_ms": 4.1}
+    model, op = row(ms=10.0, **device), row(ms=10.0, suite="ops", **device)
+    assert (model.clock, model.time_ms) == ("wall", 10.0)
+    assert (op.clock, op.time_ms) == ("device", 4.0)
+    assert compare.scatter(op) == pytest.approx(0.05 / 1.683 * 1.2533 / 3)
+
+
 def test_without_eager_times_themselves_are_compared():
     old, new = Results(rows=[row(ms=10)]), Results(rows=[row(ms=13)])
     (change,) = compare.compare(old, new)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +30,15 @@ from resnet_fast.benchmarking import environment as environments
 from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.benchmarking.providers import Provider
 from resnet_fast.benchmarking.suite import Request
+from resnet_fast.comparison import providers as peers
 from resnet_fast.profiling.roofline import Roofline
-from resnet_fast.spec import ConvSpec
+from resnet_fast.spec import ConvSpec, TileConfig
 from tests.benchmarking.fakes import ENVIRONMENT, FakeClock
 from tests.benchmarking.fakes import row as made_up
 
 SMALL = ConvSpec(2, 9, 7, 8, 16, 3, 3, padding=(1, 1), dtype="float32", norm=True, precision="ieee")
 JOIN = ConvSpec(2, 18, 14, 24, 16, 1, 1, (2, 2), dtype="float32", activation="none", norm=True)
+ROOF = Roofline("a GPU", 1e3, 1e3, "specified")
 STEM = replace(SMALL, h=33, w=31, c=3, r=7, s=7, stride=(2, 2), padding=(3, 3))
 SMALL_CASES = {
     "conv": OpCase("conv_bn_act", SMALL, "", "float32"),
@@ -144,6 +147,16 @@ def test_the_real_providers_of_ops_agree_and_are_timed(name):
         assert by_name["resnet_fast"].backend in ("cpu", "aten")
         assert by_name["resnet_fast-triton"].status == rows.THREW
         assert "runs on cuda" in by_name["resnet_fast-triton"].reason
+
+
+@pytest.mark.parametrize("name", ["conv", "join", "stem"])
+def test_a_row_tells_the_backend_and_the_tile_of_the_last_plan(name, monkeypatch):
+    case = SMALL_CASES[name]
+    plan = types.SimpleNamespace(backend="cuda", tile=TileConfig(64, 32, 64, 4, 4, SPLIT_K=2))
+    monkeypatch.setitem(providers.LAST_PLAN, case.op, lambda: plan)
+    request = Request(device="cpu", seconds=0.01, providers=["resnet_fast"])
+    (row,), *_ = suite.measure_case(case, request, clocks.Clock(), ENVIRONMENT)
+    assert (row.backend, row.tile) == ("cuda", "64x32x64 stages 4 warps 4 split 2")
 
 
 def small_model(monkeypatch):
@@ -292,7 +305,10 @@ UNKNOWN = {
     "provider": (["--providers", "nobody"], "resnet_fast-cuda-graph"),
     "model": (["--models", "resnet19"], "wide_resnet101_2"),
     "dtype": (["--dtype", "int3"], "bfloat16"),
-    "device": (["--device", "abacus"], "cannot be used"),
+    "device": (["--device", "abacus"], "known here are auto, cpu"),
+    "not-waited-for": (["--device", "meta"], "nothing is timed on meta; known here are auto, cpu"),
+    "seconds": (["--seconds", "nan"], "seconds must be positive"),
+    "of-another-suite": (["ops", "--providers", "openvino"], "known are aten, "),
     "tf32": (["--dtype", "tf32", "--device", "cpu"], "a GPU's way"),
     "batch": (["--batch", "0"], "positive"),
 }
@@ -304,6 +320,22 @@ def test_unknown_names_list_the_known_ones_before_any_work(name, monkeypatch, ca
     arguments, text = UNKNOWN[name]
     assert cli.main(["bench", *arguments, "--out", str(tmp_path)]) == cli.BAD_INPUT
     assert text in capsys.readouterr().err
+
+
+def test_a_suite_without_a_named_provider_is_not_begun(monkeypatch):
+    """Inputs and references of models take long, and nobody would run them."""
+    seen = []
+
+    def measure_case(case, *args):
+        seen.append(type(case))
+        return [], {}, False
+
+    monkeypatch.setattr(suite, "measure_case", measure_case)
+    some = {"models": ["resnet18"], "batches": [1], "dtypes": ["float32"], "device": "cpu"}
+    suite.run(Request(providers=["aten"], **some))
+    assert set(seen) == {OpCase}
+    with pytest.raises(ValueError, match=r"no provider of ops is named; known are aten, "):
+        Request(suites=["ops"], providers=["openvino"], **some)
 
 
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
@@ -331,6 +363,22 @@ def test_compare_says_by_its_status_whether_something_is_slower(tmp_path, capsys
     assert cli.main(["bench", "--compare", old, slow]) == cli.DISAGREES
     assert "slower" in capsys.readouterr().out
     assert cli.main(["bench", "--compare", old, str(tmp_path / "none")]) == cli.BAD_INPUT
+
+
+def test_compare_says_what_the_runs_have_not_in_common(tmp_path, capsys):
+    for name in ("old", "new", "other"):
+        (tmp_path / name).mkdir()
+    old, new, other = (tmp_path / name for name in ("old", "new", "other"))
+    rows.write(rows.Results(rows=[made_up(), made_up("aten")]), old)
+    elsewhere = replace(ENVIRONMENT, device="Another Processor")
+    rows.write(rows.Results(rows=[made_up(environment=elsewhere)]), new)
+    rows.write(rows.Results(rows=[made_up(batch=99)]), other)
+    assert cli.main(["bench", "--compare", str(old), str(new)]) == cli.AGREES
+    printed = capsys.readouterr().out
+    assert "device differs: old Test Processor, new Another Processor" in printed
+    assert "1 of the old run's times have no row" in printed
+    assert cli.main(["bench", "--compare", str(old), str(other)]) == cli.BAD_INPUT
+    assert "in common" in capsys.readouterr().err
 
 
 def test_counts_become_modelled_rows_and_the_rest_speak_by_their_shape(tmp_path):
@@ -429,12 +477,22 @@ def test_cudnn_benchmark_is_on_within_the_call_and_off_after_it():
 
 
 @pytest.mark.parametrize("dtype, value", [("tf32", "tf32"), ("float32", "ieee")])
-def test_float32_on_a_gpu_is_multiplied_as_the_case_says(dtype, value):
-    flags = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [flag.fp32_precision for flag in flags]
+def test_float32_on_a_gpu_is_multiplied_as_the_case_says(dtype, value, monkeypatch):
+    def flags():
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return cudnn.allow_tf32, matmul.allow_tf32, ops.precision()
+
+    before = flags()
+    asked = []
+    monkeypatch.setattr(suite, "roofline_of", lambda *a: asked.append(ops.precision()) or ROOF)
     with suite._precision(dtype, torch.device("cuda")):
-        assert [flag.fp32_precision for flag in flags] == [value, value]
-    assert [flag.fp32_precision for flag in flags] == before
+        assert flags() == (value == "tf32", value == "tf32", value)
+        # Inductor asks for it, and it throws where the two sets of flags disagree.
+        assert torch.get_float32_matmul_precision() == {"tf32": "high", "ieee": "highest"}[value]
+    assert flags() == before
+    timed = made_up("aten", suite="ops", dtype=dtype, flops=10**9)
+    suite.roofs_of([timed], torch.device("cuda"), lambda text: None)
+    assert asked == [value] and flags() == before
 
 
 def test_compilers_are_asked_for_what_their_names_say(monkeypatch):
@@ -447,11 +505,57 @@ def test_compilers_are_asked_for_what_their_names_say(monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     model = nn.Identity()
     work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
+    (tuned,) = (p for p in providers.MODEL_PROVIDERS if p.name == "compile-max-autotune")
+    assert tuned.build(work).graphable  # on a CPU it is no graph
+    asked.clear()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     built = {p.name: p.build(work) for p in providers.MODEL_PROVIDERS if "compile" in p.name}
     assert asked == [None, "reduce-overhead", "max-autotune"]
     assert [c.graphable for c in built.values()] == [True, False, False]  # they are graphs already
     with built["compile"].around():
         assert not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_a_model_is_compiled_once_whoever_else_is_compiled(monkeypatch):
+    """And asks for freezing only then: later calls are the compiled model's alone."""
+    from torch._inductor import config
+
+    compiled, ran = [], []
+
+    def backend(graph, inputs):
+        compiled.append(config.freezing)
+
+        def run(*args):
+            ran.append(config.freezing)
+            return graph.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    x = torch.zeros(1, 3, 5, 5)
+    with torch.no_grad():
+        first = peers.compiled(nn.Conv2d(3, 4, 1).eval())
+        first(x), first(x)
+        second = peers.compiled(nn.Conv2d(3, 4, 1).eval())
+        second(x), first(x), second(x)
+    assert compiled == [True, True] and ran == [True, False, True, False, False]
+
+
+def test_cudnn_searches_in_a_thread_of_its_own():
+    """torch keeps a convolution's plan per thread, whichever flag it was found under."""
+    model = nn.Identity()
+    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
+    built = {p.name: p.build(work) for p in providers.MODEL_PROVIDERS if "torchvision" in p.name}
+    assert {name: c.own_thread for name, c in built.items()} == {
+        "torchvision-contiguous": False, "torchvision-channels_last": False,
+        "torchvision-cudnn-benchmark": True,
+    }  # fmt: skip
+    op = providers.OpWork(SMALL_CASES["conv"], formulas.module_of(SMALL_CASES["conv"]),
+                          torch.device("cuda"))  # fmt: skip
+    built = {p.name: p.build(op) for p in providers.OP_PROVIDERS if "aten" in p.name}
+    assert [c.own_thread for c in built.values()] == [False, True, True]
+    with built["aten-folded"].around():
+        assert torch.backends.cudnn.benchmark
 
 
 def test_our_cuda_graph_is_recorded_under_the_protocols_mode(monkeypatch):
@@ -502,6 +606,23 @@ def test_inputs_walk_past_the_second_level_cache(monkeypatch):
     assert suite.rotation(1 << 10, torch.device("cpu"))[0] == suite.MAX_SETS
     assert suite.rotation(200 << 20, torch.device("cpu"))[0] == 2
     assert "flushed" in suite.rotation(1, torch.device("cuda"))[1]
+
+
+def test_a_gpu_is_asked_for_by_its_identity(monkeypatch):
+    """Not by torch's number, which CUDA_VISIBLE_DEVICES changes."""
+    asked = []
+    facts = types.SimpleNamespace(uuid="1234-abcd")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    monkeypatch.setattr(environments, "_said", lambda *words: asked.append(words) or "1980 MHz")
+    assert environments.clocks_of(torch.device("cuda:0")) == "1980 MHz"
+    assert "--id=GPU-1234-abcd" in asked[0]
+
+
+def test_a_row_has_the_clocks_of_its_own_rounds(monkeypatch):
+    monkeypatch.setattr(suite, "clocks_of", lambda place: "warm")
+    request = Request(device="cpu", seconds=0.01, providers=["aten"])
+    (row,), *_ = suite.measure_case(SMALL_CASES["add"], request, clocks.Clock(), ENVIRONMENT)
+    assert row.environment == replace(ENVIRONMENT, clocks="warm")
 
 
 def test_machine_names_have_no_host():

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import backends, cuda, heuristics, preferences
+from resnet_fast.dispatch import backends, cuda, heuristics, preferences, stem
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.kernels import aten
 from resnet_fast.spec import ConvSpec, TileConfig
@@ -337,6 +337,31 @@ def test_a_plan_says_why_its_backend_was_taken(op):
     assert (grouped.backend, grouped.why) == ("aten", "")
     assert grouped.why_fallback() == "; ".join(grouped.refusals.values())
     assert "groups 2: the CUDA kernel takes 1" in grouped.why_fallback()
+
+
+@pytest.mark.parametrize("spec", [SPEC, replace(SPEC, dtype="float32")], ids=str)
+def test_a_plan_tells_the_tile_that_its_kernel_is_given(spec, op):
+    t = cases.conv_tensors(spec)
+    plan = backends.plan(problem(spec), "cuda")
+    plan.bind(t.weight, t.scale, t.shift, t.mean, t.var, t.eps)(t.x, t.residual)
+    given = heuristics._cuda_tiles(80, spec.dtype)[op.calls[-1]["tile"]]
+    assert plan.tile == replace(given, SPLIT_K=op.calls[-1]["split_k"])
+    assert str(plan.tile).startswith(f"{given.BLOCK_M}x{given.BLOCK_N}x{given.BLOCK_K} stages")
+
+
+def test_a_plan_of_triton_tells_its_tile_and_that_of_torch_has_none(built):
+    assert backends.plan(problem(), "triton").tile == heuristics.choose(SPEC, 80)
+    assert backends.plan(problem(), "aten").tile is None
+
+
+@pytest.mark.parametrize("batch, tile", [(64, "8x7 pooled pixels"), (1, "3x4 pooled pixels")])
+def test_a_plan_of_the_stem_tells_its_tile(batch, tile, built, monkeypatch):
+    monkeypatch.setattr(torch.ops.resnet_fast, "_stem_pool_cuda", Op(), raising=False)
+    spec = ConvSpec(batch, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), norm=True)
+    images = stem.Stem(problem(spec))
+    assert str(stem.plan(images, "cuda").tile).startswith(tile)
+    assert stem.plan(images, "triton").tile == heuristics.choose(spec, 80)
+    assert stem.plan(images, "aten").tile is None
 
 
 def test_an_old_gpu_has_no_preference():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,6 +195,18 @@ def test_the_cuda_tile_follows_the_batch():
     small = join_cases.resnet_joins(50, n=1)["layer4"]
     assert join.choose_cuda_tile(large, 80) < join.choose_cuda_tile(small, 80)
     assert join.choose_cuda_tile(small, 80) == len(join.CUDA_TILES) - 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_plan_tells_its_tile(dtype, built, monkeypatch):
+    op = SimpleNamespace(default=None)
+    monkeypatch.setattr(torch.ops.resnet_fast, "_conv_bn_join_cuda", op, raising=False)
+    problem = changed(ON_CUDA, "main", dtype=dtype)
+    tile = join.CUDA_TILES[join.choose_cuda_tile(problem.spec, 90)]
+    halves = 2 if dtype == "float32" else 1
+    assert join.plan(problem, "cuda").tile == replace(tile, BLOCK_K=tile.BLOCK_K // halves)
+    assert join.plan(problem, "triton").tile == join.choose_tile(problem.spec, 90)
+    assert join.plan(problem, "aten").tile is None
 
 
 def test_cuda_gets_the_arguments_of_its_schema(monkeypatch):

@@ -33,10 +33,12 @@ class Filters(Conv):
 
 
 class Pointwise(Conv):
-    """4 steps, so that the last stage is 0, or a step that is not full."""
+    """4 steps, so that the last stage is 0, or a step that is not full; 36 rows, so that the first
+    vectors of a warp's rows meet the last one."""
 
+    few = replace(Conv.shapes[0], n=1, h=6, w=6)
     shapes = tuple(
-        replace(s, r=1, s=1, padding=(0, 0), c=c) for s in Conv.shapes for c in (72, 128)
+        replace(s, r=1, s=1, padding=(0, 0), c=c) for s in (*Conv.shapes, few) for c in (72, 128)
     )
 
 

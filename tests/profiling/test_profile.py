@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import time
+import types
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from resnet_fast.profiling.calls import around_calls
 from resnet_fast.profiling.layers import as_run
 from resnet_fast.profiling.rows import GAP, LAUNCHES, REMAINDER, Row, peer_seconds, places
 from resnet_fast.profiling.timeline import EventClock, HostClock, Timeline
+from resnet_fast.spec import TileConfig
 
 SLEEP = 0.06
 X = torch.zeros(1, 3, 64, 64).to(memory_format=torch.channels_last)
@@ -238,6 +241,7 @@ def test_the_pool_and_the_layout_of_the_fused_model_have_rows_of_their_own(ours,
     found = profile(ours, X.contiguous())
     assert [row.name for row in found.layers[:4]] == ["clone", "range check", "conv1", "maxpool"]
     assert only_slow(found) == ["maxpool"]
+    assert [row.backend for row in found.layers[:4]] == ["torch", "cpu", "cpu", "cpu"]
     holds = program.Program.holds
     monkeypatch.setattr(ops, "max_pool_3x3_2", pool)
     monkeypatch.setattr(program.Program, "holds", lambda *a: (time.sleep(SLEEP / 5), holds(*a))[1])
@@ -315,6 +319,17 @@ def test_it_is_plain_data_too(found):
     assert data["roofline"]["source"] == "measured" and data["machine"]["torch"]
 
 
+def test_a_row_tells_the_backend_and_the_tile_of_its_plan():
+    plan = types.SimpleNamespace(
+        backend="cuda", tile=TileConfig(64, 32, 64, 4, 4), why_fallback=str
+    )
+    row = Row("conv1", "stem", "conv", 1.0)
+    served = module._served(row, types.SimpleNamespace(plan=plan))
+    assert (served.backend, served.tile) == ("cuda", "64x32x64 stages 4 warps 4")
+    plan.tile = None
+    assert module._served(row, types.SimpleNamespace(plan=plan)).tile == ""
+
+
 # ---- a GPU, with a stand-in
 
 
@@ -323,6 +338,13 @@ class StandIn:
 
     def __init__(self):
         self.held = self.events = self.synchronized = 0
+        self.current, self.elsewhere = None, 0
+
+    @contextmanager
+    def device(self, device):
+        self.current = device
+        yield
+        self.current = None
 
     def synchronize(self, device):
         self.synchronized += 1
@@ -341,6 +363,7 @@ class Event:
 
     def record(self):
         self.cuda.events += 1
+        self.cuda.elsewhere += self.cuda.current is None
         self.at = self.cuda.events
 
     def elapsed_time(self, other):
@@ -364,9 +387,11 @@ def test_events_tell_the_devices_time(ours):
 
 
 def test_a_gpus_profile_tells_host_and_device_apart(ours, monkeypatch):
-    clock = EventClock(torch.device("cpu"), StandIn())
+    cuda = StandIn()
+    clock = EventClock(torch.device("cpu"), cuda)
     monkeypatch.setattr(module, "clock_of", lambda device: clock)
     found = profile(ours)
+    assert cuda.events and not cuda.elsewhere  # an event is recorded on the current device
     assert found.device_apart and found.gaps[-1].name == LAUNCHES
     assert "host ms" in str(found) and "device time" in str(found)
     assert all(row.host is not None for row in found.layers)

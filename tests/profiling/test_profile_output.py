@@ -113,6 +113,18 @@ def test_the_page_needs_nothing_else(found):
         assert text in page
 
 
+def test_the_page_says_of_each_column_how_it_was_obtained(found):
+    for head in re.findall(r"<thead>(.*?)</thead>", found.html()):
+        groups, names = (
+            re.findall(r"<th[^>]*>(.*?)</th>", row)[1:] for row in head.split("</tr>")[:2]
+        )
+        spans = [int(span) for span in re.findall(r'colspan="(\d+)"', head)]
+        told = [group for group, span in zip(groups, spans, strict=True) for _ in range(span)]
+        how = dict(zip(names, told, strict=True))
+        assert how["ms"] == how["torchvision ms"] == "measured" and how["bound by"] == ""
+        assert how["MB"] == "counted" and how["GB/s"] == how["of roof"] == "counted / measured"
+
+
 def test_names_are_escaped(found):
     named = replace(found, model="<script>alert(1)</script>")
     assert "<script>" not in named.html()
@@ -189,6 +201,8 @@ def test_with_layers_it_prints_all_in_order(capsys):
         pytest.param(["resnet18", "--compare", "keras"], ["keras", "torchvision"], id="compare"),
         pytest.param(["resnet18", "--batch", "0"], ["--batch"], id="batch"),
         pytest.param(["resnet18", "--seconds", "-1"], ["--seconds"], id="seconds"),
+        pytest.param(["resnet18", "--seconds", "nan"], ["--seconds"], id="nan"),
+        pytest.param(["resnet18", "--device", "meta"], ["nothing is timed on meta"], id="meta"),
         pytest.param(
             ["resnet18", "--batch", "100000000"], ["batch 100000000", "memory"], id="memory"
         ),

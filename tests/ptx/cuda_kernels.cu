@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ordinary CUDA C++, for what nvcc makes of it: reductions, local arrays, library functions,
 // asynchronous copies, barriers, packed bfloat16.
-#include <cuda/barrier>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
+
+#include <cuda/barrier>
 
 struct Problem {
   const __half* x;
@@ -79,6 +80,5 @@ extern "C" __global__ void barrier(const int* x, int* y) {
 
 extern "C" __global__ void packed(const __nv_bfloat162* x, __nv_bfloat162* y) {
   __nv_bfloat162 v = x[threadIdx.x];
-  y[threadIdx.x] =
-      __hmax2(__hfma2(v, v, __float2bfloat162_rn(0.5f)), __float2bfloat162_rn(1.0f));
+  y[threadIdx.x] = __hmax2(__hfma2(v, v, __float2bfloat162_rn(0.5f)), __float2bfloat162_rn(1.0f));
 }

@@ -29,14 +29,14 @@ using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::epilogue::collective::EpilogueTileAuto, float, float, Half, Nhwc, 8, Half, Nhwc, 8,
     cutlass::epilogue::TmaWarpSpecialized>::CollectiveOp;
 using Mainloop = typename cutlass::conv::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, Half, Nhwc,
-    8, Half, Nhwc, 8, float, Shape<_128, _128, Shape<_64>>, Cluster,
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, cutlass::conv::Operator::kFprop, Half,
+    Nhwc, 8, Half, Nhwc, 8, float, Shape<_128, _128, Shape<_64>>, Cluster,
     cutlass::conv::collective::StageCount<3>,
     cutlass::conv::collective::KernelScheduleAuto>::CollectiveOp;
 using Problem = cutlass::conv::ConvProblemShape<cutlass::conv::Operator::kFprop, 2>;
 using Conv = cutlass::conv::kernel::ConvUniversal<Problem, Mainloop, Epilogue>;
-template __global__ void cutlass::device_kernel<Conv>(
-    CUTLASS_GRID_CONSTANT typename Conv::Params const);
+template __global__ void cutlass::device_kernel<Conv>(CUTLASS_GRID_CONSTANT
+                                                      typename Conv::Params const);
 
 template <class T>
 void print(T const* values, int count) {
@@ -80,7 +80,9 @@ extern "C" CUresult cuTensorMapEncodeIm2col(CUtensorMap* map, CUtensorMapDataTyp
   return record(map, swizzle);
 }
 
-extern "C" CUresult cuGetErrorString(CUresult, const char** text) { return *text = "", CUDA_SUCCESS; }
+extern "C" CUresult cuGetErrorString(CUresult, const char** text) {
+  return *text = "", CUDA_SUCCESS;
+}
 extern "C" CUresult cuDriverGetVersion(int* version) { return *version = 13000, CUDA_SUCCESS; }
 
 int main(int argc, char** argv) {
@@ -98,11 +100,10 @@ int main(int argc, char** argv) {
   auto half = [](long long address) { return reinterpret_cast<Half*>(address); };
   cutlass::KernelHardwareInfo hardware;
   hardware.sm_count = 132;
-  typename Conv::Arguments arguments{
-      problem,
-      {half(v[9]), half(v[10])},
-      {{1.0f, 0.0f}, half(v[11]), pitch, half(v[11]), pitch},
-      hardware};
+  typename Conv::Arguments arguments{problem,
+                                     {half(v[9]), half(v[10])},
+                                     {{1.0f, 0.0f}, half(v[11]), pitch, half(v[11]), pitch},
+                                     hardware};
   typename Conv::Params params = Conv::to_underlying_arguments(arguments, nullptr);
   dim3 grid = Conv::get_grid_shape(params), block = Conv::get_block_shape();
   std::printf("%u %u %u %u %d\n", grid.x, grid.y, grid.z, block.x * block.y * block.z,

@@ -23,18 +23,6 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
       : "memory");
 }
 
-// 4 bytes, through the L1 cache, which neighbouring accesses of one line then share.
-__device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global, uint32_t skip) {
-  asm volatile(
-      "{\n"
-      ".reg .pred ignore;\n"
-      "setp.ne.u32 ignore, %2, 0;\n"
-      "cp.async.ca.shared.global [%0], [%1], 4, ignore;\n"
-      "}\n" ::"r"(shared),
-      "l"(global), "r"(skip)
-      : "memory");
-}
-
 // The copies since the last commit become one group.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;\n" ::: "memory");

@@ -18,9 +18,6 @@ namespace resnet_fast {
 
 constexpr int kMaxTaps = 15;  // along an axis: 16 bits tell which are outside, the last one always
 
-// Keeps a value in its register: the compiler would rather compute it anew in the main loop.
-__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
-
 // A thread's place in the copies of a tile: one chunk of every kRowsPerPass-th row.
 template <class Element, class Tile>
 struct CopyLane {
@@ -113,7 +110,7 @@ class PixelRows {
     return mask;
   }
 
-  __device__ void mark_tap() { tap_bits_ = (1u << min(r_, kMaxTaps)) | (1u << (16 + s_)); }
+  __device__ void mark_tap() { tap_bits_ = (1u << min(r_, kMaxTaps)) | (0x10000u << s_); }
 
   const Element* tap_;  // of the tile's first image, its first pixel's tap at this thread's chunk
   uint32_t destination_;

@@ -33,6 +33,7 @@ class Pipeline {
     const int row_w = warp % Tile::kWarpsN * Tile::kWarpN + lane % 8 + lane / 16 * 8;
     lane_x_ = Tile::offset(row_x, lane / 16);
     lane_w_ = Tile::kFilterOffset + Tile::offset(row_w, lane / 8 % 2);
+    keep(shared_);
   }
 
   // Start the first copies.

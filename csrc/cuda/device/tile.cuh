@@ -18,6 +18,9 @@ constexpr int kChunkBytes = 16;
 constexpr int kWarpSize = 32;
 constexpr int kStepBytes = 32;  // products that one tensor-core instruction takes of a row
 
+// Keeps a value in its register: the compiler would rather compute it anew in the main loop.
+__device__ __forceinline__ void keep(uint32_t& value) { asm volatile("" : "+r"(value)); }
+
 // BLOCK_K counts 16-bit elements; float32 rows are as long and hold half as many.
 template <int BLOCK_M, int BLOCK_N, int BLOCK_K, int NUM_STAGES, int WARPS_M, int WARPS_N>
 struct Tile {
