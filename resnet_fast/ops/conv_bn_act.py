@@ -19,6 +19,7 @@ from operator import or_
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from resnet_fast import _hardware
 from resnet_fast.dispatch import backends
@@ -97,6 +98,7 @@ def _implementation_inplace(*args, **kwargs) -> None:
         call.residual.copy_(_run(call, inplace=False))
     else:
         _run(call, inplace=True)
+        increment_version(call.residual)  # a GPU kernel's write is not seen by autograd
 
 
 def last_plan() -> backends.Plan:

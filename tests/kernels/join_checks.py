@@ -103,7 +103,20 @@ def distinct_sectors(spec: JoinSpec) -> tuple[int, int]:
     return (elements * size + vectors) // SECTOR, main.m * main.k * size // SECTOR
 
 
-def beyond_32_bits_faults(arch: int) -> list[str]:
+def nan_faults(job: Job) -> list[str]:
+    """A NaN in h and one in x reach exactly the outputs that torch's reach."""
+    tensors = join_tensors(job.spec, **dict(job.options))
+    tensors.main.x[0, 1, 2, 2] = float("nan")
+    tensors.projection.x[-1, 3, 0, 0] = float("nan")
+    (kernel,) = job.source(tensors, job.tile, job.arch)
+    kernel.run()
+    reference = tensors.reference()
+    assert 0 < reference.isnan().sum() < reference.numel()
+    same = torch.equal(tensors.out.isnan(), reference.isnan())
+    return [] if same else [f"{job}: NaN was moved or lost"]
+
+
+def beyond_32_bits_faults(arch: int, source: Callable = join_cases.join_kernels) -> list[str]:
     """The last tiles where x, h and y pass 2^31 elements; the other images take no memory."""
     from dataclasses import replace
 
@@ -120,9 +133,7 @@ def beyond_32_bits_faults(arch: int) -> list[str]:
 
     main = replace(near.main, spec=spec.main, x=far(near.main.x), out=far(near.main.out))
     projection = replace(near.projection, spec=spec.projection, x=far(near.projection.x))
-    (kernel,) = join_cases.join_kernels(
-        JoinTensors(spec, main, projection), TileConfig(64, 64, 64, 3, 4), arch
-    )
+    (kernel,) = source(JoinTensors(spec, main, projection), TileConfig(64, 64, 64, 3, 4), arch)
     kernel.run([(i, 0, 0) for i in range(kernel.grid[0] - images, kernel.grid[0])])
     near.out.copy_(main.out[-images:])
     check(near, f"sm_{arch} beyond 32 bits")

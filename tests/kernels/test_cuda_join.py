@@ -100,3 +100,15 @@ def test_scales(compile_pool, name):
     jobs = [job(spec, SMALL, dtype, factors=factors) for dtype in ("float16", "float32")]
     jobs.append(job(spec, SMALL, "bfloat16", factors=factors, params=torch.bfloat16))
     assert_no_faults(compile_pool, join_checks.machine_faults, jobs)
+
+
+def test_nan_passes(compile_pool):
+    spec = join_cases.join(2, 7, 9, 64, 96, 48, r=3, s=3, stride=(2, 2), odd=(1, 0))
+    jobs = [job(spec, SMALL, dtype) for dtype in DTYPES]
+    assert_no_faults(compile_pool, join_checks.nan_faults, jobs)
+
+
+def test_beyond_32_bits(compile_pool):
+    """x, h and y pass 2^31 elements."""
+    source = cuda_kernels.join_kernels
+    assert not compile_pool.submit(join_checks.beyond_32_bits_faults, 80, source).result()

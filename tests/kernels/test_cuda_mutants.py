@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Break the CUDA convolution in one place: the machine must report it, or the result be wrong.
+"""Break the CUDA convolution or join in one place: the machine must report it, or the result be
+wrong.
 
 `pytest -s` prints how many mutants were caught. Survivors that change nothing are in EXPLAINED.
 """
@@ -10,8 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from resnet_fast.spec import ConvSpec
-from resnet_fast.testing import cuda_kernels, nvcc
+from resnet_fast.dispatch.join import CUDA_TILES
+from resnet_fast.spec import ConvSpec, JoinSpec
+from resnet_fast.testing import cuda_kernels, join_cases, nvcc
+from resnet_fast.testing.tolerance import assert_within
 from tests.kernels.mutants import Conv
 from tests.ptx.ptx_mutants import Tally, hunt
 
@@ -49,3 +52,41 @@ def test_mutants_are_caught(compile_pool, form):
     tally = compile_pool.submit(hunt_cuda, form).result()
     print(f"\nCUDA conv_bn_act sm_80, {form.__name__}: {tally}")
     assert not tally.unexplained(EXPLAINED)
+
+
+class Join:
+    """Steps that are not full, tiles that are cut, and 15 rows, as above."""
+
+    sites = 12  # of one mutation
+    tile = replace(CUDA_TILES[-1], BLOCK_K=32, NUM_STAGES=3)
+    shapes = tuple(
+        join_cases.join(n, p, q, c, d, k, r=15, s=s, stride=(2, 2), odd=(1, 0))
+        for n, p, q, c, d, k, s in ((3, 5, 6, 24, 72, 80, 3), (1, 9, 4, 8, 8, 48, 1))
+    )
+
+    def __init__(self) -> None:
+        self.runs = {}
+        for spec in self.shapes:
+            tensors = join_cases.join_tensors(spec)
+            (kernel,) = cuda_kernels.join_kernels(tensors, self.tile, 80)
+            self.runs[spec] = kernel, tensors, tensors.eager(), tensors.reference()
+        (self.text,) = {kernel.ptx for kernel, *_ in self.runs.values()}
+
+    def check(self, text: str, spec: JoinSpec):
+        kernel, tensors, eager, reference = self.runs[spec]
+        tensors.out.fill_(float("nan"))
+        run = kernel.run(text=text)
+        assert_within(tensors.out, eager, reference, tensors.k_gemm)
+        assert all(guard.isnan().all() for guard in tensors.main.out_guard)
+        return run
+
+
+def hunt_join() -> Tally:
+    """Runs in a process that compiles."""
+    return hunt(Join())
+
+
+def test_mutants_of_the_join_are_caught(compile_pool):
+    tally = compile_pool.submit(hunt_join).result()
+    print(f"\nCUDA conv_bn_join sm_80: {tally}")
+    assert not tally.unexplained({})

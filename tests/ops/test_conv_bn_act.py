@@ -6,6 +6,7 @@ Each case runs at each dtype; all tensors are slices out of larger ones that are
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -210,6 +211,16 @@ def test_inplace_keeps_the_layout_of_residual(layout, arguments, definition, eag
     y = run_inplace(call._replace(residual=residual))
     assert (y.data_ptr(), y.stride()) == (address, strides)
     assert_within(y, eager(call), definition(call), PLAIN.k_gemm)
+
+
+def test_inplace_is_seen_where_a_kernel_writes(arguments, monkeypatch):
+    """A GPU's kernels write past torch's functions, which count versions."""
+    call = arguments(replace(PLAIN, residual=True, dtype="float32"))
+    module = importlib.import_module("resnet_fast.ops.conv_bn_act")
+    monkeypatch.setattr(module, "_run", lambda call, inplace: call.residual)
+    before = call.residual._version
+    run_inplace(call)
+    assert call.residual._version == before + 1
 
 
 def test_inplace_into_x_itself(arguments, definition, eager):
