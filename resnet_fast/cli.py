@@ -189,13 +189,13 @@ def compare(options: argparse.Namespace) -> int:
             )
     except (ValueError, KeyError, OSError) as error:
         raise BadInput(str(error)) from error
+    if options.json is not None:
+        options.json.write_text(json.dumps(result.to_json(), indent=2) + "\n")
     console = _console(sys.stdout)
     for part in tables.render(result):
         console.print(part, highlight=False)
     for name, reason in result.skipped.items():
         notes.print(f"skipped {name}: {reason}", style="yellow", highlight=False)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result.to_json(), indent=2) + "\n")
     if not result.agrees:
         return DISAGREES
     return SKIPPED if result.skipped else AGREES
@@ -258,8 +258,7 @@ def profile(options: argparse.Namespace) -> int:
             )  # fmt: skip
         except (ValueError, KeyError, MemoryError) as error:
             raise BadInput(str(error)) from error
-    print(found.table(layers=options.layers))
-    if options.trace is not None:
+    if options.trace is not None:  # files first: a reader of the table may close the pipe
         options.trace.write_text(json.dumps(found.trace()))
     if options.html is not None:
         options.html.write_text(found.html())
@@ -267,6 +266,7 @@ def profile(options: argparse.Namespace) -> int:
         found.png(options.png)
     if options.json is not None:
         options.json.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    print(found.table(layers=options.layers))
     return INTERRUPTED if found.interrupted else AGREES
 
 
