@@ -21,6 +21,7 @@ from torch import Tensor
 from resnet_fast import _env, _hardware
 from resnet_fast.dispatch import backends, cuda, heuristics
 from resnet_fast.dispatch.backends import AUTO
+from resnet_fast.dispatch.preferences import preference
 from resnet_fast.dispatch.problem import (
     INTERPRETED_ARCH,
     Backend,
@@ -156,7 +157,7 @@ def plan(problem: JoinProblem, backend: str = AUTO) -> JoinPlan:
     wanted = backend if backend != AUTO else _env.backend() or AUTO
     backends.check_name(wanted)  # one that has no join is a preference that cannot be met
     refusals: dict[str, str] = {}
-    for row in sorted(JOIN_BACKENDS, key=lambda row: row.name != wanted):
+    for row in sorted(_preferred(problem), key=lambda row: row.name != wanted):
         reason = _refusal(row, problem)
         if reason is None:
             tile = row.choose(problem)
@@ -170,10 +171,18 @@ def plan(problem: JoinProblem, backend: str = AUTO) -> JoinPlan:
 
 def explain(problem: JoinProblem) -> tuple[str, dict[str, str]]:
     """The first backend that takes `problem`, and for each other why it does not run."""
-    reasons = {row.name: _refusal(row, problem) for row in JOIN_BACKENDS}
+    reasons = {row.name: _refusal(row, problem) for row in _preferred(problem)}
     chosen = next(name for name, reason in reasons.items() if reason is None)
     others = {name: reason for name, reason in reasons.items() if name != chosen}
     return chosen, {name: why or f"{chosen} comes first" for name, why in others.items()}
+
+
+def _preferred(problem: JoinProblem) -> list[Backend]:
+    """The rows in the order of `preferences.py`, asked for both products as one."""
+    row = problem.device == "cuda" and preference(problem.spec.as_one_product, problem.arch)
+    order = row.order if row else ()
+    place = {name: i for i, name in enumerate(order)}
+    return sorted(JOIN_BACKENDS, key=lambda row: place.get(row.name, len(order)))
 
 
 def names() -> list[str]:

@@ -230,3 +230,16 @@ def test_cuda_gets_the_arguments_of_its_schema(monkeypatch):
     assert named["proj_var"] is tensors.projection.var and named["eps"] == 1e-5
     assert named["stride"] == [2, 2] and named["tile"] in range(len(join.CUDA_TILES))
     assert y.shape == (2, 24, 6, 6) and y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "arch, n, first",
+    [(80, 256, "cuda"), (90, 1, "cuda"), (90, 256, "triton"), (100, 256, "triton")],
+)
+def test_the_order_is_the_preferences(arch, n, first, monkeypatch):
+    """Large joins of the last stage are bound by arithmetic, for which Triton has wgmma."""
+    monkeypatch.setattr(join, "_refusal", lambda row, problem: None)
+    problem = problem_of(join_cases.resnet_joins(50, n=n)["layer4"], arch=arch)
+    chosen, others = join.explain(problem)
+    assert chosen == first
+    assert all(why == f"{first} comes first" for why in others.values())
