@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resnet_fast import models, ops
+from resnet_fast import models
 from resnet_fast.profiling.layers import Layer, unfused
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
 
@@ -169,8 +169,6 @@ def op_cases(
     shapes = distinct_ops(tuple(names))
     kept = []
     for op in OPS:
-        if not hasattr(ops, op):
-            continue
         of_op = [case for case in shapes if case.op == op]
         if heaviest is not None:
             of_op.sort(key=lambda c: (c.layers * c.flops, c.layers * c.bytes), reverse=True)

@@ -62,7 +62,6 @@ __all__ = [
 ]
 
 AUTO = "auto"
-_on_device_of = on_device_of  # as join.py and stem.py know it
 
 
 @dataclass(slots=True)

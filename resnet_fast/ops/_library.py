@@ -17,6 +17,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # needs_fixed_stride_order: under torch.compile the op is given the layout it had in eager.
 NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+MAX_PLANS = 4096  # distinct problems that an op remembers; past that they are planned anew
 
 
 class ArgumentError(ValueError):
@@ -26,6 +27,14 @@ class ArgumentError(ValueError):
 def reject(op: str, argument: str, expected: str, got: object, remedy: str) -> None:
     """Raise the one form of error that the ops use."""
     raise ArgumentError(f"{NAMESPACE}::{op}: {argument} must be {expected}, got {got}; {remedy}")
+
+
+def remember(plans: dict, key: tuple, plan):
+    """Keep an op's new plan for the next call of the same key, and return it."""
+    if len(plans) >= MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
 
 
 def describe(tensor: Tensor) -> str:

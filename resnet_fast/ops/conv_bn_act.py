@@ -40,8 +40,6 @@ SCHEMA = f"conv_bn_act({TENSORS}, Tensor? residual=None, {ARGUMENTS}) -> Tensor"
 # Writes y over residual: for a caller that owns residual and needs it no more.
 SCHEMA_INPLACE = f"conv_bn_act_({TENSORS}, Tensor(a!) residual, {ARGUMENTS}) -> ()"
 
-MAX_PLANS = 4096  # distinct problems remembered; past that they are planned anew
-
 
 def reference(call: Call) -> Tensor:  # [N, P, Q, K]
     """The op step by step in torch's own functions, at the dtype of its arguments."""
@@ -73,10 +71,7 @@ def plan_of(call: Call) -> backends.Plan:
     key = key_of(call)
     plan = _plans.get(key)
     if plan is None:
-        plan = _make_plan(call)
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        plan = _library.remember(_plans, key, _make_plan(call))
     return plan
 
 

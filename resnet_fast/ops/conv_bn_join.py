@@ -42,7 +42,6 @@ OF_MAIN = Names(NAME, {"x": "h"})
 OF_PROJECTION = Names(
     NAME, {name: f"proj_{name}" for name in ("weight", "scale", "shift", "mean", "var")}
 )
-MAX_PLANS = 4096  # distinct problems remembered; past that they are planned anew
 
 
 class JoinCall(NamedTuple):
@@ -129,10 +128,7 @@ def plan_of(call: JoinCall) -> join.JoinPlan:
     key = key_of(call.main()), key_of(call.projection()), call.backend
     plan = _plans.get(key)
     if plan is None:
-        plan = _make_plan(call)
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        plan = _library.remember(_plans, key, _make_plan(call))
     return plan
 
 

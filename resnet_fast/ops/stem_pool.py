@@ -31,7 +31,6 @@ SCHEMA = (
 )
 FILTER = (3, 7, 7)  # [C, R, S]
 ANY_LAYOUT = "cuda"  # the backend whose kernel takes x in any layout
-MAX_PLANS = 256  # distinct problems remembered; past that they are planned anew
 
 reference = stem.reference
 has_kernels = stem.has_kernels
@@ -125,10 +124,7 @@ def plan_of(call: StemCall) -> backends.Plan:
     key = _key(call)
     plan = _plans.get(key)
     if plan is None:
-        plan = _make_plan(call)
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        plan = _library.remember(_plans, key, _make_plan(call))
     return plan
 
 

@@ -6,7 +6,6 @@ A rule speaks only where its threshold is passed, says by which figures, and nam
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -97,8 +96,6 @@ def _batch(p: Findings) -> Iterator[str]:
 
 
 def _tune(p: Findings) -> Iterator[str]:
-    if importlib.util.find_spec("resnet_fast.dispatch.tuning") is None:
-        return
     slow = [r for r in p.rows if r.backend not in ("", "torch", "aten", "cpu")
             and r.roof < SLOW and r.bound != "launch" and r.share > LARGE]  # fmt: skip
     for row in sorted(slow, key=lambda row: -row.seconds)[:MOST]:

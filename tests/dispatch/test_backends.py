@@ -13,6 +13,7 @@ import torch
 from resnet_fast import ops
 from resnet_fast.dispatch import backends
 from resnet_fast.dispatch.backends import Problem
+from resnet_fast.ops import _library
 from resnet_fast.spec import ConvSpec
 
 op_module = importlib.import_module("resnet_fast.ops.conv_bn_act")  # ops.conv_bn_act is the op
@@ -285,7 +286,7 @@ def test_switching_onednn_off_is_noticed():
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(op_module, "MAX_PLANS", 4)
+    monkeypatch.setattr(_library, "MAX_PLANS", 4)
     for size in range(3, 13):
         x = torch.randn(1, 8, size, 6).contiguous(memory_format=torch.channels_last)
         assert run(x=x).problem.spec.h == size
