@@ -5,23 +5,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from resnet_fast import agreement, ops
-from resnet_fast.conversion import recipes
-from resnet_fast.conversion.forward import (
-    BlockForward,
-    ModelForward,
-    StageForward,
-    install,
-    remove,
-)
+from resnet_fast.conversion.find import owners
+from resnet_fast.conversion.forward import StageForward, install, remove
 from resnet_fast.dispatch import backends
 from resnet_fast.nn import blocks
 from resnet_fast.nn.fusion import disabled
+from resnet_fast.nn.parts import is_sequence
 
 
 # Tensors made under inference mode have no version counter, so no packed copy is kept of them.
@@ -39,19 +35,21 @@ def optimize(
 ) -> nn.Module:
     """Fuse the ResNets in a model: each conv + BatchNorm (+ shortcut) + ReLU becomes one op.
 
-    Finds torchvision's ResNets, also as backbones inside its detection and segmentation models,
-    timm's plain ResNets, and this package's own. The result has the same class, children and
-    state_dict keys; its weights are live: loading, training and moving it go on as before, and a
-    call that cannot be fused (training, hooks, gradients) runs the plain forward by itself.
+    Finds the blocks and stems of torchvision, timm, transformers, open_clip and torchreid, also as
+    backbones of detectors and segmenters, and in any model the sequences of a convolution, its norm
+    and perhaps a ReLU. A block of which only parts can be fused is fused in parts. The result has
+    the same class, children and state_dict keys; its weights are live: loading, training and moving
+    it go on as before, and a call that cannot be fused (training, hooks, gradients) runs the plain
+    forward by itself.
 
     Args:
-        model: any module; what is not a known residual block is left as it is.
+        model: any module; what is not known is left as it is.
         inplace: change `model` itself; by default a deep copy is changed and returned.
         dtype: cast the model; None leaves it.
         memory_format: of its 4-D weights; the kernels read torch.channels_last.
         example_input: what `verify` runs, [N, C, H, W]; by default random, [2, 3, 224, 224].
         backend: "auto", or one backend's name for all blocks (`resnet-fast check` lists them).
-        strict: raise if nothing was found to fuse.
+        strict: raise if nothing was found that could ever be fused; otherwise that is a warning.
         verify: run copies from before and after, in evaluation mode, and raise if the fused one is
             less exact than the plain one by more than a factor of two, measured against float64.
 
@@ -61,8 +59,7 @@ def optimize(
     Raises:
         TypeError: `model` is not a module.
         ValueError: an unknown backend.
-        RuntimeError: strict, and no residual block of a known class was found; or verify, and the
-            outputs disagree.
+        RuntimeError: strict, and nothing was found to fuse; or verify, and the outputs disagree.
 
     Example:
         >>> model = resnet_fast.optimize(torchvision.models.resnet50().eval())
@@ -79,11 +76,15 @@ def optimize(
         optimized.to(dtype)
     _set_memory_format(optimized, memory_format)
     found = _install(optimized, backend)
-    if strict and not found:
-        raise RuntimeError(
-            f"resnet_fast.optimize: no residual block of a known class in {type(model).__name__}; "
-            f"known are {', '.join('.'.join(key) for key in recipes.BLOCKS)}"
+    if not found:
+        message = (
+            f"resnet_fast.optimize: nothing to fuse in {type(model).__name__}: no convolution with "
+            "a BatchNorm2d behind it in a module whose forward is known; "
+            "print(resnet_fast.report(model)) lists what was left and why"
         )
+        if strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=3)  # torch's decorator is between here and the caller
     if verify and found:
         _verify(before.eval(), copy.deepcopy(optimized).eval(), dtype, example_input)
     return optimized
@@ -128,21 +129,17 @@ def refresh(model: nn.Module) -> nn.Module:
 
 
 def _install(model: nn.Module, backend: str) -> int:
-    """Install fused forwards; the number of residual blocks that fuse, now or already before."""
-    found = 0
+    """Install fused forwards; how many convolutions may now run fused, or could before."""
     asked = backend != backends.AUTO  # else this package's own modules need nothing installed
+    found = [owner for owner in owners(model) if owner.convs]
+    for owner in found:
+        if asked or not owner.installed:
+            install(owner.make(backend))
+    blocks_found = {owner.module for owner in found if owner.recipe.shortcut}
     for module in model.modules():
-        known = blocks.fusable(module)
-        recipe = recipes.recipe_for(module) or (asked and known and known.recipe)
-        if recipe:
-            install(BlockForward(module, recipe, backend))
-        if recipes.is_torchvision_resnet(module) or (asked and recipes.is_own_resnet(module)):
-            install(ModelForward(module, backend=backend))
-        found += blocks.fusable(module) is not None
-    for module in model.modules():
-        if type(module) is nn.Sequential and any(map(blocks.fusable, module)):
+        if is_sequence(module) and not blocks_found.isdisjoint(module._modules.values()):
             install(StageForward(module, backend=backend))
-    return found
+    return len({conv for owner in found for conv in owner.convs})
 
 
 def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:

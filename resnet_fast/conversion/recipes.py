@@ -4,38 +4,216 @@
 A class is known by its `forward`, not by its name or ancestry: a subclass that overrides forward
 computes something else and is left alone. Libraries are looked up among the modules that are
 already imported (a model of theirs could not exist otherwise), so nothing is imported here.
+
+Sequences need no entry: whatever runs `nn.Sequential.forward` is understood by its children.
 """
 
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from resnet_fast.nn.blocks import BASIC_BLOCK, BOTTLENECK, Recipe
+from resnet_fast.nn import fusion, parts
+from resnet_fast.nn.parts import BASIC_BLOCK, BOTTLENECK, Recipe, residual
 
-_TIMM_EXTRAS = ("drop_block", "aa", "se", "drop_path")
+_CONV_BN_RELU = Recipe(("conv", "bn", "relu"))
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_BYOB_END = ("attn_last", "drop_path")
 
-# (module, class) -> recipe
-BLOCKS: dict[tuple[str, str], Recipe] = {
-    ("torchvision.models.resnet", "BasicBlock"): BASIC_BLOCK,
-    ("torchvision.models.resnet", "Bottleneck"): BOTTLENECK,
-    ("timm.models.resnet", "BasicBlock"): Recipe(
-        BASIC_BLOCK.units, activations=("act1", "act2"), absent=_TIMM_EXTRAS
-    ),
-    ("timm.models.resnet", "Bottleneck"): Recipe(
-        BOTTLENECK.units, activations=("act1", "act2", "act3"), absent=_TIMM_EXTRAS
-    ),
+
+def _transformers(prefix: str) -> dict[str, Recipe]:
+    """Of transformers: a block's convolutions are layers of their own in its child `layer`."""
+    names = ("convolution", "normalization", "activation")
+    block = residual("layer", shortcut="shortcut", activation="activation")
+    known = {"ConvLayer": Recipe(names), "ShortCut": Recipe(names[:2])}
+    known |= dict.fromkeys(("BasicLayer", "BottleNeckLayer", "XLayer", "YLayer"), block)
+    return {prefix + name: recipe for name, recipe in known.items()}
+
+
+_SE_BOTTLENECK = residual(*BOTTLENECK.main, "se_module")
+
+# library module -> class -> the recipe of its forward
+KNOWN: dict[str, dict[str, Recipe]] = {
+    "torchvision.models.resnet": {"BasicBlock": BASIC_BLOCK, "Bottleneck": BOTTLENECK},
+    "torchvision.models.regnet": {
+        "ResBottleneckBlock": residual("f", shortcut="proj", activation="activation"),
+    },
+    "timm.models.resnet": {
+        "BasicBlock": residual(
+            *("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se?", "drop_path?"),
+            activation="act2",
+        ),
+        "Bottleneck": residual(
+            *("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa"),
+            *("conv3", "bn3", "se?", "drop_path?"),
+            activation="act3",
+        ),
+    },
+    "timm.models.senet": {
+        "Bottleneck": _SE_BOTTLENECK,
+        "SEResNetBlock": residual("conv1", "bn1", "relu", "conv2", "bn2", "relu", "se_module"),
+    },
+    "timm.models.byobnet": {
+        "DownsampleAvg": Recipe(("pool", "conv")),
+        "BasicBlock": Recipe(
+            ("conv1_kxk", "attn", "conv2_kxk", *_BYOB_END), "shortcut", "act", always=False
+        ),
+        "BottleneckBlock": Recipe(
+            ("conv1_1x1", "conv2_kxk", "conv2b_kxk", "attn", "conv3_1x1", *_BYOB_END),
+            *("shortcut", "act"),
+            always=False,
+        ),
+    },
+    "timm.layers.conv_bn_act": {"ConvNormAct": Recipe(("conv", "bn", "aa?"))},
+    "transformers.models.resnet.modeling_resnet": _transformers("ResNet"),
+    "transformers.models.rt_detr.modeling_rt_detr_resnet": _transformers("RTDetrResNet"),
+    "transformers.models.regnet.modeling_regnet": _transformers("RegNet"),
+    "open_clip.modified_resnet": {
+        "Bottleneck": residual(
+            *("conv1", "bn1", "act1", "conv2", "bn2", "act2", "avgpool", "conv3", "bn3"),
+            activation="act3",
+        ),
+    },
+    "segmentation_models_pytorch.encoders._senet": {"Bottleneck": _SE_BOTTLENECK},
+    "torchreid.reid.models.senet": {"Bottleneck": _SE_BOTTLENECK},
+    "torchreid.reid.models.resnet": {"BasicBlock": BASIC_BLOCK, "Bottleneck": BOTTLENECK},
+    "torchreid.reid.models.resnetmid": {"BasicBlock": BASIC_BLOCK, "Bottleneck": BOTTLENECK},
+    "torchreid.reid.models.osnet": {
+        "ConvLayer": _CONV_BN_RELU,
+        "Conv1x1": _CONV_BN_RELU,
+        "Conv1x1Linear": Recipe(("conv", "bn")),
+        "Conv3x3": _CONV_BN_RELU,
+        "LightConv3x3": Recipe(("conv1", "conv2", "bn", "relu")),
+    },
 }
 
 
-def recipe_for(block: nn.Module) -> Recipe | None:
-    """The recipe of a block of a known class, or None."""
-    for (module, name), recipe in BLOCKS.items():
-        known = getattr(sys.modules.get(module), name, None)
-        if known is not None and type(block).forward is known.forward:
-            return recipe
-    return None
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method that a model's forward calls, and its parts in the order they run."""
+
+    method: str
+    main: tuple[str, ...]
+
+    def stem(self, _module: nn.Module) -> Recipe:
+        """The method's recipe."""
+        return Recipe(self.main)
+
+
+# library module -> class -> what runs its stem
+METHODS: dict[str, dict[str, Method]] = {
+    "timm.models.resnet": {
+        "ResNet": Method("forward_features", ("conv1", "bn1", "act1", "maxpool", *_STAGES)),
+    },
+    "torchreid.reid.models.resnet": {
+        "ResNet": Method("featuremaps", ("conv1", "bn1", "relu", "maxpool", *_STAGES)),
+    },
+    "open_clip.modified_resnet": {
+        "ModifiedResNet": Method(
+            "stem",
+            (
+                *("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3"),
+                "avgpool",
+            ),
+        ),
+    },
+}
+
+
+def _second(_first: object, second: object) -> object:
+    return second
+
+
+@dataclass(frozen=True, slots=True)
+class Taps:
+    """A method that calls children one after the other and collects results by the way.
+
+    Args:
+        method: its name.
+        children: (module) -> the names of the children in order, and of each the key under which
+            its result is collected, or None.
+        collect: (module, a child's result) -> what is collected of it.
+        result: (x, {key: result}) -> what the method returns.
+    """
+
+    method: str
+    children: Callable[[nn.Module], Iterator[tuple[str, object]]]
+    collect: Callable[[nn.Module, object], object] = _second
+    result: Callable[[Tensor, OrderedDict], object] = _second
+
+    def stem(self, module: nn.Module) -> Recipe:
+        """The recipe of the children that run first: convolutions, norms and activations."""
+        names = []
+        for name, key in self.children(module):
+            child = module._modules.get(name)
+            if not (
+                type(child) is nn.Conv2d
+                or fusion.is_like_norm(child)
+                or fusion.is_like_activation(child)
+                or parts.is_sequence(child)
+            ):
+                break
+            names.append(name)
+            if key is not None:
+                break
+        return Recipe(tuple(names))
+
+
+def _by_return_layers(module: nn.Module) -> Iterator[tuple[str, object]]:
+    return ((name, module.return_layers.get(name)) for name in module._modules)
+
+
+def _smp_result(x: Tensor, out: OrderedDict) -> list[Tensor]:
+    return [x, *out.values()]
+
+
+def _smp_children(module: nn.Module) -> Iterator[tuple[str, object]]:
+    names = ("conv1", "bn1", "relu", "maxpool", *_STAGES)
+    after = {name: depth for depth, name in enumerate(("relu", *_STAGES), 1)}
+    end = 3 if module._depth == 1 else 3 + module._depth
+    return ((name, after.get(name)) for name in (names[:end] if module._depth else ()))
+
+
+def _timm_collect(module: nn.Module, y: object) -> object:
+    if isinstance(y, (tuple, list)):
+        return torch.cat(y, 1) if module.concat else y[0]
+    return y
+
+
+TAPS: dict[str, dict[str, Taps]] = {
+    "torchvision.models._utils": {"IntermediateLayerGetter": Taps("forward", _by_return_layers)},
+    "timm.models._features": {
+        "FeatureDictNet": Taps("_collect", _by_return_layers, _timm_collect),
+    },
+    "segmentation_models_pytorch.encoders.resnet": {
+        "ResNetEncoder": Taps("forward", _smp_children, result=_smp_result),
+    },
+}
+
+
+def recipe_for(module: nn.Module) -> Recipe | None:
+    """The recipe that the forward of the module's class follows, or None if it is not known."""
+    if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
+        return parts.recipe_of(module)  # of what `optimize` put there
+    recipe = _look_up(KNOWN, module, lambda _: "forward")
+    if recipe is None and parts.is_sequence(module):
+        return parts.SEQUENCE
+    return recipe or parts.recipe_of(module)
+
+
+def method_for(module: nn.Module) -> Method | None:
+    """The method of a model that runs its stem, or None."""
+    return _look_up(METHODS, module, lambda found: found.method)
+
+
+def taps_for(module: nn.Module) -> Taps | None:
+    """How a module that calls its children one after the other collects their results, or None."""
+    return _look_up(TAPS, module, lambda found: found.method)
 
 
 def is_torchvision_resnet(model: nn.Module) -> bool:
@@ -56,8 +234,13 @@ def _is_resnet_of(library: str, model: nn.Module) -> bool:
     )
 
 
-def resembles_block(module: nn.Module) -> bool:
-    """Whether the module has a residual block's parts but a forward that is not known."""
-    return {"conv1", "bn1", "conv2", "bn2"} <= module._modules.keys() and hasattr(
-        module, "downsample"
-    )
+def _look_up(table: dict[str, dict], module: nn.Module, method_of: Callable):
+    for library, classes in table.items():
+        if library in sys.modules:
+            for name, found in classes.items():
+                known = getattr(sys.modules[library], name, None)
+                method = method_of(found)
+                ours = getattr(type(module), method, None)
+                if ours is not None and ours is getattr(known, method, None):
+                    return found
+    return None

@@ -10,21 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import ops
-from resnet_fast.conversion import recipes
-from resnet_fast.nn import blocks
+from resnet_fast.conversion.find import Owner, left_over, owners
+from resnet_fast.nn import blocks, parts
+
+UNFUSED = "aten"  # the backend that runs an op's steps one after the other
+ASKED = "backend aten was asked for, which fuses nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One residual block or stem.
+    """One residual block, stem, or convolution with its norm; or what was left and resembles one.
 
     Args:
         name: the module's path in the model; "(stem)" for conv1, bn1 and relu, and for maxpool
             where it runs in the same op: then backend says "with maxpool".
         kind: its class.
-        fused: whether it runs fused; for a block that has not run, whether it would.
+        fused: whether fused kernels run it, or a part of it; for what has not run, whether they
+            would.
         backend: what ran it so far, for example "triton" or "triton, aten"; "" before a run.
-        reason: why it runs plain, or why some of it runs on the unfused backend "aten".
+        reason: why it runs plain; or what of it does, be it as a module that is called or on the
+            backend "aten", which takes an op's steps one after the other.
         fused_calls, plain_calls: how often it ran either way.
         merged: the op that runs several units as one kernel, such as "conv_bn_join"; "" if none.
     """
@@ -63,7 +68,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "resnet_fast: no residual block of a known class in this model"
+            return "resnet_fast: nothing in this model looks as if it could be fused"
         head = ("block", "class", "", "backend", "calls", "reason")
         table = [head] + [
             (
@@ -102,51 +107,59 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
     if example_input is not None:
         with torch.inference_mode():
             model(example_input)
-    rows = []
-    for name, module in model.named_modules():
-        if blocks.fuses_stem(module):
-            rows.append(_row(f"{name}.(stem)".lstrip("."), module, blocks.stem_of))
-        elif recipes.is_torchvision_resnet(module):
-            rows.append(_untouched(f"{name}.(stem)".lstrip("."), module))
-        found = blocks.fusable(module)
-        if found is not None:
-            rows.append(_row(name, module, _examine(found.recipe)))
-        elif recipes.recipe_for(module) is not None and "forward" not in module.__dict__:
-            rows.append(_untouched(name, module))
-        elif recipes.resembles_block(module):
-            reason = f"{type(module).__name__}.forward is not one that is known"
-            rows.append(Row(name, type(module).__name__, False, "aten", reason, 0, 0))
+    found = owners(model)
+    rows = [row for row in map(_row, found) if row is not None]
+    rows += [
+        Row(name or "(model)", type(module).__name__, False, "aten", reason, 0, 0)
+        for name, module, reason in left_over(model, found)
+    ]
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    rows.sort(key=lambda row: order.get(row.name.removesuffix("(stem)").rstrip("."), 0))
     return Report(rows, ops.packed_bytes(model.parameters()))
 
 
-def _examine(recipe: blocks.Recipe):
-    return lambda module, x: blocks.parts_of(module, recipe, x)
-
-
-def _row(name: str, module: nn.Module, examine) -> Row:
-    record = blocks.record_of(module)
-    reason = record.reason
-    if not record.fused and not record.plain:
-        reason = _would_refuse(module, examine)
+def _row(owner: Owner) -> Row | None:
+    """An owner's line; None for one that ran, if at all, as part of another."""
+    record = blocks.record_of(owner.module)
+    ran = record.fused + record.plain
+    if owner.inner and not record.fused:
+        return None
+    reason, left = record.reason, record.left
+    if not owner.installed and owner.convs:
+        reason = "call resnet_fast.optimize(model)"
+    elif not ran:
+        reason, left = _foretell(owner)
+    unfused = "; ".join(dict.fromkeys(why for why in record.backends.values() if why))
+    calls = record.fused, record.plain
+    if reason is None and record.backends and all(map(_is_unfused, record.backends)):
+        reason, calls = unfused, (0, ran)
     fused = reason is None
-    fallback = "; ".join(f"{why}" for why in record.backends.values() if why)
-    names = ", ".join(sorted(record.backends)) if fused else "aten"
     return Row(
-        name, type(module).__name__, fused, names, reason or fallback, record.fused, record.plain,
-        record.merged if fused else "",
+        owner.name, type(owner.module).__name__, fused,
+        ", ".join(sorted(record.backends)) if fused else UNFUSED,
+        reason or "; ".join(filter(None, (left, unfused))),
+        *calls, record.merged if fused else "",
     )  # fmt: skip
 
 
-def _would_refuse(module: nn.Module, examine) -> str | None:
-    conv = module._modules.get("conv1")
-    weight = getattr(conv, "weight", None)
+def _is_unfused(backend: str) -> bool:
+    return backend.split()[0] == UNFUSED  # the stem's may be "aten with maxpool"
+
+
+def _foretell(owner: Owner) -> tuple[str | None, str]:
+    """Why an owner would run plain in a call under inference_mode, and what it would leave."""
+    convs = owner.convs or [m for m in owner.module.modules() if isinstance(m, nn.Conv2d)]
+    weight = getattr(convs[0], "weight", None) if convs else None
     if not isinstance(weight, Tensor):
-        return "conv1 has no weight"
+        return "it has no convolution with a weight", ""
     with torch.inference_mode():
-        outcome = examine(module, weight.new_empty((1, weight.shape[1], 1, 1)))
-    return outcome if isinstance(outcome, str) else None
-
-
-def _untouched(name: str, module: nn.Module) -> Row:
-    reason = "call resnet_fast.optimize(model)"
-    return Row(name, type(module).__name__, False, "aten", reason, 0, 0)
+        x = weight.new_empty((1, weight.shape[1] * convs[0].groups, 1, 1))
+        outcome = parts.parts_of(owner.module, owner.recipe, x)
+        if isinstance(outcome, str):
+            return outcome, ""
+    forward = owner.module.__dict__.get("forward")
+    asked = getattr(forward, "backend", "auto") == UNFUSED
+    chosen, whys = ops.explain(weight.device.type, str(weight.dtype).removeprefix("torch."))
+    here = (why for why in whys.values() if not why.startswith("runs on "))
+    unfused = (asked and ASKED) or (chosen == UNFUSED and "; ".join(dict.fromkeys(here)))
+    return unfused or None, outcome.left

@@ -62,6 +62,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
+ASKED = "asked for"
 
 
 @dataclass(slots=True)
@@ -83,6 +84,8 @@ class Plan:
         """Why no fused kernel of this device took the problem; empty where one did."""
         if self.backend != "aten":
             return ""
+        if self.why == ASKED:
+            return "backend aten was asked for, which fuses nothing"
         fused = {row.name for row in BACKENDS if row.device == self.problem.device}
         why = [reason for name, reason in self.refusals.items() if name in fused]
         return "; ".join(why) or f"no fused kernel for {self.problem.device}"
@@ -123,7 +126,7 @@ def _in_order(
     """The backends in the order in which they are asked, each with why it stands where it does."""
     rows = {row.name: row for row in BACKENDS}
     preferred = preference(problem.spec, problem.arch) if problem.device == "cuda" else None
-    reasons = [(wanted, "asked for")]
+    reasons = [(wanted, ASKED)]
     reasons += [(c.backend, f"measured: {c.microseconds:.1f} us") for c in measured]
     if preferred:
         first, *others = preferred.order

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from resnet_fast.models.registry import register_model
 from resnet_fast.models.weights import enum_getattr, overwrite_named_param, takes_weights
-from resnet_fast.nn import blocks, fusion
+from resnet_fast.nn import blocks, fusion, parts
 
 __all__ = [
     "ResNet",
@@ -84,7 +84,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion: int = 1
-    recipe = blocks.BASIC_BLOCK
+    recipe = parts.BASIC_BLOCK
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion: int = 4
-    recipe = blocks.BOTTLENECK
+    recipe = parts.BOTTLENECK
 
     def __init__(
         self,

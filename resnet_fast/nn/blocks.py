@@ -16,9 +16,6 @@ export, autocast, profilers, modes), and past it, by programs that are kept (`pr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +23,15 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Record, Unit
+from resnet_fast.nn.mixed import MixedProgram, call_ops
+from resnet_fast.nn.parts import (
+    STEM,
+    Fusable,
+    Parts,
+    fusable,
+    is_sequence,
+    parts_of,
+)
 from resnet_fast.nn.program import (
     Bound,
     JoinStep,
@@ -39,42 +45,6 @@ from resnet_fast.nn.program import (
 )
 from resnet_fast.nn.stem import PooledProgram, PooledStep, stem_call
 from resnet_fast.spec import conv_output_size
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """The names of a residual block's parts.
-
-    Args:
-        units: (convolution, norm) in the order they run; the last is followed by the addition.
-        activations: the ReLU modules, shared or one for each place.
-        absent: modules that must be missing, None or the identity for the formula above to hold.
-    """
-
-    units: tuple[tuple[str, str], ...]
-    activations: tuple[str, ...] = ("relu",)
-    absent: tuple[str, ...] = ()
-
-
-BASIC_BLOCK = Recipe((("conv1", "bn1"), ("conv2", "bn2")))
-BOTTLENECK = Recipe((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
-
-
-class Fusable(NamedTuple):
-    """How calling a block tries to fuse."""
-
-    recipe: Recipe
-    backend: str
-    plain: Callable[[nn.Module, Tensor], Tensor]  # the class's: (block, x) -> y
-
-
-class Parts(NamedTuple):
-    """A block's units, found fit to run fused, each with its norm module, and its projection."""
-
-    units: list[tuple[Unit, nn.Module]]
-    projection: tuple[Unit, nn.Module] | None
-    joins: bool  # whether the last unit adds the shortcut
-
 
 _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 
@@ -92,27 +62,6 @@ def forget_programs(model: nn.Module) -> None:
     for module in model.modules():
         if module in _records:
             _records[module].programs.clear()
-
-
-def fusable(block: nn.Module) -> Fusable | None:
-    """How calling `block` would try to fuse, or None if it would not.
-
-    True of a class that has a `recipe` beside its forward, and of an instance whose forward was
-    replaced by `optimize`; not of a subclass that overrides the forward.
-    """
-    kind, forward = type(block), block.__dict__.get("forward")
-    if forward is not None:
-        recipe = getattr(forward, "recipe", None)
-        plain = getattr(kind, "_forward_plain", kind.forward)
-        return recipe and Fusable(recipe, forward.backend, plain)
-    recipe = getattr(kind, "recipe", None)
-    if recipe is None or "recipe" not in _owner(kind, "forward").__dict__:
-        return None
-    return Fusable(recipe, "auto", kind._forward_plain)
-
-
-def _owner(kind: type, attribute: str) -> type:
-    return next(k for k in kind.__mro__ if attribute in k.__dict__)
 
 
 def fuses_stem(model: nn.Module) -> bool:
@@ -139,7 +88,7 @@ def block_forward(block: nn.Module, x: Tensor) -> Tensor:
         # A subclass overrides forward and came here through super(). Nothing is kept: a stage
         # would take it for all that calling the block does.
         found = Fusable(type(block).recipe, "auto", type(block)._forward_plain)
-        return _run(block, found, x, owned=False, keep=False)[0]
+        return _run(block, found, x, owned=False, tag=None)[0]
     return _run(block, found, x, owned=False)[0]
 
 
@@ -167,17 +116,9 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
     x, magnitude, owned = _stem_and_pool(model, x, backend)
     chain: list[nn.Module] = []
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        chain += stage._modules.values() if _is_chain(stage) else [stage]
+        chain += stage._modules.values() if is_sequence(stage) else [stage]
     x = _run_chain(chain, x, magnitude, owned)
     return model.fc(torch.flatten(model.avgpool(x), 1))
-
-
-def _is_chain(stage: nn.Module) -> bool:
-    """Whether calling `stage` runs its children one after the other and nothing else."""
-    if type(stage) is not nn.Sequential or fusion.has_hooks(stage):
-        return False
-    forward = stage.__dict__.get("forward")
-    return forward is None or getattr(forward, "runs_chain", False)
 
 
 def _stem_and_pool(model: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, float | None, bool]:
@@ -212,17 +153,19 @@ def stem_pool_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Ten
             return program.run(launches, given, False)
     if backend not in ops.STEM_BACKENDS or not _is_plain_pool(model.maxpool):
         return None
-    parts = stem_of(model, x)
-    if isinstance(parts, str) or not _is_resnet_stem(parts.units[0][0]):
+    parts = parts_of(model, STEM, x)
+    if isinstance(parts, str) or not parts.is_whole or len(parts.main) > 1:
         return None
-    ((unit, norm),) = parts.units
+    unit, norm, activation = parts.main[0]
+    if activation != "relu" or not _is_resnet_stem(unit):
+        return None
     if fusion.listened_to(x):
         _note(model, None)
         return ops.stem_pool_op(*stem_call(unit, fusion.to_channels_last(x), backend))
     step = PooledStep(unit, norm, "relu", backend, record_of(model))
     converts = not step.reads(x)
     given = fusion.to_channels_last(x) if converts else x
-    bypassed = [model._modules[name] for name in ("conv1", "bn1", "relu", "maxpool")]
+    bypassed = [*parts.bypassed, model.maxpool]
     program = PooledProgram(model, step, bypassed, converts)
     y = program.run([step.bind()], given, False)
     if keeps:
@@ -244,19 +187,34 @@ def stem_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> tuple[Te
     Returns:
         The result, and how large it can be if that is known.
     """
+    return _first_of(model, x, Fusable(STEM, backend, _plain_stem))
+
+
+def stem_of_forward(owner: nn.Module, x: Tensor, found: Fusable) -> Tensor:
+    """What an owner's forward does first, or one of its methods; fused as a block is.
+
+    Args:
+        owner: a model.
+        x: [N, C, H, W].
+        found: the recipe of its stem, and what runs it plain.
+    """
+    return _first_of(owner, x, found)[0]
+
+
+def _first_of(owner: nn.Module, x: Tensor, found: Fusable) -> tuple[Tensor, float | None]:
+    # A key of its own: who calls the owner in a chain must not take its stem for all of it.
     if fusion.context_refusal(x) is None and may_keep(x):
         given = fusion.to_channels_last(x)
-        kept = recall(_records.get(model), key_of(given), model)
+        kept = recall(_records.get(owner), ("stem", *key_of(given)), owner)
         if kept is not None:
             program, launches = kept
             finite, magnitude = follow(program, launches, given, None)
             return program.run(launches, given, False, finite), magnitude
-    parts = stem_of(model, x)
-    if isinstance(parts, str):
-        _note(model, parts)
-        return model.relu(model.bn1(model.conv1(x))), None
-    bypassed = [model._modules[name] for name in ("conv1", "bn1", "relu")]
-    return _run_parts(model, parts, bypassed, x, False, backend), None
+    return _run(owner, found, x, False, ("stem",))[0], None
+
+
+def _plain_stem(model: nn.Module, x: Tensor) -> Tensor:
+    return model.relu(model.bn1(model.conv1(x)))
 
 
 def _is_plain_pool(pool: nn.Module) -> bool:
@@ -267,86 +225,33 @@ def _is_plain_pool(pool: nn.Module) -> bool:
     return shape == (3, 2, 1, 1, False)
 
 
-# ---- guards
-
-
-def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
-    """The block's parts, or why it may not run fused on a tensor like `x`."""
-    reason = fusion.context_refusal(x)
-    if reason is not None:
-        return reason
-    modules = block._modules
-    for name in recipe.absent:
-        module = getattr(block, name, None)  # not always a module, as `downsample` below
-        if module is not None and not _is_identity(module):
-            return f"{name} is a {type(module).__name__}"
-    for name in recipe.activations:
-        reason = fusion.activation_refusal(modules.get(name))
-        if reason is not None:
-            return f"{name}: {reason}"
-    units: list[tuple[Unit, nn.Module]] = []
-    for conv, norm in recipe.units:
-        unit = fusion.unit_of(modules.get(conv), modules.get(norm), x)
-        if isinstance(unit, str):
-            return f"{conv}: {unit}"
-        units.append((unit, modules[norm]))
-    if units[0][0].channels != x.shape[1]:  # torch's own error is the one that is expected
-        return f"x has {x.shape[1]} channels, conv1 takes {units[0][0].channels}"
-    projection = _projection(getattr(block, "downsample", None), x)
-    return projection if isinstance(projection, str) else Parts(units, projection, joins=True)
-
-
-def stem_of(model: nn.Module, x: Tensor) -> Parts | str:
-    """The stem's unit, or why it may not run fused on a tensor like x."""
-    modules = model._modules
-    reason = fusion.context_refusal(x) or fusion.activation_refusal(modules.get("relu"))
-    unit = reason or fusion.unit_of(modules.get("conv1"), modules.get("bn1"), x)
-    if isinstance(unit, str):
-        return unit
-    if unit.channels != x.shape[1]:
-        return f"x has {x.shape[1]} channels, conv1 takes {unit.channels}"
-    return Parts([(unit, modules["bn1"])], None, joins=False)
-
-
-def _is_identity(module: object) -> bool:
-    """Whether it returns its input and nothing watches it: Identity, or a drop in evaluation."""
-    kind = type(module)
-    drops = kind.__name__ in ("DropPath", "DropBlock2d") and not module.training
-    return (kind is nn.Identity or drops) and fusion.call_refusal(module) is None
-
-
-def _projection(downsample: nn.Module | None, x: Tensor) -> tuple[Unit, nn.Module] | str | None:
-    if downsample is None:
-        return None
-    if type(downsample) is not nn.Sequential or len(downsample) != 2:
-        return f"downsample: {type(downsample).__name__} is not Sequential(conv, norm)"
-    reason = fusion.call_refusal(downsample)
-    if reason is not None:
-        return f"downsample: {reason}"
-    conv, norm = downsample._modules.values()
-    unit = fusion.unit_of(conv, norm, x)
-    return f"downsample: {unit}" if isinstance(unit, str) else (unit, norm)
-
-
 # ---- running
 
 
 def _run_chain(
     chain: list[nn.Module], x: Tensor, magnitude: float | None = None, owned: bool = False
 ) -> Tensor:
-    done, x, owned = _run_kept(chain, x, magnitude, owned) or (0, x, owned)
-    for block in chain[done:]:
-        found = None if fusion.has_hooks(block) else fusable(block)
-        x, owned = (block(x), False) if found is None else _run(block, found, x, owned)
+    while chain:
+        kept = _run_kept(chain, x, magnitude, owned)
+        if kept is not None:
+            done, x, owned, magnitude = kept
+        else:
+            found = None if fusion.has_hooks(chain[0]) else fusable(chain[0])
+            x, owned = (chain[0](x), False) if found is None else _run(chain[0], found, x, owned)
+            done, magnitude = 1, None
+        chain = chain[done:]
     return x
 
 
 def _run_kept(
     chain: list[nn.Module], x: Tensor, magnitude: float | None = None, owned: bool = False
-) -> tuple[int, Tensor, bool] | None:
-    """Run the first blocks by their kept programs: how many, the result, and whether it is ours.
+) -> tuple[int, Tensor, bool, float | None] | None:
+    """Run the first blocks by their kept programs.
 
     All facts are compared before the first launch; see `program.py`.
+
+    Returns:
+        How many, the result, whether it is ours, and how large it can be if that is known.
     """
     if not chain or fusion.context_refusal(x) is not None or not may_keep(x):
         return None
@@ -359,49 +264,50 @@ def _run_kept(
             break
         bound.append(kept)
         key = kept[0].next_key
+        if kept[0].calls_modules:  # which may change the blocks behind
+            break
     owned = owned or y is not x
     for program, launches in bound:
         finite, magnitude = follow(program, launches, y, magnitude)
-        y, owned = program.run(launches, y, owned, finite), True
-    return (len(bound), y, owned) if bound else None
+        y, owned = program.run(launches, y, owned, finite), program.owns
+    return (len(bound), y, owned, magnitude) if bound else None
 
 
 def _run(
-    block: nn.Module, found: Fusable, x: Tensor, owned: bool, keep: bool = True
+    block: nn.Module, found: Fusable, x: Tensor, owned: bool, tag: tuple[str, ...] | None = ()
 ) -> tuple[Tensor, bool]:
-    """Run one block, fused if the guards allow; the result, and whether we may overwrite it."""
+    """Run one block, fused if the guards allow; the result, and whether we may overwrite it.
+
+    Args:
+        tag: before the key under which the program is kept; None to keep none.
+    """
     parts = parts_of(block, found.recipe, x)
     if isinstance(parts, str):
         _note(block, parts)
         return found.plain(block, x), False
-    bypassed = list(block.modules())[1:]
-    return _run_parts(block, parts, bypassed, x, owned, found.backend, keep), True
-
-
-def _run_parts(
-    owner: nn.Module,
-    parts: Parts,
-    bypassed: list[nn.Module],
-    x: Tensor,
-    owned: bool,
-    backend: str,
-    keep: bool = True,
-) -> Tensor:
     y = fusion.to_channels_last(x)
     if fusion.listened_to(x):
-        _note(owner, None)
-        return _call_ops(parts, y, backend)
-    record = record_of(owner)
-    steps = [Step(unit, norm, "relu", backend, record) for unit, norm in parts.units]
-    projection = parts.projection and Step(*parts.projection, "none", backend, record)
-    join = _join_step(parts, steps, projection, y, backend)
-    program = Program(owner, steps, projection, parts.joins, bypassed, join)
+        _note(block, None, parts.left)
+        return _call_ops(parts, y, found.backend), True
+    program = _program(block, parts, y, found.backend)
     key = key_of(y)
     y = program.run([step.bind() for step in program.sequence], y, owned or y is not x)
-    if keep:  # only now that each step has its plan: another thread might meet it before
-        remember(record, key, program)
-    _note(owner, None)
-    return y
+    if tag is not None:  # only now that each step has its plan: another thread might meet it before
+        remember(record_of(block), (*tag, *key), program)
+    _note(block, None, parts.left)
+    return y, program.owns
+
+
+def _program(owner: nn.Module, parts: Parts, x: Tensor, backend: str) -> Program:
+    record = record_of(owner)
+    if not parts.is_whole:
+        record.merged = ""
+        return MixedProgram(owner, parts, backend, record)
+    steps = [Step(part.unit, part.norm, part.activation, backend, record) for part in parts.main]
+    projections = [Step(part.unit, part.norm, "none", backend, record) for part in parts.shortcut]
+    projection = projections[0] if projections else None
+    join = _join_step(parts, steps, projection, x, backend)
+    return Program(owner, steps, projection, parts.joins, parts.bypassed, join)
 
 
 def _join_step(
@@ -411,11 +317,11 @@ def _join_step(
     if not _may_join(parts, x, backend):
         return None
     h = x
-    for unit, _ in parts.units[:-1]:
-        h = _shape_after(unit, h)
-    call = fusion.join_call(parts.units[-1][0], parts.projection[0], h, x, backend)
+    for part in parts.main[:-1]:
+        h = _shape_after(part.unit, h)
+    main, other = parts.main[-1].unit, parts.shortcut[0].unit
     try:
-        plan = ops.plan_of_join(call)
+        plan = ops.plan_of_join(fusion.join_call(main, other, h, x, backend))
     except ValueError:  # maps that do not fit, or a backend that cannot: each unit's op says it
         return None
     if not plan.is_one_kernel:
@@ -440,32 +346,30 @@ def _shape_after(unit: Unit, x: Tensor) -> Tensor:
 
 def _may_join(parts: Parts, x: Tensor, backend: str) -> bool:
     """Whether the block ends in what `ops.conv_bn_join` takes, where device and backend may."""
-    if parts.projection is None or not ops.may_join_in_one_kernel(x.device.type, backend):
+    if not parts.shortcut or not ops.may_join_in_one_kernel(x.device.type, backend):
         return False
-    return fusion.join_refusal(parts.units[-1][0], parts.projection[0]) is None
+    main, projection = parts.main[-1], parts.shortcut[0]
+    plain = main.activation == "relu" and projection.activation == "none"
+    return plain and fusion.join_refusal(main.unit, projection.unit) is None
 
 
 def _call_ops(parts: Parts, x: Tensor, backend: str) -> Tensor:
     """The block through torch's dispatcher, without writing over anything."""
-    joins = _may_join(parts, x, backend)
-    shortcut = x if parts.joins else None
-    if parts.projection is not None and not joins:
-        unit = parts.projection[0]
-        shortcut = ops.conv_bn_act_op(*fusion.call_of(unit, x, None, "none", backend))
-    y = x
-    for unit, _ in parts.units[:-1]:
-        y = ops.conv_bn_act_op(*fusion.call_of(unit, y, None, "relu", backend))
-    unit = parts.units[-1][0]
-    if joins:
-        return ops.conv_bn_join_op(*fusion.join_call(unit, parts.projection[0], y, x, backend))
-    return ops.conv_bn_act_op(*fusion.call_of(unit, y, shortcut, "relu", backend))
+    if not parts.is_whole or not _may_join(parts, x, backend):
+        return call_ops(parts, x, backend)
+    h = x
+    for part in parts.main[:-1]:
+        h = ops.conv_bn_act_op(*fusion.call_of(part.unit, h, None, part.activation, backend))
+    main, projection = parts.main[-1].unit, parts.shortcut[0].unit
+    return ops.conv_bn_join_op(*fusion.join_call(main, projection, h, x, backend))
 
 
-def _note(module: nn.Module, reason: str | None) -> None:
-    """Count a call for `report`: plain for a reason, or fused."""
+def _note(module: nn.Module, reason: str | None, left: str = "") -> None:
+    """Count a call for `report`: plain for a reason, or fused but for what is left."""
     if torch.compiler.is_compiling():
         return
     record = record_of(module)
+    record.left = left
     if reason is None:
         record.count_fused()
     else:

@@ -35,11 +35,29 @@ class Unit(NamedTuple):
     mean: Tensor  # [K]
     var: Tensor  # [K]
     eps: float
+    bias: Tensor | None = None  # [K], the convolution's own
 
     @property
     def channels(self) -> int:
         """Channels of the input."""
         return self.weight.shape[1] * self.conv.groups
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the unit's result depends on."""
+        tensors = self[1:6]
+        return tensors if self.bias is None else (*tensors, self.bias)
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+        """weight, scale, shift, mean, var, eps as the op takes them.
+
+        The op has no bias: conv(x) + bias - mean is conv(x) - (mean - bias).
+        """
+        _, weight, scale, shift, mean, var, eps, bias = self
+        if bias is not None:
+            wide = torch.promote_types(mean.dtype, torch.float32)
+            mean = mean.to(wide) - bias.to(wide)
+        return weight, scale, shift, mean, var, eps
 
 
 @dataclass(slots=True)
@@ -49,7 +67,8 @@ class Record:
     fused: int = 0
     plain: int = 0
     backends: dict[str, str] = field(default_factory=dict)  # name -> why no fused kernel took it
-    reason: str | None = None
+    reason: str | None = None  # why the last call ran plain, if it did
+    left: str = ""  # what a fused call calls as modules, and why
     merged: str = ""  # the op that ran several units as one kernel, if one did
     programs: dict[tuple, Any] = field(default_factory=dict)  # see program.py
 
@@ -145,49 +164,81 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+HOOKED = "a hook is registered on it, or it is compiled"
+
+
 def call_refusal(module: nn.Module) -> str | None:
     """Why `module` has to be called: more would run than its class's forward; None if not."""
     if has_hooks(module):
-        return "a hook is registered on it, or it is compiled"
+        return HOOKED
     return "its forward was replaced" if "forward" in module.__dict__ else None
+
+
+def unit_refusal(conv: nn.Module | None, norm: nn.Module | None) -> str | None:
+    """Why conv and norm are not modules that could ever run as a unit; None if they are."""
+    if type(conv) is not nn.Conv2d:
+        return f"{type(conv).__name__} is not a plain Conv2d"
+    if norm is None or not is_like_norm(norm):
+        return "no BatchNorm2d follows it"
+    if _stores_of(norm) is None:
+        return f"{type(norm).__name__} is not a BatchNorm2d"
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return f"padding is {conv.padding_mode} {conv.padding}"
+    vectors = norm_vectors(norm)
+    return vectors if isinstance(vectors, str) else None
 
 
 def unit_of(conv: nn.Module | None, norm: nn.Module | None, x: Tensor) -> Unit | str:
     """conv and norm as a `Unit` that may run fused on a tensor like `x`, or why they may not."""
-    if type(conv) is not nn.Conv2d:
-        return f"{type(conv).__name__} is not a plain Conv2d"
-    vectors = norm_vectors(norm)
-    if isinstance(vectors, str):
-        return vectors
-    reason = call_refusal(conv) or call_refusal(norm)
+    reason = unit_refusal(conv, norm) or call_refusal(conv) or call_refusal(norm)
     if reason is not None:
         return reason
-    parameters = conv._parameters
-    weight = parameters.get("weight")
-    if weight is None:
+    if norm.training and not _is_frozen(norm):
+        return "BatchNorm is in training mode"
+    weight, bias = conv._parameters.get("weight"), conv._parameters.get("bias")
+    if weight is None or (bias is None and conv.bias is not None):
         return "the convolution's weight is computed (pruned or parametrized)"
-    if parameters.get("bias") is not None:
-        return "the convolution has a bias of its own"
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return f"padding is {conv.padding_mode} {conv.padding}"
     for name in ("stride", "padding", "dilation"):
         value = getattr(conv, name)
         if type(value) is not tuple or len(value) != 2:  # a list could change unseen
             return f"{name} is {value}, not a pair"
-    return _tensors_refusal(weight, vectors, x) or Unit(conv, weight, *vectors, norm.eps)
+    unit = Unit(conv, weight, *norm_vectors(norm), getattr(norm, "eps", FROZEN_EPS), bias)
+    return _tensors_refusal(unit, x) or unit
 
 
-def norm_vectors(norm: nn.Module | None) -> tuple[Tensor, Tensor, Tensor, Tensor] | str:
-    """(weight, bias, running_mean, running_var) of an affine norm, or why it is not one."""
+# transformers' DetrFrozenBatchNorm2d and its copies have theirs in the code of `forward`.
+FROZEN_EPS = 1e-5
+# Where all classes of that name compute what torchvision's does.
+_FROZEN_IN = ("torchvision.ops.misc", "transformers.models.")
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    """Whether it is a BatchNorm of buffers, which has no training mode."""
     kind = type(norm)
-    if kind is nn.BatchNorm2d or kind is nn.SyncBatchNorm:
-        if norm.training:
-            return "BatchNorm is in training mode"
-        affine, buffers = norm._parameters, norm._buffers
-    elif kind.__name__ == "FrozenBatchNorm2d" and kind.__module__ == "torchvision.ops.misc":
-        affine = buffers = norm._buffers
-    else:
-        return f"{kind.__name__} is not a BatchNorm2d"
+    return kind.__name__.endswith("FrozenBatchNorm2d") and kind.__module__.startswith(_FROZEN_IN)
+
+
+def is_norm_with_activation(norm: nn.Module) -> bool:
+    """Whether it is timm's BatchNorm2d that calls its children `drop` and `act` on the result."""
+    kind = type(norm)
+    return kind.__name__ == "BatchNormAct2d" and kind.__module__ == "timm.layers.norm_act"
+
+
+def runs_inside(norm: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that a norm calls on its result."""
+    return [(n, norm._modules[n]) for n in ("drop", "act")] if is_norm_with_activation(norm) else []
+
+
+def _stores_of(norm: nn.Module | None) -> tuple[dict, dict] | None:
+    """Where an affine norm keeps weight and bias, and its statistics; None if it is another."""
+    if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_norm_with_activation(norm):
+        return norm._parameters, norm._buffers
+    return (norm._buffers, norm._buffers) if _is_frozen(norm) else None
+
+
+def norm_vectors(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor] | str:
+    """(weight, bias, running_mean, running_var) of an affine norm, or why it is not one."""
+    affine, buffers = _stores_of(norm)
     vectors = (
         affine.get("weight"),
         affine.get("bias"),
@@ -199,7 +250,20 @@ def norm_vectors(norm: nn.Module | None) -> tuple[Tensor, Tensor, Tensor, Tensor
     return vectors
 
 
-def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> str | None:
+def is_like_norm(module: nn.Module) -> bool:
+    """Whether it is some normalization."""
+    return "norm" in type(module).__name__.lower()
+
+
+def is_like_activation(module: nn.Module) -> bool:
+    """Whether it is an activation function as a module."""
+    kind = type(module)
+    place = kind.__module__
+    return "activation" in place or any(k is nn.ReLU for k in kind.__mro__)
+
+
+def _tensors_refusal(unit: Unit, x: Tensor) -> str | None:
+    weight, vectors = unit.weight, unit.tensors[1:]
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if not autocast and weight.dtype != x.dtype:
@@ -208,11 +272,11 @@ def _tensors_refusal(weight: Tensor, vectors: tuple[Tensor, ...], x: Tensor) -> 
         return f"BatchNorm is {vectors[0].dtype} beside {dtype}"
     if weight.device != x.device:
         return f"x is on {x.device}, the weight on {weight.device}"
-    for tensor in (weight, *vectors):
+    for tensor in unit.tensors:
         if type(tensor) not in _TENSOR_TYPES and not _is_traced(tensor):
             return f"a weight is a {type(tensor).__name__}"
     if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or any(v.requires_grad for v in vectors)
+        x.requires_grad or any(tensor.requires_grad for tensor in unit.tensors)
     ):
         return "a gradient is needed; for inference use torch.inference_mode() or no_grad()"
     return None
@@ -257,7 +321,8 @@ def call_of(
         activation: "relu" or "none".
         backend: see `ops.conv_bn_act`.
     """
-    conv, weight, scale, shift, mean, var, eps = unit
+    weight, scale, shift, mean, var, eps = unit.arguments()
+    conv = unit.conv
     return ops.Call(
         x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
         activation, mean, var, eps, backend,
@@ -272,10 +337,10 @@ def join_call(
     backend: str,
 ) -> ops.JoinCall:
     """The arguments of `ops.conv_bn_join` for a block's last unit and its projection."""
-    _, weight, scale, shift, mean, var, eps = main
-    conv, proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps = projection
+    weight, scale, shift, mean, var, eps = main.arguments()
+    proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps = projection.arguments()
     return ops.JoinCall(
-        h, weight, scale, shift, x, proj_weight, proj_scale, proj_shift, conv.stride,
+        h, weight, scale, shift, x, proj_weight, proj_scale, proj_shift, projection.conv.stride,
         mean, var, eps, proj_mean, proj_var, proj_eps, backend,
     )  # fmt: skip
 

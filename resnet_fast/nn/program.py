@@ -82,7 +82,7 @@ def remember(record: Record, key: tuple, program: Program) -> None:
 class Step:
     """One unit of a program: how it is called, and once it has been, its plan and its launch."""
 
-    __slots__ = ("activation", "backend", "launch", "norm", "plan", "record", "unit")
+    __slots__ = ("activation", "arguments", "backend", "launch", "norm", "plan", "record", "unit")
 
     def __init__(
         self, unit: Unit, norm: nn.Module, activation: str, backend: str, record: Record
@@ -90,15 +90,24 @@ class Step:
         self.unit, self.norm, self.record = unit, norm, record
         self.activation, self.backend = activation, backend
         self.plan = self.launch = None
+        # Else a later call outside of inference mode could not write to what was made inside.
+        with torch.inference_mode(False), torch.no_grad():
+            self.arguments = unit.arguments()
 
     def bind(self) -> Launch:
         """The launch for what the tensors hold now."""
         if self.plan is None:
             return self._first_launch
         self.plan.calls += 1
+        self.renew()
         if self.launch is None or not self.launch.fresh(self.unit.weight):
-            self.launch = self.plan.bind(*self.unit[1:])
+            self.launch = self.plan.bind(*self.arguments)
         return self.launch
+
+    def renew(self) -> None:
+        """Compute anew what of the op's arguments is not one of the modules' tensors."""
+        if self.unit.bias is not None:
+            self.arguments[3].copy_(self.unit.arguments()[3])
 
     def _first_launch(
         self, x: Tensor, residual: Tensor | None, inplace: bool, finite: bool
@@ -122,8 +131,10 @@ class JoinStep:
     def bind(self) -> Launch:
         """The launch, of (h, x), for what the tensors hold now."""
         self.plan.calls += 1
+        self.main.renew()
+        self.projection.renew()
         if self.launch is None or not self.launch.fresh(self.main.unit.weight):
-            self.launch = self.plan.bind(*self.main.unit[1:], *self.projection.unit[1:])
+            self.launch = self.plan.bind(*self.main.arguments, *self.projection.arguments)
         return self.launch
 
 
@@ -139,9 +150,15 @@ class Program:
         joins: whether the last step adds a shortcut.
         bypassed: all modules under the owner that the program runs without calling.
         join: runs the last step and the projection as one, or None.
+
+    Beside these it says whether how large its result can get may be known (`bounded`), whether it
+    calls modules, which may do anything (`calls_modules`), and whether nobody else holds its result
+    (`owns`).
     """
 
     __slots__ = (
+        "bounded",
+        "calls_modules",
         "facts",
         "forward",
         "hooks",
@@ -149,6 +166,7 @@ class Program:
         "joins",
         "next_key",
         "owner_facts",
+        "owns",
         "projection",
         "sequence",
         "steps",
@@ -170,8 +188,8 @@ class Program:
         self.sequence = units if join is None else [*steps[:-1], join]
         self.next_key: tuple | None = None
         convs = [step.unit.conv for step in units]
-        norms = [step.norm for step in units]
-        tensors = [t for step in units for t in step.unit[1:-1]]
+        norms = [step.norm for step in units if "eps" in vars(step.norm)]
+        tensors = [t for step in units for t in step.unit.tensors]
         others = [m for m in bypassed if m not in convs and m not in norms]
         looks = (
             (type, bypassed),
@@ -182,6 +200,7 @@ class Program:
             (Tensor.data_ptr, tensors),
         )
         self.facts = [(look, things, list(map(look, things))) for look, things in looks]
+        self.bounded, self.calls_modules, self.owns = True, False, True
         self.owner_facts = _owner_facts(owner)
         forward = owner.__dict__.get("forward")
         self.forward = forward and weakref.ref(forward)  # one that `optimize` installed
@@ -248,21 +267,21 @@ class Program:
         By the growth that each launch states; NaN where one does not know.
         """
         if self.join is not None:
-            return _UNKNOWN
+            return UNKNOWN
         steps = iter(launches)
         shortcut = magnitude if self.joins else 0.0
         if self.projection is not None:
-            gain, offset = next(steps).growth or _UNKNOWN
+            gain, offset = next(steps).growth or UNKNOWN
             shortcut = gain * magnitude + offset
         largest, y = shortcut, magnitude
         for launch in steps:
-            gain, offset = launch.growth or _UNKNOWN
+            gain, offset = launch.growth or UNKNOWN
             y = gain * y + offset
             largest = largest + y  # more than the largest of them, and NaN if one is
         return largest, y + shortcut
 
 
-_UNKNOWN = (math.nan, math.nan)
+UNKNOWN = (math.nan, math.nan)
 # Far enough below the largest number that rounding cannot matter.
 _LIMITS = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 3e4}
 
@@ -283,6 +302,8 @@ def follow(
     """
     if launches[0].growth is None:
         return False, None
+    if not program.bounded:
+        return False, None
     limit = _LIMITS.get(x.dtype, 0.0)
     largest = math.nan
     if magnitude is not None:
@@ -294,5 +315,6 @@ def follow(
 
 def _owner_facts(owner: nn.Module) -> tuple:
     attributes = owner.__dict__
-    # A block without projection has the plain attribute None, which may become anything callable.
-    return type(owner), len(attributes), _OTHER(attributes), attributes.get("downsample")
+    # A missing part is a plain attribute, None, which may become anything callable.
+    missing = list(attributes.values()).count(None)
+    return type(owner), len(attributes), _OTHER(attributes), missing

@@ -17,7 +17,7 @@ _POOL = attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode", 
 
 def stem_call(unit: Unit, x: Tensor, backend: str) -> ops.StemCall:
     """The op's arguments for a stem's unit."""
-    _, weight, scale, shift, mean, var, eps = unit
+    weight, scale, shift, mean, var, eps = unit.arguments()
     return ops.StemCall(x, weight, scale, shift, mean, var, eps, None, None, backend)
 
 

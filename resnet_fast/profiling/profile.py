@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast.comparison.measure import describe_machine
-from resnet_fast.conversion import recipes
+from resnet_fast.conversion.find import owners
 from resnet_fast.nn.program import Step
 from resnet_fast.profiling import page, picture
 from resnet_fast.profiling import rows as _rows
@@ -252,9 +252,7 @@ def _profile(
         overhead=quickest[True] / quickest[False] - 1 if quickest[False] else 0.0,
         rounds=len(subject.replays),
         device_apart=clock.device_apart,
-        unoptimized=any(
-            recipes.recipe_for(m) is not None and "forward" not in m.__dict__ for m in modules
-        ),
+        unoptimized=any(o.convs and not (o.installed or o.inner) for o in owners(subject.model)),
         contiguous_weights=sum(map(_is_contiguous, modules)),
     )
 

@@ -85,19 +85,35 @@ def test_idempotent(model, x):
     assert not any("forward" in m.__dict__ for m in twice.modules())
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), id="no-resnet"),
-        pytest.param(lambda: nn.Identity(), id="no-parameters"),
-    ],
-)
-def test_strict_raises_when_nothing_was_found(other):
+NOTHING = [
+    pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), id="no-norm"),
+    pytest.param(lambda: nn.Identity(), id="no-parameters"),
+    pytest.param(lambda: reference.resnet18(norm_layer=group_norm), id="group-norm"),
+]
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(8, channels)
+
+
+@pytest.mark.parametrize("other", NOTHING)
+def test_finding_nothing_is_said(other):
     module = other()
-    with pytest.raises(RuntimeError, match=r"no residual block.*torchvision\.models\.resnet"):
+    with pytest.raises(RuntimeError, match=r"nothing to fuse in \w+: .*resnet_fast\.report"):
         resnet_fast.optimize(module, strict=True)
-    assert type(resnet_fast.optimize(module, verify=True)) is type(module)
-    assert "no residual block" in str(resnet_fast.report(module))
+    with pytest.warns(UserWarning, match=r"nothing to fuse in \w+") as caught:
+        optimized = resnet_fast.optimize(module)
+    assert [w.filename for w in caught] == [__file__]  # it points to the caller
+    assert not any("forward" in m.__dict__ for m in optimized.modules())
+    rows = resnet_fast.report(optimized)
+    assert rows.fused == 0
+    assert all(row.reason for row in rows)
+    if not rows:
+        assert "nothing in this model looks as if it could be fused" in str(rows)
+
+
+def test_what_can_fuse_later_is_something(model):
+    assert resnet_fast.optimize(model.train(), strict=True)  # in evaluation it will
 
 
 @pytest.mark.parametrize("bad", [None, "resnet18", torch.zeros(1), reference.ResNet], ids=repr)
@@ -123,7 +139,9 @@ def test_backend_is_obeyed(package, model, x):
     assert run(optimized, x).shape == (2, 10)
     rows = resnet_fast.report(optimized)
     assert {r.backend for r in rows} == {"aten"}
-    assert rows.fused == len(rows)
+    assert rows.fused == 0  # its ops ran, step by step
+    assert all("aten was asked for, which fuses nothing" in r.reason for r in rows)
+    assert all((r.fused_calls, r.plain_calls) == (0, 1) for r in rows)
 
 
 def test_dtype(model, x):

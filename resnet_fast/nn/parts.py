@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a module is made of: its parts in the order they run, and which of them run as one op.
+
+    y = activation(main(x) + shortcut(x))        a residual block
+    y = main(x)                                  a stem, a sequence, a convolution with its norm
+
+A `Recipe` names the parts, as a class has them. `parts_of` looks at what an instance has in these
+places. Missing parts and identities drop out, parts that are sequences themselves are opened, and
+each convolution that a BatchNorm follows becomes a `Fused`, together with its ReLU. All else stays
+the module that it is, and is called: squeeze-and-excitation, pools, activations of other kinds.
+
+What the modules *are* decides what is fused. What they are *in*, for the moment (training, hooks,
+a gradient that is needed), decides whether: then the owner runs the plain forward of its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_fast.nn import fusion
+from resnet_fast.nn.fusion import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The names of a module's parts.
+
+    Args:
+        main: the parts in the order they run, "?" behind those that may be missing or None; or
+            None for all children, whatever they are called.
+        shortcut: what is done to x before it is added to main's result; "" where nothing is added.
+        activation: what follows the addition; "" for nothing.
+        always: whether x itself is added where the shortcut is None; else nothing is.
+    """
+
+    main: tuple[str, ...] | None
+    shortcut: str = ""
+    activation: str = ""
+    always: bool = True
+
+
+def residual(*main: str, shortcut: str = "downsample", activation: str = "relu") -> Recipe:
+    """The recipe of a residual block."""
+    return Recipe(main, shortcut, activation)
+
+
+BASIC_BLOCK = residual("conv1", "bn1", "relu", "conv2", "bn2")
+BOTTLENECK = residual("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
+STEM = Recipe(("conv1", "bn1", "relu"))
+SEQUENCE = Recipe(None)
+
+BY_ITSELF = "runs by itself"
+_DROPS = ("DropPath", "DropBlock2d", "Dropout", "Dropout2d")  # the identity in evaluation
+
+
+class Fusable(NamedTuple):
+    """How calling a module tries to fuse."""
+
+    recipe: Recipe
+    backend: str
+    plain: Callable[[nn.Module, Tensor], Tensor]  # the class's: (module, x) -> y
+
+
+class Fused(NamedTuple):
+    """A unit that runs as one op."""
+
+    unit: Unit
+    norm: nn.Module
+    activation: str  # "relu" or "none"
+
+
+Part = Fused | nn.Module
+
+
+class Parts(NamedTuple):
+    """What `parts_of` found.
+
+    Args:
+        main: in order.
+        shortcut: in order; empty for the identity.
+        adds: whether the shortcut is added to main's result.
+        joins: whether the last part of main adds it.
+        after: what is called on the result; None where nothing is left to do.
+        bypassed: the modules that are not called.
+        left: in words, what is called and why.
+    """
+
+    main: list[Part]
+    shortcut: list[Part]
+    adds: bool
+    joins: bool
+    after: nn.Module | None
+    bypassed: list[nn.Module]
+    left: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ops alone compute it: all parts are fused, and at most a projection is beside."""
+        return (
+            all(isinstance(part, Fused) for part in (*self.main, *self.shortcut))
+            and len(self.shortcut) <= 1
+            and (self.joins or not self.adds)
+            and self.after is None
+        )
+
+
+def fusable(module: nn.Module) -> Fusable | None:
+    """How calling `module` would try to fuse, or None if it would not.
+
+    True of a class that has a `recipe` beside its forward, and of an instance whose forward was
+    replaced by `optimize`; not of a subclass that overrides the forward.
+    """
+    kind, forward = type(module), module.__dict__.get("forward")
+    if forward is not None:
+        recipe = getattr(forward, "recipe", None)
+        plain = getattr(kind, "_forward_plain", kind.forward)
+        return recipe and Fusable(recipe, forward.backend, plain)
+    recipe = getattr(kind, "recipe", None)
+    if recipe is None or "recipe" not in _owner(kind, "forward").__dict__:
+        return None
+    return Fusable(recipe, "auto", kind._forward_plain)
+
+
+def _owner(kind: type, attribute: str) -> type:
+    return next(k for k in kind.__mro__ if attribute in k.__dict__)
+
+
+def recipe_of(module: nn.Module) -> Recipe | None:
+    """The recipe that calling `module` follows, or None."""
+    found = fusable(module)
+    return found and found.recipe
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether calling it runs its children one after the other and nothing else."""
+    if type(module).forward is not nn.Sequential.forward or fusion.has_hooks(module):
+        return False
+    forward = module.__dict__.get("forward")
+    return forward is None or getattr(forward, "runs_chain", False)
+
+
+# ---- what is there
+
+Named = tuple[str, nn.Module]
+Lookup = Callable[[nn.Module], Recipe | None]
+
+
+def open_parts(
+    named: Iterable[tuple[str, nn.Module | None]], bypassed: list[nn.Module], lookup: Lookup
+) -> list[Named]:
+    """The modules that run when these are called one after the other, sequences opened."""
+    found: list[Named] = []
+    for name, module in named:
+        if module is None:
+            continue
+        inner = _inside(module, lookup)
+        if inner is None:
+            found.append((name, module))
+            continue
+        bypassed.append(module)
+        found += open_parts([(f"{name}.{n}", m) for n, m in inner], bypassed, lookup)
+    return found
+
+
+def _inside(module: nn.Module, lookup: Lookup) -> list[Named] | None:
+    """What runs in its place: nothing for an identity, children for a sequence; None if itself."""
+    if _is_identity(module):
+        return []
+    if is_sequence(module):
+        children = list(module._modules.items())
+        # A stage of residual blocks is called as one: its blocks write over each other's results.
+        return None if any(_is_residual(m, lookup) for _, m in children) else children
+    recipe = None if fusion.has_hooks(module) else lookup(module)
+    if recipe is None or recipe.shortcut:
+        return None
+    return list(named_of(module, recipe.main))
+
+
+def _is_residual(module: nn.Module | None, lookup: Lookup) -> bool:
+    recipe = module and lookup(module)
+    return bool(recipe and recipe.shortcut)
+
+
+def named_of(owner: nn.Module, names: tuple[str, ...] | None) -> Iterable[tuple[str, nn.Module]]:
+    """(name, module or None) of an owner's parts; of all its children if `names` is None."""
+    modules = owner._modules
+    if names is None:
+        return modules.items()
+    return [(name, modules.get(name)) for name in (n.removesuffix("?") for n in names)]
+
+
+def _is_identity(module: nn.Module) -> bool:
+    """Whether it returns its input and nothing watches it: Identity, or a drop in evaluation."""
+    kind = type(module)
+    drops = kind.__name__ in _DROPS and not module.training
+    return (kind is nn.Identity or drops) and fusion.call_refusal(module) is None
+
+
+def candidates(
+    owner: nn.Module, recipe: Recipe, lookup: Lookup, opened: list[nn.Module]
+) -> list[nn.Module]:
+    """The convolutions of an owner that may ever be fused, whatever it is in for the moment.
+
+    Args:
+        owner: any module.
+        recipe: of it.
+        lookup: a module's recipe, or None.
+        opened: gets the sequences that are among its parts.
+    """
+    found = []
+    for names in (recipe.main, (recipe.shortcut,)):
+        modules = open_parts(named_of(owner, names), opened, lookup)
+        pairs = pairwise(module for _, module in modules)
+        found += [conv for conv, norm in pairs if fusion.unit_refusal(conv, norm) is None]
+    return found
+
+
+# ---- the guards
+
+
+def parts_of(owner: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
+    """The owner's parts, or why nothing of it may run fused on a tensor like `x`."""
+    reason = fusion.context_refusal(x)
+    if reason is not None:
+        return reason
+    reason = _missing(owner, recipe)
+    if reason is not None:
+        return reason
+    modules = owner._modules
+    bypassed: list[nn.Module] = []
+    left: list[str] = []
+    main = _group(named_of(owner, recipe.main), x, bypassed, left)
+    if isinstance(main, str):
+        return main
+    adds = bool(recipe.shortcut) and (recipe.always or modules.get(recipe.shortcut) is not None)
+    shortcut = _group(named_of(owner, (recipe.shortcut,)) if adds else (), x, bypassed, left)
+    if isinstance(shortcut, str):
+        return shortcut
+    if not any(isinstance(part, Fused) for part in (*main, *shortcut)):
+        return left[0] if left else f"{type(owner).__name__} has no convolution with a BatchNorm"
+    if adds and not (main and type(main[0]) in (Fused, nn.Conv2d)):
+        # It might write over x, which the class's forward reads again afterwards.
+        return left[0] if left else f"{type(owner).__name__} does not begin with a convolution"
+    joins = adds and isinstance(main[-1], Fused) and main[-1].activation == "none"
+    after = modules.get(recipe.activation)
+    reason = after and fusion.activation_refusal(after)
+    if after is None or _is_identity(after):
+        after = None
+    elif reason is None and joins:
+        main[-1] = main[-1]._replace(activation="relu")
+        bypassed.append(after)
+        after = None
+    elif type(after) is nn.ReLU and reason is not None:
+        return f"{recipe.activation}: {reason}"
+    elif reason is not None:
+        left.append(f"{recipe.activation}: {reason}")
+    if isinstance(main[0], Fused) and main[0].unit.channels != x.shape[1]:
+        # torch's own error is the one that is expected
+        return f"x has {x.shape[1]} channels, conv1 takes {main[0].unit.channels}"
+    if not recipe.shortcut:  # a pool in a sequence needs no words
+        left = [words for words in left if not words.endswith(BY_ITSELF)]
+    parts = Parts(main, shortcut, adds, joins, after, bypassed, "; ".join(dict.fromkeys(left)))
+    return parts if parts.is_whole else _called_refusal(parts, x) or parts
+
+
+def _missing(owner: nn.Module, recipe: Recipe) -> str | None:
+    """Why an owner's parts are not those of its class: its own forward has the error for it."""
+    for name in (*(recipe.main or ()), recipe.shortcut + "?", recipe.activation + "?"):
+        module = getattr(owner, name.removesuffix("?"), None)
+        if module is None and not name.endswith("?"):
+            return f"{name} is missing"
+        if not (module is None or isinstance(module, nn.Module)):
+            return f"{name.removesuffix('?')} is a {type(module).__name__}"
+    if recipe.activation and owner._modules.get(recipe.activation) is None:
+        return f"{recipe.activation} is missing"
+    return None
+
+
+def _group(
+    named: Iterable[tuple[str, nn.Module | None]],
+    x: Tensor,
+    bypassed: list[nn.Module],
+    left: list[str],
+) -> list[Part] | str:
+    """Modules that run one after the other as parts, or why one that could be fused may not."""
+    rest = open_parts(named, bypassed, recipe_of)
+    parts: list[Part] = []
+    while rest:
+        name, module = rest.pop(0)
+        norm = rest[0][1] if rest else None
+        reason = fusion.unit_refusal(module, norm)
+        if reason is not None:
+            left += _why_called(name, module, reason)
+            parts.append(module)
+            continue
+        unit = fusion.unit_of(module, norm, x)
+        if isinstance(unit, str):
+            return f"{name}: {unit}"
+        at = rest.pop(0)[0]
+        inner = [(f"{at}.{n}", m) for n, m in fusion.runs_inside(norm)]
+        rest = open_parts(inner, bypassed, recipe_of) + rest
+        relu = bool(rest) and type(rest[0][1]) is nn.ReLU
+        if relu and fusion.call_refusal(rest[0][1]) is not None:
+            return f"{rest[0][0]}: {fusion.call_refusal(rest[0][1])}"
+        parts.append(Fused(unit, norm, "relu" if relu else "none"))
+        bypassed += [module, norm]
+        if relu:
+            bypassed.append(rest.pop(0)[1])
+    return parts
+
+
+def _why_called(name: str, module: nn.Module, refusal: str) -> list[str]:
+    """In words, what is called that somebody might have expected to be fused."""
+    kind, hooked = type(module).__name__, fusion.has_hooks(module)
+    if isinstance(module, nn.Conv2d):
+        return [f"{name}: {refusal}"]
+    if type(module) is nn.ReLU or fusion.is_like_norm(module):
+        return []
+    if fusion.is_like_activation(module):
+        return [f"{name}: {kind} is not a ReLU"]
+    return [f"{name}: {fusion.HOOKED}" if hooked else f"{name} ({kind}) {BY_ITSELF}"]
+
+
+def _called_refusal(parts: Parts, x: Tensor) -> str | None:
+    """Why what is called beside the ops does not allow them: it needs or makes a gradient."""
+    if not torch.is_grad_enabled():
+        return None
+    called = [part for part in (*parts.main, *parts.shortcut) if isinstance(part, nn.Module)]
+    if x.requires_grad or any(p.requires_grad for m in called for p in m.parameters()):
+        return "a gradient is needed; for inference use torch.inference_mode() or no_grad()"
+    return None
