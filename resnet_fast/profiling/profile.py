@@ -252,9 +252,7 @@ def _profile(
         overhead=quickest[True] / quickest[False] - 1 if quickest[False] else 0.0,
         rounds=len(subject.replays),
         device_apart=clock.device_apart,
-        unoptimized=any(
-            recipes.recipe_for(m) is not None and "forward" not in m.__dict__ for m in modules
-        ),
+        unoptimized=any(map(recipes.awaits_optimize, modules)),
         contiguous_weights=sum(map(_is_contiguous, modules)),
     )
 
