@@ -288,7 +288,25 @@ def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
     if units[0][0].channels != x.shape[1]:  # torch's own error is the one that is expected
         return f"x has {x.shape[1]} channels, conv1 takes {units[0][0].channels}"
     projection = _projection(getattr(block, "downsample", None), x)
-    return projection if isinstance(projection, str) else Parts(units, projection, joins=True)
+    if isinstance(projection, str):
+        return projection
+    parts = Parts(units, projection, joins=True)
+    return _misfit(parts, x) or parts
+
+
+def _misfit(parts: Parts, x: Tensor) -> str | None:
+    """Why the block's maps do not fit each other, which torch's own error will say; else None."""
+    shape = x.shape
+    for unit, _ in parts.units:
+        if unit.channels != shape[1]:
+            return f"a convolution takes {unit.channels} channels, it is given {shape[1]}"
+        shape = _shape_after(unit, shape)
+    shortcut = x.shape
+    if parts.projection is not None:
+        shortcut = _shape_after(parts.projection[0], shortcut)
+    if shape != shortcut:
+        return f"the convolutions end in {list(shape)}, the shortcut in {list(shortcut)}"
+    return None
 
 
 def stem_of(model: nn.Module, x: Tensor) -> Parts | str:
