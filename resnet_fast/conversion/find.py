@@ -7,21 +7,14 @@ a stem, a convolution with its norm. While one runs, owners among its parts have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from resnet_fast.conversion import recipes
-from resnet_fast.conversion.forward import (
-    BlockForward,
-    FusedForward,
-    ModelForward,
-    SequenceForward,
-    StemForward,
-    TapsForward,
-)
+from resnet_fast.conversion.forward import Role, is_converted
 from resnet_fast.nn import blocks, fusion, parts
 from resnet_fast.nn.parts import SEQUENCE, Recipe
 
@@ -34,7 +27,7 @@ class Owner(NamedTuple):
         module: itself.
         recipe: of its forward, or of its stem.
         installed: whether running it tries to fuse: its class does, or `optimize` was there.
-        make: (backend) -> what `optimize` installs.
+        role: what `optimize` makes it, but for the backend.
         convs: those of its convolutions that can be fused; perhaps none.
         opened: the sequences that are among its parts.
         inner: whether it is itself among the parts of another owner.
@@ -44,13 +37,13 @@ class Owner(NamedTuple):
     module: nn.Module
     recipe: Recipe
     installed: bool
-    make: Callable[[str], FusedForward]
+    role: Role
     convs: list[nn.Module]
     opened: list[nn.Module]
     inner: bool
 
 
-Found = tuple[Recipe, bool, Callable[[str], FusedForward]]
+Found = tuple[Recipe, bool, Role]
 
 
 def owners(model: nn.Module) -> list[Owner]:
@@ -78,46 +71,59 @@ def _whole_of(module: nn.Module) -> Found | None:
     recipe = recipes.recipe_for(module)
     if recipe is None:
         return None
-    kind = SequenceForward if recipe is SEQUENCE else BlockForward
-    return recipe, parts.fusable(module) is not None, lambda on: kind(module, recipe, on)
+    kind = "sequence" if recipe is SEQUENCE else "block"
+    return recipe, parts.fusable(module) is not None, Role(kind, recipe)
 
 
 def _stem_of(module: nn.Module) -> Found | None:
     """By what the beginning of a model is known."""
-    free = "forward" not in module.__dict__
     fuses = blocks.fuses_stem(module)
-    if fuses or (free and recipes.is_torchvision_resnet(module)):
-        return parts.STEM, fuses, lambda on: ModelForward(module, None, on)
+    if fuses or ("forward" not in module.__dict__ and recipes.is_torchvision_resnet(module)):
+        return parts.STEM, fuses, Role("model")
     method, taps = recipes.method_for(module), recipes.taps_for(module)
-    known, kind = (method, StemForward) if method else (taps, TapsForward)
-    there = known and module.__dict__.get(known.method)
-    if known is None or not (there is None or isinstance(there, FusedForward)):
+    known = method or taps
+    if known is None or known.method in module.__dict__:
         return None
-    return known.stem(module), there is not None, lambda on: kind(module, known, on)
+    role = Role("stem" if method else "taps", known=known)
+    return known.stem(module), is_converted(module), role
 
 
 def left_over(model: nn.Module, found: list[Owner]) -> Iterator[tuple[str, nn.Module, str]]:
     """(path, module, reason) of what holds convolutions and norms but is no owner."""
     known = {m for owner in found for m in (owner.module, *owner.convs, *owner.opened)}
     for name, module in model.named_modules():
-        children = [child for child in module._modules.values() if child is not None]
-        convs = [c for c in children if isinstance(c, nn.Conv2d) and c not in known]
-        if module not in known and convs and any(map(fusion.is_like_norm, children)):
+        children = list(module.children())
+        convs = [child for child in children if _is_conv(child) and child not in known]
+        if module not in known and convs and any(map(_is_norm, children)):
             yield name, module, _why_left(module, children)
 
 
+def kind_of(module: nn.Module) -> str:
+    """The name of a module's class; of a scripted one, of the class that it was made of."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return module.original_name if scripted else type(module).__name__
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) or kind_of(module) == "Conv2d"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in kind_of(module).lower()
+
+
 def _why_left(module: nn.Module, children: list[nn.Module]) -> str:
-    kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted or traced"
+        return "scripted or traced: TorchScript runs its own copy of the plain forward"
     if "forward" in module.__dict__:
         return "its forward was replaced"
     norm, conv = (
         next(i for i, child in enumerate(children) if looks(child))
-        for looks in (fusion.is_like_norm, lambda child: isinstance(child, nn.Conv2d))
+        for looks in (_is_norm, _is_conv)
     )
     if norm < conv:
         return "pre-activation: its norms come before its convolutions, with no way to fold them in"
     if parts.is_sequence(module):
         return fusion.unit_refusal(children[conv], next(iter(children[conv + 1 :]), None))
+    kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}.forward is not one that is known"

@@ -1,153 +1,239 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `optimize` puts in place of a module's forward, and takes away again.
+"""How a module that exists comes to run fused: its class becomes a subclass with another forward.
 
-The module keeps its class, children, parameters and hooks; only `module.forward`, an attribute of
-that one instance, becomes a `FusedForward`. It survives copy.deepcopy and pickle with its module.
-torch.export sees in it the class's own forward; torch.jit.script does not take it: `restore` first.
+The subclass is made once per class and role, has its name, and differs in one method alone; the
+instance keeps its attributes, children, parameters and hooks. So copies, DataParallel's replicas
+and pickles are as right as the module itself, and nothing refers back to it. torch's own
+`parametrize` and `fully_shard` convert modules the same way.
+
+torch.fx, torch.export and torch.jit.script read a forward's signature, globals and source: those of
+the class's own are shown to them, so that a converted model scripts as it did before.
 """
 
 from __future__ import annotations
 
+import copyreg
+import functools
+import inspect
 from collections import OrderedDict
-from types import MethodType
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.conversion.recipes import Method, Taps
-from resnet_fast.nn import blocks, fusion
+from resnet_fast.nn import blocks, fusion, parts
 from resnet_fast.nn.parts import Fusable, Recipe
 
-_OF_FUNCTIONS = ("__closure__", "__code__", "__defaults__", "__globals__", "__kwdefaults__")
+
+@dataclass(frozen=True)
+class Method:
+    """A method that a model's forward calls, and its parts in the order they run."""
+
+    method: str
+    main: tuple[str, ...]
+
+    def stem(self, _module: nn.Module) -> Recipe:
+        """The method's recipe."""
+        return Recipe(self.main)
 
 
-class FusedForward:
-    """A forward that fuses where it may, and else calls the class's own.
+def _second(_first: object, second: object) -> object:
+    return second
+
+
+@dataclass(frozen=True)
+class Taps:
+    """A method that calls children one after the other and collects results by the way.
 
     Args:
-        module: the module whose forward this is.
-        recipe: of all that the module's forward does; None for a stage or a whole model.
-        backend: see `ops.conv_bn_act`.
-        method: what it stands for: forward, or a method that the class's forward calls.
+        method: its name.
+        children: (module) -> the names of the children in order, and of each the key under which
+            its result is collected, or None.
+        collect: (module, a child's result) -> what is collected of it.
+        result: (x, {key: result}) -> what the method returns.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        recipe: Recipe | None = None,
-        backend: str = "auto",
-        method: str = "forward",
-    ):
-        self.module = module
-        self.recipe = recipe
-        self.backend = backend
-        self.method = method
+    method: str
+    children: Callable[[nn.Module], Iterator[tuple[str, object]]]
+    collect: Callable[[nn.Module, object], object] = _second
+    result: Callable[[Tensor, OrderedDict], object] = _second
+
+    def stem(self, module: nn.Module) -> Recipe:
+        """The recipe of the children that run first: convolutions, norms and activations."""
+        names = []
+        for name, key in self.children(module):
+            child = module._modules.get(name)
+            if not (
+                type(child) is nn.Conv2d
+                or fusion.is_like_norm(child)
+                or fusion.is_like_activation(child)
+                or parts.is_sequence(child)
+            ):
+                break
+            names.append(name)
+            if key is not None:
+                break
+        return Recipe(tuple(names))
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a converted module is.
+
+    Args:
+        kind: "block", a residual block or a convolution with its norm; "sequence", an nn.Sequential
+            that holds such; "stage", an nn.Sequential of blocks; "model", a ResNet with
+            torchvision's children: conv1, bn1, relu, maxpool, layer1 to 4, avgpool, fc; "stem" or
+            "taps", a model of which one method is known.
+        recipe: the block's or the sequence's parts.
+        backend: see `ops.conv_bn_act`.
+        known: the method, of a stem or of taps.
+    """
+
+    kind: str
+    recipe: Recipe | None = None
+    backend: str = "auto"
+    known: Method | Taps | None = None
 
     @property
-    def __wrapped__(self) -> MethodType:
-        """The class's own forward, bound."""
-        return MethodType(getattr(type(self.module), self.method), self.module)
-
-    def __getattr__(self, name: str) -> object:
-        """What torch.export looks up in a function: the class's own forward's."""
-        if name not in _OF_FUNCTIONS:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(getattr(type(self.module), self.method), name)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def method(self) -> str:
+        """The name of the method that is replaced."""
+        return "forward" if self.known is None else self.known.method
 
 
-class BlockForward(FusedForward):
-    """A residual block of a known class, or a convolution with its norm."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return blocks.block_forward(self.module, x)
-
-
-class SequenceForward(BlockForward):
-    """An nn.Sequential that holds convolutions and their norms."""
-
-    runs_chain = True
-
-    def __call__(self, input: Tensor) -> Tensor:
-        return blocks.block_forward(self.module, input)
+def convert(module: nn.Module, role: Role) -> None:
+    """Let `module` run fused, unless it does already or its instance has a method of its own."""
+    if not is_converted(module) and role.method not in module.__dict__:
+        module.__class__ = _converted_class(type(module), role)
 
 
-class StemForward(FusedForward):
-    """A method that runs a model's stem, and perhaps what comes after it."""
-
-    def __init__(self, module: nn.Module, known: Method, backend: str):
-        super().__init__(module, None, backend, known.method)
-        self.known = known
-
-    def __call__(self, x: Tensor) -> Tensor:
-        plain = getattr(type(self.module), self.method)
-        found = Fusable(self.known.stem(self.module), self.backend, plain)
-        return blocks.stem_of_forward(self.module, x, found)
+def revert(module: nn.Module) -> None:
+    """Give a converted module its class back; others are left alone."""
+    if is_converted(module):
+        module.__class__ = type(module).__base__
 
 
-class TapsForward(FusedForward):
-    """A method that calls a module's children in turn, the stem's as one; see `recipes.Taps`."""
+def is_converted(module: nn.Module) -> bool:
+    """Whether `convert` has changed this module's class."""
+    return "_role" in type(module).__dict__
 
-    def __init__(self, module: nn.Module, taps: Taps, backend: str):
-        super().__init__(module, None, backend, taps.method)
-        self.taps = taps
 
-    def __call__(self, x: Tensor) -> object:
-        module, taps = self.module, self.taps
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one it had before `convert`."""
+    return type(module).__base__ if is_converted(module) else type(module)
+
+
+@functools.cache
+def _converted_class(plain: type[nn.Module], role: Role) -> type[nn.Module]:
+    method = getattr(plain, role.method)
+    namespace = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "__reduce_ex__": _reduce,
+        "_role": role,
+        role.method: _shown_as(method, _RUN[role.kind](method, role)),
+    }
+    if role.recipe is not None:
+        namespace["recipe"] = role.recipe
+        namespace["backend"] = role.backend
+        namespace["_forward_plain"] = getattr(plain, "_forward_plain", method)
+    if role.kind in ("sequence", "stage"):
+        namespace["runs_chain"] = True
+    if role.kind == "model":
+        namespace["fuses_stem"] = True
+    return type(plain)(plain.__name__, (plain,), namespace)
+
+
+def _run_block(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
+    return blocks.block_forward
+
+
+def _run_stage(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
+    def run(stage: nn.Sequential, x: Tensor) -> Tensor:
+        return plain(stage, x) if fusion.is_symbolic(x) else blocks.stage_forward(stage, x)
+
+    return run
+
+
+def _run_model(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        if fusion.is_symbolic(x) or "_forward_impl" in model.__dict__:
+            return plain(model, x)
+        return blocks.resnet_forward(model, x, role.backend)
+
+    return run
+
+
+def _run_stem(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        found = Fusable(role.known.stem(model), role.backend, plain)
+        return blocks.stem_of_forward(model, x, found)
+
+    return run
+
+
+def _run_taps(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], object]:
+    taps = role.known
+
+    def call_stem(module: nn.Module, x: Tensor) -> Tensor:
+        for name in taps.stem(module).main:
+            x = module._modules[name](x)
+        return x
+
+    def run(module: nn.Module, x: Tensor) -> object:
+        stem = taps.stem(module).main
         again = getattr(module, "grad_checkpointing", False) and torch.is_grad_enabled()
-        stem = taps.stem(module)
-        if again or not stem.main or fusion.is_symbolic(x):
-            return self.__wrapped__(x)
-        y = blocks.stem_of_forward(module, x, Fusable(stem, self.backend, self._call_stem))
+        if again or not stem or fusion.is_symbolic(x):
+            return plain(module, x)
+        y = blocks.stem_of_forward(module, x, Fusable(Recipe(stem), role.backend, call_stem))
         out = OrderedDict()
         for name, key in taps.children(module):
-            if name in stem.main[:-1]:
+            if name in stem[:-1]:
                 continue
-            if name != stem.main[-1]:
+            if name != stem[-1]:
                 y = module._modules[name](y)
             if key is not None:
                 out[key] = taps.collect(module, y)
         return taps.result(x, out)
 
-    def _call_stem(self, module: nn.Module, x: Tensor) -> Tensor:
-        for name in self.taps.stem(module).main:
-            x = module._modules[name](x)
-        return x
+    return run
 
 
-class StageForward(FusedForward):
-    """An nn.Sequential of residual blocks."""
-
-    runs_chain = True
-
-    def __call__(self, input: Tensor) -> Tensor:
-        if fusion.is_symbolic(input):
-            return self.__wrapped__(input)
-        return blocks.stage_forward(self.module, input)
-
-
-class ModelForward(FusedForward):
-    """A ResNet with torchvision's children: conv1, bn1, relu, maxpool, layer1 to 4, avgpool, fc."""
-
-    fuses_stem = True
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if fusion.is_symbolic(x) or "_forward_impl" in self.module.__dict__:
-            return self.__wrapped__(x)
-        return blocks.resnet_forward(self.module, x, self.backend)
+_RUN = {
+    "block": _run_block,
+    "sequence": _run_block,
+    "stage": _run_stage,
+    "model": _run_model,
+    "stem": _run_stem,
+    "taps": _run_taps,
+}
 
 
-def install(forward: FusedForward) -> None:
-    """Make `forward` its module's, unless that instance has one of its own: ours or a user's."""
-    if forward.method not in forward.module.__dict__:
-        setattr(forward.module, forward.method, forward)
+def _shown_as(plain: Callable, run: Callable[[nn.Module, Tensor], Tensor]) -> FunctionType:
+    """A method that calls `run` and looks like `plain`: name, signature, source and globals."""
+    bind = inspect.signature(plain).bind
+
+    def forward(self, *args, **kwargs):
+        if kwargs:
+            args = bind(self, *args, **kwargs).args[1:]
+        return run(self, *args)
+
+    # torch.jit resolves the names in a function's source through its globals.
+    shown = FunctionType(forward.__code__, plain.__globals__, closure=forward.__closure__)
+    return functools.update_wrapper(shown, plain)
 
 
-def remove(module: nn.Module) -> bool:
-    """Give the module its class's methods back; whether there was anything to remove."""
-    ours = [name for name, v in module.__dict__.items() if isinstance(v, FusedForward)]
-    for name in ours:
-        delattr(module, name)
-    return bool(ours)
+def _reduce(self: nn.Module, protocol: int) -> tuple:
+    """As the class before would, but for the class, which pickle could not find by its name."""
+    make, arguments, *rest = super(type(self), self).__reduce_ex__(protocol)
+    if make is copyreg.__newobj__ and arguments[0] is type(self):
+        make, arguments = _new, (class_of(self), type(self)._role, *arguments[1:])
+    return make, arguments, *rest
+
+
+def _new(plain: type[nn.Module], role: Role, *arguments) -> nn.Module:
+    kind = _converted_class(plain, role)
+    return kind.__new__(kind, *arguments)

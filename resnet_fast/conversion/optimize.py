@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast import agreement, ops
 from resnet_fast.conversion.find import owners
-from resnet_fast.conversion.forward import StageForward, install, remove
+from resnet_fast.conversion.forward import Role, convert, revert
 from resnet_fast.dispatch import backends
 from resnet_fast.nn import blocks
 from resnet_fast.nn.fusion import disabled
@@ -46,7 +47,9 @@ def optimize(
         model: any module; what is not known is left as it is.
         inplace: change `model` itself; by default a deep copy is changed and returned.
         dtype: cast the model; None leaves it.
-        memory_format: of its 4-D weights; the kernels read torch.channels_last.
+        memory_format: of its 4-D weights. The GPU kernels read torch.channels_last; a CPU's need
+            none: torch.preserve_format there for what refuses channels_last parameters, such as
+            torch.optim.LBFGS, parameters_to_vector and fully_shard.
         example_input: what `verify` runs, [N, C, H, W]; by default random, [2, 3, 224, 224].
         backend: "auto", or one backend's name for all blocks (`resnet-fast check` lists them).
         strict: raise if nothing was found that could ever be fused; otherwise that is a warning.
@@ -70,12 +73,12 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"resnet_fast.optimize: model must be an nn.Module, got {type(model)}")
     backends.check_name(backend)
-    before = copy.deepcopy(model) if verify else None
-    optimized = model if inplace else copy.deepcopy(model)
+    before = _copy(model) if verify else None
+    optimized = model if inplace else _copy(model)
     if dtype is not None:
         optimized.to(dtype)
     _set_memory_format(optimized, memory_format)
-    found = _install(optimized, backend)
+    found = _convert(optimized, backend)
     if not found:
         message = (
             f"resnet_fast.optimize: nothing to fuse in {type(model).__name__}: no convolution with "
@@ -85,8 +88,8 @@ def optimize(
         if strict:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=3)  # torch's decorator is between here and the caller
-    if verify and found:
-        _verify(before.eval(), copy.deepcopy(optimized).eval(), dtype, example_input)
+    if verify:
+        _verify(before.eval(), _copy(optimized).eval(), dtype, example_input)
     return optimized
 
 
@@ -103,7 +106,7 @@ def restore(model: nn.Module) -> nn.Module:
         >>> resnet_fast.restore(model)
     """
     for module in model.modules():
-        remove(module)
+        revert(module)
     return refresh(model)
 
 
@@ -128,22 +131,46 @@ def refresh(model: nn.Module) -> nn.Module:
     return model
 
 
-def _install(model: nn.Module, backend: str) -> int:
-    """Install fused forwards; how many convolutions may now run fused, or could before."""
-    asked = backend != backends.AUTO  # else this package's own modules need nothing installed
+def _convert(model: nn.Module, backend: str) -> int:
+    """Convert what can fuse; how many convolutions may now run fused, or could before."""
+    asked = backend != backends.AUTO  # else this package's own modules need no conversion
     found = [owner for owner in owners(model) if owner.convs]
     for owner in found:
         if asked or not owner.installed:
-            install(owner.make(backend))
+            convert(owner.module, replace(owner.role, backend=backend))
     blocks_found = {owner.module for owner in found if owner.recipe.shortcut}
     for module in model.modules():
         if is_sequence(module) and not blocks_found.isdisjoint(module._modules.values()):
-            install(StageForward(module, backend=backend))
+            convert(module, Role("stage", backend=backend))
     return len({conv for owner in found for conv in owner.convs})
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy in the same modes: a graph module's is in training, whatever the module was."""
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"resnet_fast.optimize: {type(model).__name__} cannot be copied ({error}); pass "
+            "inplace=True to change the model itself"
+        ) from error
+    before, after = dict(model.named_modules()), dict(copied.named_modules())
+    if before.keys() != after.keys():
+        raise RuntimeError(
+            f"resnet_fast.optimize: a copy of {type(model).__name__} has other modules than the "
+            "model; pass inplace=True to change the model itself"
+        )
+    if copied.training != model.training:
+        copied.train(model.training)  # a feature extractor has a graph for each mode
+    for name, module in before.items():
+        after[name].training = module.training
+    return copied
 
 
 def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
     """As `model.to(memory_format=...)`, which refuses models that have 5-D weights as well."""
+    if memory_format is torch.preserve_format:
+        return
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.dim() == 4 and not tensor.is_contiguous(memory_format=memory_format):
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
@@ -151,15 +178,24 @@ def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> 
 
 @torch.inference_mode()
 def _verify(before: nn.Module, after: nn.Module, dtype, example: Tensor | None) -> None:
-    first = next(after.parameters())
-    if example is None:
+    first = next(after.parameters(), torch.empty(0))
+    given = example is not None
+    if not given:
         example = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     example = example.to(first.device)
-    exact = _outputs(copy.deepcopy(before).double(), example.double())
+    try:
+        exact = _outputs(_copy(before).double(), example.double())
+    except RuntimeError as error:
+        if given:
+            raise
+        raise RuntimeError(
+            "resnet_fast.optimize: verify ran the model on random images of shape "
+            f"{list(example.shape)}, which it does not take; pass example_input ({error})"
+        ) from error
     with disabled():
         plain = _outputs(before.to(dtype) if dtype else before, example.to(first.dtype))
     fused = _outputs(after, example.to(first.dtype))
-    k_gemm = max(p[0].numel() for p in after.parameters() if p.dim() == 4)
+    k_gemm = max((p[0].numel() for p in after.parameters() if p.dim() == 4), default=1)
     for ours, theirs, reference in zip(fused, plain, exact, strict=True):
         if ours.is_floating_point():
             verdict = agreement.compare(ours, theirs, reference, k_gemm)

@@ -13,12 +13,12 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.nn import fusion, parts
+from resnet_fast.conversion.forward import Method, Taps, class_of
+from resnet_fast.nn import parts
 from resnet_fast.nn.parts import BASIC_BLOCK, BOTTLENECK, Recipe, residual
 
 _CONV_BN_RELU = Recipe(("conv", "bn", "relu"))
@@ -93,18 +93,6 @@ KNOWN: dict[str, dict[str, Recipe]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A method that a model's forward calls, and its parts in the order they run."""
-
-    method: str
-    main: tuple[str, ...]
-
-    def stem(self, _module: nn.Module) -> Recipe:
-        """The method's recipe."""
-        return Recipe(self.main)
-
-
 # library module -> class -> what runs its stem
 METHODS: dict[str, dict[str, Method]] = {
     "timm.models.resnet": {
@@ -123,45 +111,6 @@ METHODS: dict[str, dict[str, Method]] = {
         ),
     },
 }
-
-
-def _second(_first: object, second: object) -> object:
-    return second
-
-
-@dataclass(frozen=True, slots=True)
-class Taps:
-    """A method that calls children one after the other and collects results by the way.
-
-    Args:
-        method: its name.
-        children: (module) -> the names of the children in order, and of each the key under which
-            its result is collected, or None.
-        collect: (module, a child's result) -> what is collected of it.
-        result: (x, {key: result}) -> what the method returns.
-    """
-
-    method: str
-    children: Callable[[nn.Module], Iterator[tuple[str, object]]]
-    collect: Callable[[nn.Module, object], object] = _second
-    result: Callable[[Tensor, OrderedDict], object] = _second
-
-    def stem(self, module: nn.Module) -> Recipe:
-        """The recipe of the children that run first: convolutions, norms and activations."""
-        names = []
-        for name, key in self.children(module):
-            child = module._modules.get(name)
-            if not (
-                type(child) is nn.Conv2d
-                or fusion.is_like_norm(child)
-                or fusion.is_like_activation(child)
-                or parts.is_sequence(child)
-            ):
-                break
-            names.append(name)
-            if key is not None:
-                break
-        return Recipe(tuple(names))
 
 
 def _by_return_layers(module: nn.Module) -> Iterator[tuple[str, object]]:
@@ -197,9 +146,9 @@ TAPS: dict[str, dict[str, Taps]] = {
 
 
 def recipe_for(module: nn.Module) -> Recipe | None:
-    """The recipe that the forward of the module's class follows, or None if it is not known."""
+    """The recipe that the module's forward follows, or None if it is not known."""
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
-        return parts.recipe_of(module)  # of what `optimize` put there
+        return None
     recipe = _look_up(KNOWN, module, lambda _: "forward")
     if recipe is None and parts.is_sequence(module):
         return parts.SEQUENCE
@@ -229,7 +178,7 @@ def is_own_resnet(model: nn.Module) -> bool:
 def _is_resnet_of(library: str, model: nn.Module) -> bool:
     known = getattr(sys.modules.get(library), "ResNet", None)
     return known is not None and all(
-        getattr(type(model), name, None) is getattr(known, name)
+        getattr(class_of(model), name, None) is getattr(known, name)
         for name in ("forward", "_forward_impl")
     )
 
@@ -240,7 +189,7 @@ def _look_up(table: dict[str, dict], module: nn.Module, method_of: Callable):
             for name, found in classes.items():
                 known = getattr(sys.modules[library], name, None)
                 method = method_of(found)
-                ours = getattr(type(module), method, None)
+                ours = getattr(class_of(module), method, None)
                 if ours is not None and ours is getattr(known, method, None):
                     return found
     return None

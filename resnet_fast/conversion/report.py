@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import ops
-from resnet_fast.conversion.find import Owner, left_over, owners
+from resnet_fast.conversion.find import Owner, kind_of, left_over, owners
 from resnet_fast.nn import blocks, parts
 
 UNFUSED = "aten"  # the backend that runs an op's steps one after the other
@@ -110,7 +110,7 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
     found = owners(model)
     rows = [row for row in map(_row, found) if row is not None]
     rows += [
-        Row(name or "(model)", type(module).__name__, False, "aten", reason, 0, 0)
+        Row(name or "(model)", kind_of(module), False, "aten", reason, 0, 0)
         for name, module, reason in left_over(model, found)
     ]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -129,14 +129,15 @@ def _row(owner: Owner) -> Row | None:
         reason = "call resnet_fast.optimize(model)"
     elif not ran:
         reason, left = _foretell(owner)
-    unfused = "; ".join(dict.fromkeys(why for why in record.backends.values() if why))
+    ran_by = dict(record.backends)  # another thread may add one
+    unfused = "; ".join(dict.fromkeys(why for why in ran_by.values() if why))
     calls = record.fused, record.plain
-    if reason is None and record.backends and all(map(_is_unfused, record.backends)):
+    if reason is None and ran_by and all(map(_is_unfused, ran_by)):
         reason, calls = unfused, (0, ran)
     fused = reason is None
     return Row(
         owner.name, type(owner.module).__name__, fused,
-        ", ".join(sorted(record.backends)) if fused else UNFUSED,
+        ", ".join(sorted(ran_by)) if fused else UNFUSED,
         reason or "; ".join(filter(None, (left, unfused))),
         *calls, record.merged if fused else "",
     )  # fmt: skip
@@ -153,12 +154,13 @@ def _foretell(owner: Owner) -> tuple[str | None, str]:
     if not isinstance(weight, Tensor):
         return "it has no convolution with a weight", ""
     with torch.inference_mode():
-        x = weight.new_empty((1, weight.shape[1] * convs[0].groups, 1, 1))
+        # Only its shape is looked at.
+        x = weight.new_empty(1).expand(1, weight.shape[1] * convs[0].groups, 64, 64)
         outcome = parts.parts_of(owner.module, owner.recipe, x)
         if isinstance(outcome, str):
             return outcome, ""
-    forward = owner.module.__dict__.get("forward")
-    asked = getattr(forward, "backend", "auto") == UNFUSED
+    role = getattr(type(owner.module), "_role", None)
+    asked = role is not None and role.backend == UNFUSED
     chosen, whys = ops.explain(weight.device.type, str(weight.dtype).removeprefix("torch."))
     here = (why for why in whys.values() if not why.startswith("runs on "))
     unfused = (asked and ASKED) or (chosen == UNFUSED and "; ".join(dict.fromkeys(here)))

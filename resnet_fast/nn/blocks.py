@@ -31,6 +31,7 @@ from resnet_fast.nn.parts import (
     fusable,
     is_sequence,
     parts_of,
+    shape_after,
 )
 from resnet_fast.nn.program import (
     Bound,
@@ -44,7 +45,6 @@ from resnet_fast.nn.program import (
     remember,
 )
 from resnet_fast.nn.stem import PooledProgram, PooledStep, stem_call
-from resnet_fast.spec import conv_output_size
 
 _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 
@@ -52,9 +52,7 @@ _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictiona
 def record_of(module: nn.Module) -> Record:
     """How a block, or a model's stem, has run so far; a new record if it has not."""
     record = _records.get(module)
-    if record is None:
-        record = _records[module] = Record()
-    return record
+    return _records.setdefault(module, Record()) if record is None else record
 
 
 def forget_programs(model: nn.Module) -> None:
@@ -66,8 +64,7 @@ def forget_programs(model: nn.Module) -> None:
 
 def fuses_stem(model: nn.Module) -> bool:
     """Whether calling `model` runs `resnet_forward`."""
-    forward = model.__dict__.get("forward")
-    return getattr(type(model) if forward is None else forward, "fuses_stem", False)
+    return "forward" not in model.__dict__ and getattr(type(model), "fuses_stem", False)
 
 
 # ---- forwards
@@ -316,9 +313,10 @@ def _join_step(
     """The block's end as one op, where one kernel would run it; else None."""
     if not _may_join(parts, x, backend):
         return None
-    h = x
+    shape = x.shape
     for part in parts.main[:-1]:
-        h = _shape_after(part.unit, h)
+        shape = shape_after(part.unit, shape)
+    h = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     main, other = parts.main[-1].unit, parts.shortcut[0].unit
     try:
         plan = ops.plan_of_join(fusion.join_call(main, other, h, x, backend))
@@ -331,17 +329,6 @@ def _join_step(
     record.merged = "conv_bn_join"
     steps[-1].record = projection.record = None  # see `Step`
     return JoinStep(steps[-1], projection, plan)
-
-
-def _shape_after(unit: Unit, x: Tensor) -> Tensor:
-    """An empty tensor as the unit's op returns it for x."""
-    conv = unit.conv
-    sizes = zip(
-        *(x.shape[2:], unit.weight.shape[2:], conv.stride, conv.padding, conv.dilation),
-        strict=True,
-    )
-    shape = (x.shape[0], unit.weight.shape[0], *(max(conv_output_size(*size), 0) for size in sizes))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _may_join(parts: Parts, x: Tensor, backend: str) -> bool:

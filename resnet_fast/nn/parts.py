@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from resnet_fast.nn import fusion
 from resnet_fast.nn.fusion import Unit
+from resnet_fast.spec import conv_output_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,18 +114,16 @@ class Parts(NamedTuple):
 def fusable(module: nn.Module) -> Fusable | None:
     """How calling `module` would try to fuse, or None if it would not.
 
-    True of a class that has a `recipe` beside its forward, and of an instance whose forward was
-    replaced by `optimize`; not of a subclass that overrides the forward.
+    True of a class that has a `recipe` beside its forward; not of a subclass that overrides the
+    forward, nor of an instance that has one of its own.
     """
-    kind, forward = type(module), module.__dict__.get("forward")
-    if forward is not None:
-        recipe = getattr(forward, "recipe", None)
-        plain = getattr(kind, "_forward_plain", kind.forward)
-        return recipe and Fusable(recipe, forward.backend, plain)
+    kind = type(module)
     recipe = getattr(kind, "recipe", None)
-    if recipe is None or "recipe" not in _owner(kind, "forward").__dict__:
+    if recipe is None or "forward" in module.__dict__:
         return None
-    return Fusable(recipe, "auto", kind._forward_plain)
+    if "recipe" not in _owner(kind, "forward").__dict__:
+        return None
+    return Fusable(recipe, getattr(kind, "backend", "auto"), kind._forward_plain)
 
 
 def _owner(kind: type, attribute: str) -> type:
@@ -139,10 +138,11 @@ def recipe_of(module: nn.Module) -> Recipe | None:
 
 def is_sequence(module: nn.Module) -> bool:
     """Whether calling it runs its children one after the other and nothing else."""
-    if type(module).forward is not nn.Sequential.forward or fusion.has_hooks(module):
+    kind = type(module)
+    forward = getattr(kind, "forward", None)  # a scripted module's class has none
+    if forward is not nn.Sequential.forward and not getattr(kind, "runs_chain", False):
         return False
-    forward = module.__dict__.get("forward")
-    return forward is None or getattr(forward, "runs_chain", False)
+    return "forward" not in module.__dict__ and not fusion.has_hooks(module)
 
 
 # ---- what is there
@@ -266,7 +266,31 @@ def parts_of(owner: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
     if not recipe.shortcut:  # a pool in a sequence needs no words
         left = [words for words in left if not words.endswith(BY_ITSELF)]
     parts = Parts(main, shortcut, adds, joins, after, bypassed, "; ".join(dict.fromkeys(left)))
-    return parts if parts.is_whole else _called_refusal(parts, x) or parts
+    return (_misfit if parts.is_whole else _called_refusal)(parts, x) or parts
+
+
+def _misfit(parts: Parts, x: Tensor) -> str | None:
+    """Why the maps do not fit each other, which torch's own error will say; else None."""
+    shape = x.shape
+    for part in parts.main:
+        if part.unit.channels != shape[1]:
+            return f"a convolution takes {part.unit.channels} channels, it is given {shape[1]}"
+        shape = shape_after(part.unit, shape)
+    shortcut = x.shape
+    if parts.shortcut:
+        shortcut = shape_after(parts.shortcut[0].unit, shortcut)
+    if parts.adds and shape != shortcut:
+        return f"the convolutions end in {list(shape)}, the shortcut in {list(shortcut)}"
+    return None
+
+
+def shape_after(unit: Unit, shape: torch.Size) -> torch.Size:
+    """The shape of what the unit's op returns for a tensor of this one; 0 where nothing is left."""
+    conv, (n, _, *sizes) = unit.conv, shape
+    each = zip(
+        *(sizes, unit.weight.shape[2:], conv.stride, conv.padding, conv.dilation), strict=True
+    )
+    return torch.Size((n, unit.weight.shape[0], *(max(conv_output_size(*of), 0) for of in each)))
 
 
 def _missing(owner: nn.Module, recipe: Recipe) -> str | None:

@@ -203,7 +203,10 @@ def _tensors(*args) -> tuple[Tensor | None, ...]:
     return (*call[:6], call.image_mean, call.image_std)
 
 
-stem_pool_op = _library.register(NAME, SCHEMA, _implementation, _fake, _tensors)
+stem_pool_op = _library.register(
+    *(NAME, SCHEMA, _implementation, _fake, _tensors),
+    reference=lambda *args: reference(*StemCall(*args)[:-1]),
+)
 
 
 def _under_autocast(device: str):
@@ -267,7 +270,8 @@ def stem_pool(
 
     Raises:
         ArgumentError: a ValueError that names the argument, what was expected and what was given.
-        RuntimeError: a gradient would be needed; the op has none.
+
+    Its gradient is computed anew by torch's own functions, as `conv_bn_act`'s is.
 
     Example:
         >>> image = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8)

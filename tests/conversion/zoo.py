@@ -71,10 +71,17 @@ def _timm(name: str, label: str = "", **options) -> Case:
 
 SMALL = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 1]}
 DETR = {
-    **{"use_timm_backbone": False, "backbone": None, "use_pretrained_backbone": False},
-    **{"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 3},
-    **{"encoder_ffn_dim": 16, "decoder_ffn_dim": 16},
-    **{"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+    "use_timm_backbone": False,
+    "backbone": None,
+    "use_pretrained_backbone": False,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "num_queries": 3,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
 }
 
 
