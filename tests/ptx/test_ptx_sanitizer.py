@@ -312,7 +312,7 @@ def test_a_warpgroup_beside_another_warp_in_several_blocks():
         ("wait at a barrier that the others do not reach",
          "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;"),
         ("bar.sync.*by a partial warp: 16 lanes",
-         "setp.lt.u32 %p1, %r0, 16; @%p1 bra skip; bar.sync 0; skip:"),
+         "setp.lt.u32 %p1, %r0, 16; @%p1 bra skip; bar.sync 0; skip: bar.sync 1;"),
         ("0 wait at a barrier.*64 wait for an mbarrier",
          "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [tile], 2; bar.sync 0;"
          "@%p1 mbarrier.arrive.shared.b64 _, [tile];"
@@ -323,7 +323,13 @@ def test_a_warpgroup_beside_another_warp_in_several_blocks():
          "mbarrier.arrive.shared.b64 _, [tile], 2;"),
         ("shfl.sync.*partial warp",
          "setp.eq.u32 %p1, %r0, 3; @%p1 bra skip;"
-         "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xffffffff; skip:"),
+         "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xffffffff; skip: bar.sync 0;"),
+        ("vote.sync.*1 lanes wait for others",
+         "setp.lt.u32 %p1, %r0, 2; @!%p1 bra skip; setp.eq.u32 %p2, %r0, 0;"
+         "selp.b32 %r2, 3, 2, %p2; vote.sync.any.pred %p3, 1, %r2; skip: bar.sync 0;"),
+        ("shfl.sync.*reads a lane that takes no part",
+         "and.b32 %r2, %r0, 16; mov.u32 %r3, 0xffff; shl.b32 %r3, %r3, %r2;"
+         "shfl.sync.bfly.b32 %r1, %r0, 16, 31, %r3;"),
         ("its own member mask leaves out", "vote.sync.any.pred %p1, 1, 0xffff;"),
         ("reads a lane that takes no part",
          "setp.ge.u32 %p1, %r0, 16; @%p1 bra skip;"

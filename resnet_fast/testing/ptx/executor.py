@@ -226,7 +226,7 @@ class Executor:
         if len(partial):
             thread = int(partial[0])
             self.at = int(batch.pc[thread])
-            mates = partial[partial // 32 == thread // 32]
+            mates = partial[(partial // 32 == thread // 32) & (batch.pc[partial] == self.at)]
             raise Fault(
                 f"by a partial warp: {len(mates)} lanes wait for others that do not come",
                 thread,

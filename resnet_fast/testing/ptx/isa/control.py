@@ -24,6 +24,7 @@ def leave(batch, ins):
         threads = batch.indices(m)
         for callback in batch.at_exit:
             callback(threads)
+        batch.wake_collectives(threads)
         batch.state[threads] = EXITED
         batch.valid[:, threads] = np.maximum(batch.valid[:, threads], 1)
         batch.progress += 1
