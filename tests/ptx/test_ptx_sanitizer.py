@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from ptx_helpers import kernel
+from ptx_helpers import HEAD, kernel
 
 from resnet_fast.testing import ptx
 
@@ -360,6 +360,9 @@ def test_unknown_text_is_named_with_its_line():
         ptx.PtxError, match=r"line \d+: unknown instruction frobnicate\.u32"
     ) as first:
         kernel("frobnicate.u32 %r1, %r0;")
+    loose = ptx.Module(f"{HEAD}.entry k() {{ .reg .b32 %r; frob.u32 %r; }}", strict=False)
+    with pytest.raises(ptx.PtxError, match=r"line \d+: unknown instruction frob\.u32"):
+        loose.kernel("k").launch(1, 1, [])
     with pytest.raises(ptx.PtxError, match=r"unknown modifier \.wrong") as second:
         kernel("\n\nadd.wrong.u32 %r1, %r0, %r0;")
     assert second.value.line == first.value.line + 2

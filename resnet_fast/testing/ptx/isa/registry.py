@@ -55,9 +55,16 @@ def find(opcode: str) -> Spec | None:
     return None
 
 
+def spec_of(ins: Instruction) -> Spec:
+    """Raises PtxError where there is none."""
+    if spec := find(ins.opcode):
+        return spec
+    raise PtxError(f"unknown instruction {ins.opcode}", ins.line)
+
+
 def reads_and_writes(ins: Instruction):
     """(registers read, registers written); an address is read even where it stands first."""
-    spec = find(ins.opcode)
+    spec = spec_of(ins)
     reads, writes = [], []
     for i, operand in enumerate(ins.operands):
         target = writes if i in spec.writes and not isinstance(operand, Address) else reads
@@ -67,9 +74,7 @@ def reads_and_writes(ins: Instruction):
 
 def compile_instruction(batch, ins: Instruction, index: int):
     """run(m) with the guard applied."""
-    spec = find(ins.opcode)
-    if spec is None:
-        raise PtxError(f"unknown instruction {ins.opcode}", ins.line)
+    spec = spec_of(ins)
     try:
         run = spec.build(batch, ins)
     except PtxError as error:
