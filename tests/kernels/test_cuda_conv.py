@@ -193,6 +193,12 @@ def test_residual_may_be_out(compile_pool):
     assert_no_faults(compile_pool, machine.in_place_faults, jobs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_norm_is_seen(compile_pool, dtype):
+    jobs = [job(replace(CONV3X3, dtype=dtype), tile) for tile in SPLITS]
+    assert_no_faults(compile_pool, machine.norm_faults, jobs)
+
+
 def test_beyond_32_bits(compile_pool):
     """x, residual and y pass 2^31 elements; with a split the workspace; images lie 2^30 apart."""
     spec = ConvSpec(2**17 + 2, 16, 16, 64, 64, 3, 3, (1, 1), (1, 1), residual=True, norm=True)

@@ -86,6 +86,11 @@ def test_residual_may_be_out(compile_pool, arch):
 
 
 @ARCHITECTURES
+def test_a_wrong_norm_is_seen(compile_pool, arch):
+    assert_no_faults(compile_pool, machine.norm_faults, forms(arch))
+
+
+@ARCHITECTURES
 def test_beyond_32_bits(compile_pool, arch):
     """x, residual and y pass 2^31 elements; then, with a split, the workspace does."""
     spec = ConvSpec(2**17 + 2, 16, 16, 64, 64, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
