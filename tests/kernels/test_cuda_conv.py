@@ -200,9 +200,11 @@ def test_a_wrong_norm_is_seen(compile_pool, dtype):
 
 
 def test_beyond_32_bits(compile_pool):
-    """x, residual and y pass 2^31 elements; with a split the workspace; images lie 2^30 apart."""
+    """x, residual and y pass 2^31 elements, the last share of a split begins beyond 2^32, signed
+    and unsigned 32 bits; images lie 2^30 apart."""
     spec = ConvSpec(2**17 + 2, 16, 16, 64, 64, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
-    split = job(replace(spec, n=2**15 + 2), replace(TILE, SPLIT_K=4))
+    split = job(replace(spec, n=2**15 + 2), replace(TILE, SPLIT_K=9))
+    assert 8 * split.spec.m * split.spec.k > 2**32
     assert_no_faults(compile_pool, machine.beyond_32_bits_faults, [job(spec), split])
     apart = ConvSpec(3, 5, 5, 32, 32, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
     pointwise = replace(apart, r=1, s=1, padding=(0, 0))
