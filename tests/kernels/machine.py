@@ -113,7 +113,11 @@ def traffic_faults(job: Job, kernels, runs) -> list[str]:
     ours = job.source is cuda_kernels.conv_kernels
     readers = 1 if ours else job.tile.NUM_WARPS  # of each vector along channels, in a tile
     minima = [sectors.of_gemm(job.spec, job.tile, readers)]
-    minima += [sectors.of_reduction(job.spec, job.tile, kernel.grid[0]) for kernel in kernels[1:]]
+    for reduction in kernels[1:]:
+        # A Triton block reads the vectors of its columns once; a warp of ours, those of 128 sums,
+        # which lie in one or two rows, or in several where these are shorter.
+        times = job.spec.m * min(job.spec.k, 128) // 128 if ours else reduction.grid[0]
+        minima.append(sectors.of_reduction(job.spec, job.tile, times))
     faults = []
     for kernel, done, minimum in zip(kernels, runs, minima, strict=True):
         counters = done.counters

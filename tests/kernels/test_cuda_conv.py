@@ -135,6 +135,16 @@ def test_every_tile(compile_pool, dtype):
     assert_no_faults(compile_pool, machine.conv_faults, tile_jobs((80,), (dtype,)))
 
 
+def test_whole_tiles_with_a_split(compile_pool):
+    """Sectors of the shares and of their sum, where the columns are fewer than a warp's sums, and
+    more."""
+    spec = ConvSpec(1, 8, 8, 160, 64, 1, 1, residual=True, norm=True)
+    specs = (spec, replace(spec, k=192, norm=False), replace(spec, dtype="bfloat16"))
+    jobs = [job(s, replace(TILE, SPLIT_K=2)) for s in (*specs, replace(spec, dtype="float32"))]
+    assert all(machine.is_whole(j.spec, j.tile) for j in jobs)
+    assert_no_faults(compile_pool, machine.conv_faults, jobs)
+
+
 def test_every_tile_cut(compile_pool):
     """Tiles that are cut in M and N, a last step that is cut in K, and split sums."""
     jobs = []
