@@ -37,6 +37,39 @@ def test_global_bounds():
     fails("read-only", "st.global.u8 [%rd0], %r0;", np.frombuffer(b"abcd", np.uint8))
 
 
+CONSTANT = """
+mad.wide.u32 %rd2, %r0, 4, %rd0; mad.wide.u32 %rd3, %r0, 4, %rd1;
+ld.global.nc.u32 %r1, [%rd3]; st.global.u32 [%rd2], %r1; bar.sync 0;
+ld.global.nc.u32 %r2, [%rd3]; add.u32 %r2, %r2, %r1; ATOMIC st.global.u32 [%rd2], %r2;
+"""
+
+
+def test_what_nc_loads_read_stays_constant():
+    """The same kernel with its input as output, as a residual that is the output would be."""
+    x, out, text = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32), CONSTANT
+    run(text.replace("ATOMIC", ""), out, x)
+    np.testing.assert_array_equal(out, 2 * np.arange(64))
+    fails("global store over bytes that this launch has read by ld.global.nc",
+          text.replace("ATOMIC", ""), x, x)  # fmt: skip
+    fails("global atomic over bytes that this launch has read by ld.global.nc",
+          text.replace("ATOMIC", "red.global.add.u32 [%rd3], 1;"), out, x)  # fmt: skip
+    run(text.replace("ATOMIC", "").replace(".nc", ""), x, x)
+    stored = "st.global.u32 [%rd2], %r0; ld.global.nc.u8 %r1, [%rd2+3];"
+    fails("ld.global.nc of bytes that this launch has stored", text[: text.index("ld")] + stored,
+          out, x)  # fmt: skip
+    # blocks that run one after the other, each storing what the next one reads
+    later = "mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd2, %r1, 4, %rd0;"
+    later += "ld.global.nc.u32 %r2, [%rd2]; st.global.u32 [%rd2+4], %r2;"
+    with pytest.raises(ptx.PtxError, match="has stored"):
+        kernel(later).launch(64, 1024, [np.zeros(65, np.uint32)])
+
+
+def test_atomics_need_a_writable_array():
+    readable = np.frombuffer(bytes(4), np.uint32)
+    fails("global atomic into a read-only array", "red.global.add.u32 [%rd0], 1;", readable)
+    fails("global atomic into a read-only array", "atom.global.add.u32 %r1, [%rd0], 1;", readable)
+
+
 def test_a_slice_is_bounded_by_itself():
     whole = np.arange(100, dtype=np.uint32)
     run("ld.global.u32 %r1, [%rd0+196];", whole[10:60])
@@ -158,6 +191,24 @@ def test_cp_async(match, body):
     fault = body[body.index("FAULT{") : body.index("}") + 1]
     run(COPY + body.replace(fault, fault[6:-1]))
     fails(match, COPY + body.replace(fault, ""))
+
+
+def test_the_source_of_an_asynchronous_copy_is_overwritten():
+    """By anyone, before the wait; what lies beside it may be written."""
+    store, wait = "xor.b32 %r5, %r0, 32; mad.wide.u32 %rd2, %r5, 4, %rd0;", "cp.async.wait_all;"
+    store += "st.global.u32 [%rd2], %r0;"
+    match = "over bytes that an asynchronous copy still reads: its wait is missing"
+    run(COPY + wait + "bar.sync 0;" + store)
+    fails("global store " + match, COPY + store + wait)
+    run(COPY + store.replace("[%rd2]", "[%rd2+256]") + wait)
+    atomic = "red.global.add.u32 [%rd1], 1;"
+    run(COPY + wait + atomic)
+    fails("global atomic " + match, COPY + atomic + wait)
+    nothing = COPY.replace("[%rd1], 4;", "[%rd1], 4, 0;")  # bytes of the source
+    run(nothing + store + wait)
+    x, out = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
+    fails("global store " + match, bulk(WAIT="@%p1 st.global.u32 [%rd0+252], %r0;" + WAIT), x, out)
+    run(bulk(AGAIN="@%p1 st.global.u32 [%rd0+252], %r0;"), x, out)
 
 
 BULK = """

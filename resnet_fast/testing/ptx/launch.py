@@ -214,7 +214,7 @@ class Kernel:
         used = {s for ins in self.function.body for s in _symbols(ins.operands)}
         arrays += [a for name, a in self.module._storage.items() if name in used]
         counters = Counters()
-        memory = GlobalMemory(arrays, counters)
+        memory = GlobalMemory(arrays, counters, [self.function])
         params = np.frombuffer(self._pack(args), np.uint8)
         todo = _block_list(grid, blocks)
         threads = -(-int(np.prod(block)) // 32) * 32
