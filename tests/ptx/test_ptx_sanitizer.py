@@ -130,15 +130,43 @@ def test_races(match, body):
     fails(match, MINE + body.replace("BARRIER", ""))
 
 
-def test_two_warps_write_one_word_at_once():
-    fails("two warps write the same shared bytes at once", "st.shared.u32 [tile], %r0;")
-    run("and.b32 %r1, %r0, 1; shl.b32 %r1, %r1, 1; st.shared.u32 [tile], %r0;", threads=32)
+def test_one_word_is_written_at_once():
+    """The same value may be: by two warps, and by lanes of a warp."""
+    fails("two warps write different values to the same shared bytes at once",
+          "st.shared.u32 [tile], %r0;")  # fmt: skip
+    fails("lanes of a warp write different values to the same shared bytes at once",
+          "st.shared.u32 [tile], %r0;", threads=32)  # fmt: skip
+    run("st.shared.u32 [tile], 7; bar.sync 0; ld.shared.u32 %r1, [tile];")
+    fails("race: shared store over bytes that warp 1 wrote",
+          "st.shared.u32 [tile], 7; st.shared.u32 [tile], %r0;")  # fmt: skip
+
+
+TURNS = """
+setp.lt.u32 %p1, %r0, 32; @!%p1 bra later;
+st.shared.u32 [tile], 7; bra both;
+later: st.shared.u32 [tile], 7; LATER both: bar.sync 0; ld.shared.u32 %r1, [tile];
+"""
+
+
+def test_one_value_is_written_in_turns():
+    """Nobody sees which warp wrote it; but another value must not meet the first one's store."""
+    run(TURNS.replace("LATER", ""))
+    other = TURNS.replace(
+        "later: st.shared.u32 [tile], 7; LATER", "later: st.shared.u32 [tile], 8;"
+    )
+    fails("race: shared store over bytes that warp . wrote", other)
+    fails("race: shared store over bytes that warp . may still read",
+          TURNS.replace("LATER", "st.shared.u32 [tile], 8;"))  # fmt: skip
+    fails(
+        "race: shared load of bytes that warp . wrote",
+        TURNS.replace("LATER", "").replace("bar.sync 0;", ""),
+    )
 
 
 def test_halves_of_a_word_do_not_race():
     run(
         "shr.u32 %r1, %r0, 5; shl.b32 %r1, %r1, 1; mov.u32 %r2, tile; add.u32 %r1, %r1, %r2;"
-        "cvt.u16.u32 %h0, %r0; st.shared.u16 [%r1], %h0;"
+        "cvt.u16.u32 %h0, %r1; st.shared.u16 [%r1], %h0;"
     )
 
 
