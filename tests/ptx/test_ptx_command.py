@@ -49,7 +49,7 @@ def test_scopes_have_their_own_registers_and_labels():
     text = f"""{HEAD}.visible .entry k(.param .u64 out) {{
     .reg .b32 %r<4>; .reg .b64 %rd<2>; .reg .pred %p;
     ld.param.u64 %rd0, [out]; mov.u32 %r0, 0; mov.u32 %r1, 7;
-    {{ .reg .b32 %r1; mov.u32 %r1, 100; again: add.u32 %r0, %r0, 1;
+    {{.reg.b32     %r1; mov.u32 %r1, 100; again: add.u32 %r0, %r0, 1;
        setp.lt.u32 %p, %r0, 3; @%p bra again; }}
     {{ again: add.u32 %r0, %r0, 10; setp.lt.u32 %p, %r0, 30; @%p bra again; }}
     add.u32 %r0, %r0, %r1; st.global.u32 [%rd0], %r0; ret; }}"""

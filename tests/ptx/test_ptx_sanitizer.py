@@ -389,7 +389,9 @@ def test_a_warpgroup_beside_another_warp_in_several_blocks():
     ("match", "body"),
     [
         ("wait at a barrier that the others do not reach",
-         "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;"),
+         "setp.lt.u32 %p1, %r0, 32; @%p1 bra end; bar.sync 0; end: bar.sync 1;"),
+        ("32 wait at a barrier.*32 have exited",
+         "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0, 64;"),
         ("bar.sync.*by a partial warp: 16 lanes",
          "setp.lt.u32 %p1, %r0, 16; @%p1 bra skip; bar.sync 0; skip: bar.sync 1;"),
         ("0 wait at a barrier.*64 wait for an mbarrier",
@@ -432,6 +434,34 @@ def test_barriers_and_collectives(match, body):
             kernel(body).launch(1, 32, [np.zeros(1, np.uint32)], max_steps=100_000)
         return
     fails(match, body)
+
+
+EXITS = """
+setp.ge.u32 %p1, %r0, 40; setp.lt.u32 %p2, %r0, 88; and.pred %p1, %p1, %p2; FIRST
+mov.u32 %r2, tile; mad.lo.u32 %r2, %r0, 4, %r2; st.shared.u32 [%r2], %r0; BARRIER
+xor.b32 %r3, %r0, 127; mov.u32 %r2, tile; mad.lo.u32 %r2, %r3, 4, %r2; ld.shared.u32 %r4, [%r2];
+mad.wide.u32 %rd1, %r0, 4, %rd0; st.global.u32 [%rd1], %r4; end:
+"""
+
+
+@pytest.mark.parametrize("leave", ["@!%p1 ret;", "@!%p1 bra end;"], ids=["early", "late"])
+def test_a_barrier_does_not_wait_for_those_who_exited(leave):
+    """Threads 40 to 87 exchange, two warps of them in part; the others exit before these come, or
+    while they wait."""
+    text = EXITS.replace("FIRST", leave)
+    out = np.zeros(128, np.uint32)
+    run(text.replace("BARRIER", "bar.sync 0;"), out, threads=128)
+    inside = (np.arange(128) >= 40) & (np.arange(128) < 88)
+    np.testing.assert_array_equal(out, np.where(inside, 127 - np.arange(128), 0))
+    vote = "bar.red.popc.u32 %r5, 0, %p1; bar.red.and.pred %p3, 0, %p1; @!%p3 trap;"
+    vote += "setp.eq.u32 %p3, %r5, 48; @!%p3 trap;"
+    run(text.replace("BARRIER", vote), out, threads=128)
+
+
+def test_who_exits_orders_nothing():
+    """Warp 0 stores and exits without a barrier; that the others pass theirs tells them nothing."""
+    body = "setp.lt.u32 %p1, %r0, 32; @%p1 st.shared.u32 [tile], 5; @%p1 ret; bar.sync 0;"
+    fails("race: shared load of bytes that warp 0 wrote", body + "ld.shared.u32 %r1, [tile];")
 
 
 def test_unknown_text_is_named_with_its_line():

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from ptx_helpers import kernel
 
+from resnet_fast.testing import ptx
+
 pytestmark = pytest.mark.usefixtures("place")
 
 STORE = "mad.wide.u32 %rd10, %r0, 4, %rd0; st.global.u32 [%rd10], %r1;"
@@ -110,6 +112,19 @@ def test_a_lane_that_exits_is_not_waited_for():
     np.testing.assert_array_equal(run(late + vote + "end:"), want)
     early = "setp.ge.u32 %p1, %r0, 8; @!%p1 ret; setp.ge.u32 %p2, %r0, 16; @%p2 ret;"
     np.testing.assert_array_equal(run(early + vote), want)
+
+
+def test_a_leader_alone_has_a_value():
+    """As where one lane of those that are together adds for all of them, and tells the others."""
+    body = """
+    setp.eq.u32 %p1, %r0, 5; setp.ge.u32 %p2, %r0, 5; @!%p2 ret; activemask.b32 %r5;
+    @%p1 mov.u32 %r2, 40;
+    shfl.sync.idx.b32 %r1, %r2, LEADER, 31, %r5;
+    """
+    np.testing.assert_array_equal(run(body.replace("LEADER", "5") + STORE), 40 * (LANE >= 5))
+    with pytest.raises(ptx.PtxError, match="register %r2 is read but nothing wrote it") as error:
+        run(body.replace("LEADER", "6") + STORE)
+    assert error.value.thread == (6, 0, 0)
 
 
 ATOMICS = {  # operation, operand -> result of 32 threads on 100

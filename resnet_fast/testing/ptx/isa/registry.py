@@ -28,17 +28,18 @@ class Spec:
     writes: tuple[int, ...]  # operands that are destinations
     control: bool  # may jump, wait or exit
     together: str  # who must come together: "", "warp", "warpgroup", or "mask", the last operand
+    own: tuple[int, ...]  # operands whose registers the builder's run(m) checks itself
 
 
 _specs: dict[str, Spec] = {}
 
 
-def instruction(*names, kind, writes: tuple[int, ...] = (0,), control=False, together=""):
+def instruction(*names, kind, writes: tuple[int, ...] = (0,), control=False, together="", own=()):
     """Register a builder for every opcode that begins with one of these dotted names."""
 
     def register(build):
         for name in names:
-            _specs[name] = Spec(build, kind, writes, control, together)
+            _specs[name] = Spec(build, kind, writes, control, together, own)
         return build
 
     return register
@@ -63,10 +64,15 @@ def spec_of(ins: Instruction) -> Spec:
 
 
 def reads_and_writes(ins: Instruction):
-    """(registers read, registers written); an address is read even where it stands first."""
+    """(registers read, registers written); an address is read even where it stands first.
+
+    Without those that the instruction checks itself.
+    """
     spec = spec_of(ins)
     reads, writes = [], []
     for i, operand in enumerate(ins.operands):
+        if i in spec.own:
+            continue
         target = writes if i in spec.writes and not isinstance(operand, Address) else reads
         target.extend(registers_of(operand))
     return reads, writes

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..batch import EXITED
 from ..errors import Fault
-from ..syntax import Pair, Sink
+from ..syntax import Pair, Sink, registers_of
 from .registry import at, instruction, put
 
 
@@ -40,15 +40,17 @@ def members(batch, m, mask, what: str):
     return rows, active
 
 
-@instruction("shfl.sync", kind="shuffle", together="mask")
+@instruction("shfl.sync", kind="shuffle", together="mask", own=(1,))
 def shuffle(batch, ins):
+    """Only the lanes that are read need have a value, as where a leader alone has the result."""
     mode = ins.modifiers[1]
     target = ins.operands[0]
     first, second = (target.first, target.second) if isinstance(target, Pair) else (target, Sink())
     out, p = batch.write(first, "b32", ins.line), batch.write(second, "pred", ins.line)
     a = batch.read(ins.operands[1], "b32", ins.line)
     b, c, mask = (batch.read(o, "b32", ins.line) for o in ins.operands[2:5])
-    lane = np.arange(32)
+    source = [batch.register_index(r) for r in registers_of(ins.operands[1])]
+    lane, index = np.arange(32), batch.building
 
     def run(m):
         rows, active = members(batch, m, mask, ins.opcode)
@@ -76,6 +78,10 @@ def shuffle(batch, ins):
             raise Fault(f"{ins.opcode} reads a lane that takes no part", int(bad))
         values = np.take_along_axis(a[rows], j & 31, axis=1)
         threads = rows[active]
+        sources = np.take_along_axis(rows, j & 31, axis=1)[active]
+        for register in source:
+            if not batch.full[register]:
+                batch.executor.readable(register, index, sources)
         out[threads] = values[active]
         p[threads] = inside[active]
 
