@@ -108,6 +108,12 @@ def test_nan_passes(compile_pool):
     assert_no_faults(compile_pool, join_checks.nan_faults, jobs)
 
 
+def test_a_wrong_norm_is_seen(compile_pool):
+    spec = join_cases.join(2, 3, 5, 64, 96, 48, stride=(2, 2), odd=(1, 0))
+    jobs = [job(spec, SMALL, dtype) for dtype in DTYPES]
+    assert_no_faults(compile_pool, join_checks.norm_faults, jobs)
+
+
 def test_beyond_32_bits(compile_pool):
     """x, h and y pass 2^31 elements."""
     source = cuda_kernels.join_kernels

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from . import limits
 from .batch import Batch
 from .counters import Counters
 from .errors import PtxError
@@ -72,8 +73,10 @@ class Module:
         return {f.name: f for f in self.functions.values() if f.entry and f.defined}
 
     def problems(self):
-        """(instruction, PtxError) of everything in the kernels that the machine does not know."""
+        """(instruction or None, PtxError) of everything in the kernels that is not supported."""
         for function in self.kernels.values():
+            if reason := limits.clusters(function):
+                yield None, PtxError(reason, function.line)
             known = [ins for ins in function.body if find(ins.opcode)]
             for ins in function.body:
                 if not find(ins.opcode):
@@ -193,26 +196,28 @@ class Kernel:
                 in place), ints, floats, None (a null pointer), TensorMap, bytes for a struct, or
                 Struct where it holds addresses.
                 Trailing 8-byte parameters may be left out and are null: Triton's scratch pointers.
-            shared_bytes: dynamic shared memory.
+            shared_bytes: dynamic shared memory of a block.
             blocks: block indices (x, y, z), or x, to run instead of the whole grid.
             max_steps: instructions after which a run is taken for endless.
         Returns: Run, with exact counters.
         Raises: PtxError at the first fault, with kernel, line, block and thread; ValueError for
-            arguments that do not fit the parameters.
+            arguments that do not fit the parameters, and where a GPU would refuse the launch.
         """
         grid, block = _extents(grid), _extents(block)
+        layout = self._layout(shared_bytes)
+        limits.check_launch(self.function, self.module.target, grid, block, layout.shared)
+        if reason := limits.clusters(self.function):
+            raise PtxError(reason, self.function.line, self.name)
         arrays = [a for a in args if _is_array(a)]
         arrays += [a.array for a in args if isinstance(a, TensorMap)]
         arrays += [array for a in args if isinstance(a, Struct) for array in a.arrays]
         used = {s for ins in self.function.body for s in _symbols(ins.operands)}
         arrays += [a for name, a in self.module._storage.items() if name in used]
         counters = Counters()
-        memory = GlobalMemory(arrays, counters)
+        memory = GlobalMemory(arrays, counters, [self.function])
         params = np.frombuffer(self._pack(args), np.uint8)
-        layout = self._layout(shared_bytes)
         todo = _block_list(grid, blocks)
         threads = -(-int(np.prod(block)) // 32) * 32
-        self._check_block(block)
         step = max(1, BATCH_THREADS // threads)
         issued = np.zeros(len(self.function.body), np.int64)
         for i in range(0, len(todo), step):
@@ -227,13 +232,6 @@ class Kernel:
             if n:
                 lines[ins.line] = lines.get(ins.line, 0) + int(n)
         return Run(counters, len(todo), lines)
-
-    def _check_block(self, block) -> None:
-        required = self.function.directives.get(".reqntid")
-        if required:
-            wanted = [int(x) for x in required.split(",")]
-            if tuple(wanted + [1] * (3 - len(wanted))) != block:
-                raise ValueError(f"{self.name} requires blocks of {wanted} threads, got {block}")
 
     def _classify(self, issued, counters) -> None:
         for ins, count in zip(self.function.body, issued, strict=True):
