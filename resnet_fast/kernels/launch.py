@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
@@ -97,10 +98,23 @@ class Launch:
         def run(*leading) -> None:
             nonlocal runner
             if runner is None:
-                runner = self.compile(arch)[self.grid]
+                runner = self._kept(arch)[self.grid]
             runner(*leading, *trailing)
 
         return run
+
+    def _kept(self, arch: int) -> CompiledKernel:
+        """The compiled kernel for the current device, the same for all launches that need it."""
+        options = (self.num_warps, self.num_stages, arch, torch.cuda.current_device())
+        key = (self.source().hash(), *options)
+        kernel = _kernels.get(key)
+        return kernel or _kernels.setdefault(key, self.compile(arch))
+
+
+# By source, options and device, for the life of the process. A compiled kernel unloads its module
+# when it is collected, and whoever keeps a launch may drop it at any time: but a recorded CUDA
+# graph launches the kernel still, and an unloading breaks a recording that is under way.
+_kernels: dict[tuple, CompiledKernel] = {}
 
 
 # (launch, arch) -> a function of the leading arguments: `Launch.bind`, or a test's stand-in.
