@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resnet_fast import cli, tune
+from resnet_fast import _hardware, cli, tune
 from resnet_fast.dispatch import backends, heuristics, tuning
 from resnet_fast.spec import ConvSpec
 from resnet_fast.testing import cases
@@ -37,6 +37,7 @@ def gpu(built, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: GPU)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr("resnet_fast._hardware.gpu_of", lambda device: _hardware.GPUS[80])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
 

@@ -106,7 +106,7 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     for row, why in _in_order(problem, wanted, measured):
         reason = why_not(row, problem, asked=row.name == wanted)
         if reason is None:
-            tile = tuning.tile_of(measured, row.name, spec, problem.arch) if measured else None
+            tile = tuning.tile_of(measured, row.name, spec, problem.target) if measured else None
             tile = tile or row.choose(problem)
             bind = row.build(problem, tile)
             return Plan(problem, row.name, refusals, bind, why=why, tile=tile)
@@ -122,7 +122,7 @@ def _in_order(
 ) -> Iterator[tuple[Backend, str]]:
     """The backends in the order in which they are asked, each with why it stands where it does."""
     rows = {row.name: row for row in BACKENDS}
-    preferred = preference(problem.spec, problem.arch) if problem.device == "cuda" else None
+    preferred = preference(problem.spec, problem.target) if problem.device == "cuda" else None
     reasons = [(wanted, "asked for")]
     reasons += [(c.backend, f"measured: {c.microseconds:.1f} us") for c in measured]
     if preferred:
@@ -186,7 +186,7 @@ def _triton_refusal(problem: Problem) -> str | None:
     if reason := kernel.refusal(problem.spec):
         return reason
     try:
-        heuristics.choose(problem.spec, problem.arch or INTERPRETED_ARCH)
+        heuristics.choose(problem.spec, problem.target or INTERPRETED_ARCH)
     except ValueError as error:
         return str(error)
     return None
@@ -195,7 +195,7 @@ def _triton_refusal(problem: Problem) -> str | None:
 def _triton_choose(problem: Problem) -> TileConfig:
     from resnet_fast.dispatch import heuristics
 
-    return heuristics.choose(problem.spec, problem.arch or INTERPRETED_ARCH)
+    return heuristics.choose(problem.spec, problem.target or INTERPRETED_ARCH)
 
 
 def _triton_build(problem: Problem, tile: TileConfig | None = None) -> Bind:

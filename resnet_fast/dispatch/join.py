@@ -92,6 +92,10 @@ class JoinProblem:
         return self.main.arch
 
     @property
+    def target(self) -> _hardware.Gpu | int:
+        return self.main.target
+
+    @property
     def parts(self) -> dict[str, tuple[Problem, str]]:
         """By the name of its map: each convolution, and what its weight is called."""
         return {"h": (self.main, "weight"), "x": (self.projection, "proj_weight")}
@@ -179,7 +183,7 @@ def explain(problem: JoinProblem) -> tuple[str, dict[str, str]]:
 
 def _preferred(problem: JoinProblem) -> list[Backend]:
     """The rows in the order of `preferences.py`, asked for both products as one."""
-    row = problem.device == "cuda" and preference(problem.spec.as_one_product, problem.arch)
+    row = problem.device == "cuda" and preference(problem.spec.as_one_product, problem.target)
     order = row.order if row else ()
     place = {name: i for i, name in enumerate(order)}
     return sorted(JOIN_BACKENDS, key=lambda row: place.get(row.name, len(order)))
@@ -229,9 +233,9 @@ def cuda_refusal(problem: JoinProblem) -> str | None:
     return None
 
 
-def choose_cuda_tile(spec: JoinSpec, arch: int) -> int:
+def choose_cuda_tile(spec: JoinSpec, target: heuristics.Target) -> int:
     """The index in CUDA_TILES of the tile with the least estimated time."""
-    gpu = _hardware.GPUS[_hardware.nearest_architecture(arch)]
+    gpu = _hardware.described(target)
     tiles = cuda_tiles(spec.main.dtype)
 
     def microseconds(index: int) -> float:
@@ -248,7 +252,7 @@ def cuda_tiles(dtype: str) -> tuple[TileConfig, ...]:
 
 def _cuda_choose(problem: JoinProblem) -> TileConfig:
     spec = problem.spec
-    return cuda_tiles(spec.main.dtype)[choose_cuda_tile(spec, problem.arch)]
+    return cuda_tiles(spec.main.dtype)[choose_cuda_tile(spec, problem.target)]
 
 
 def _cuda_build(problem: JoinProblem, tile: TileConfig | None = None) -> Bind:
@@ -295,25 +299,25 @@ def _triton_refusal(problem: JoinProblem) -> str | None:
     if reason is not None:
         return reason
     try:
-        choose_tile(problem.spec, problem.arch or INTERPRETED_ARCH)
+        choose_tile(problem.spec, problem.target or INTERPRETED_ARCH)
     except ValueError as error:
         return str(error)
     return None
 
 
-def choose_tile(spec: JoinSpec, arch: int) -> TileConfig:
-    """The Triton tile with the least estimated time on compute capability `arch`.
+def choose_tile(spec: JoinSpec, target: heuristics.Target) -> TileConfig:
+    """The Triton tile with the least estimated time on a GPU, or on a compute capability.
 
     Raises:
         ValueError: no tile of the table is legal.
     """
-    known = _hardware.nearest_architecture(arch)
-    gpu = _hardware.GPUS[known]
-    refusals = {tile: tile_refusal(spec, tile, gpu) for tile in TILES[known]}
+    gpu = _hardware.described(target)
+    tiles = TILES[_hardware.nearest_architecture(gpu.capability)]
+    refusals = {tile: tile_refusal(spec, tile, gpu) for tile in tiles}
     legal = [tile for tile, reason in refusals.items() if reason is None]
     if not legal:
         tile, reason = next(iter(refusals.items()))
-        raise ValueError(f"no Triton tile for {spec} on sm_{arch}: {tile}: {reason}")
+        raise ValueError(f"no Triton tile for {spec} on sm_{gpu.capability}: {tile}: {reason}")
     whole = spec.as_one_product
     return min(legal, key=lambda tile: heuristics.score(whole, tile, gpu).microseconds)
 
@@ -330,7 +334,7 @@ def tile_refusal(spec: JoinSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | 
 
 
 def _triton_choose(problem: JoinProblem) -> TileConfig:
-    return choose_tile(problem.spec, problem.arch or INTERPRETED_ARCH)
+    return choose_tile(problem.spec, problem.target or INTERPRETED_ARCH)
 
 
 def _triton_build(problem: JoinProblem, tile: TileConfig | None = None) -> Bind:

@@ -60,9 +60,9 @@ CUDA_TILES = (
 )
 
 
-def cuda_tile(spec: ConvSpec, arch: int) -> int:
+def cuda_tile(spec: ConvSpec, target: _hardware.Gpu | int) -> int:
     """The row of CUDA_TILES for a stem: the first, unless it gives less than a block per SM."""
-    sms = _hardware.GPUS[_hardware.nearest_architecture(arch)].sms
+    sms = _hardware.described(target).sms
     return 0 if CUDA_TILES[0].blocks(spec) >= sms else 1
 
 
@@ -233,7 +233,7 @@ def _cuda_build(stem: Stem) -> tuple[Run, Tile]:
     kernel.module()  # registers the op's implementation
     run = torch.ops.resnet_fast._stem_pool_cuda.default
     spec = stem.conv.spec
-    tile = cuda_tile(spec, stem.conv.arch)
+    tile = cuda_tile(spec, stem.conv.target)
 
     def launch(x, weight, scale, shift, mean, var, eps, image_mean, image_std) -> Tensor:
         y = new_output(spec, x.device)

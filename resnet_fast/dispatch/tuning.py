@@ -64,7 +64,7 @@ def _key(spec: ConvSpec) -> ConvSpec:
     return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
 
 
-def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, arch: int):
+def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, target: heuristics.Target):
     """The tile that was measured for a backend, as its table has it now; None where there is none.
 
     A tile that the table has no more, or that is no more legal, is left to the heuristics.
@@ -73,7 +73,7 @@ def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, arch: int
     found = next((choice.tile for choice in choices if choice.backend == backend), None)
     if family is None or found is None:
         return None
-    legal = (row.tile for row in heuristics.explain(spec, arch, family) if row.refusal is None)
+    legal = (row.tile for row in heuristics.explain(spec, target, family) if row.refusal is None)
     return next((tile for tile in legal if replace(tile, reason="") == found), None)
 
 
