@@ -158,6 +158,15 @@ def _bandwidth(facts) -> float:
     return 2 * clock * 1e3 * getattr(facts, "memory_bus_width", 0) / 8 / 1e9
 
 
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory that was too short is behind an error, at whatever step it was raised."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def described(target: Gpu | int) -> Gpu | None:
     """A GPU, or the product that stands for a compute capability; None below 8.0."""
     if isinstance(target, Gpu):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
-from resnet_fast import ops
+from resnet_fast import _hardware, ops
 from resnet_fast.nn import fusion
 
 WARM_UP = 3  # runs before recording: plans are made, kernels compiled, cuDNN's choice settled
@@ -176,7 +176,7 @@ class GraphedModel(nn.Module):
                 graph, out = self._capture.capture(self.model, static)
         except RuntimeError as error:
             text = str(error).partition("\n")[0]
-            if _is_out_of_memory(error):
+            if _hardware.is_out_of_memory(error):  # ending the broken recording has its own error
                 return Failure(f"there was no memory to record it: {text}", RETRY)
             return Failure(f"it cannot be recorded: {text}", math.inf)
         self.captures += 1
@@ -255,12 +255,3 @@ def cuda_graph(
 
 def _clone(leaf: object) -> object:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether that is what failed first: ending a broken recording raises an error of its own."""
-    while error is not None:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

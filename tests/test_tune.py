@@ -21,7 +21,8 @@ from resnet_fast.tune import Candidate, Timing
 from tests.dispatch import conftest
 
 # the fixtures of the tests of dispatch: an extension that is there, a folder of its own
-extension, cache, built = conftest.extension, conftest.cache, conftest.built
+extension, cache = conftest.extension, conftest.cache
+gpu_is_here, built = conftest.gpu_is_here, conftest.built
 
 GPU = "NVIDIA A100-SXM4-80GB"
 SPEC = ConvSpec(2, 7, 7, 64, 64, 3, 3, (1, 1), (1, 1), norm=True)

@@ -38,6 +38,7 @@ from resnet_fast.dispatch.problem import (
     on_device_of,
     triton_interprets,
 )
+from resnet_fast.dispatch.trial import on_trial
 from resnet_fast.kernels import aten, cpu
 from resnet_fast.spec import TileConfig
 
@@ -68,7 +69,8 @@ AUTO = "auto"
 class Plan:
     """A problem, the backend that was chosen for it and why, and why those before it were not.
 
-    `tile` is how its kernel cuts the work, printable; None where the backend has no tiles.
+    `tile` is how its kernel cuts the work, printable; None where the backend has no tiles. `failed`
+    is a backend that was chosen before and could not launch, and why.
     """
 
     problem: Problem
@@ -78,11 +80,12 @@ class Plan:
     calls: int = 0
     why: str = ""
     tile: object = None
+    failed: str = ""
 
     def why_fallback(self) -> str:
-        """Why no fused kernel of this device took the problem; empty where one did."""
+        """Why no fused kernel of this device took the problem, or the one that was to failed."""
         if self.backend != "aten":
-            return ""
+            return self.failed
         fused = {row.name for row in BACKENDS if row.device == self.problem.device}
         why = [reason for name, reason in self.refusals.items() if name in fused]
         return "; ".join(why) or f"no fused kernel for {self.problem.device}"
@@ -100,11 +103,15 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     """
     wanted = backend if backend != AUTO else _env.backend() or AUTO
     check_name(wanted)
+    return on_trial(functools.partial(_choose, problem, backend, wanted), backend)
+
+
+def _choose(problem: Problem, backend: str, wanted: str, known: dict[str, str]) -> Plan:
     spec = problem.spec
     measured = tuning.measured(problem.gpu, spec)
     refusals: dict[str, str] = {}
     for row, why in _in_order(problem, wanted, measured):
-        reason = why_not(row, problem, asked=row.name == wanted)
+        reason = known.get(row.name) or why_not(row, problem, asked=row.name == wanted)
         if reason is None:
             tile = tuning.tile_of(measured, row.name, spec, problem.target) if measured else None
             tile = tile or row.choose(problem)
@@ -170,9 +177,13 @@ def why_not(row: Backend, problem: Problem, asked: bool = False) -> str | None:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton; Linux only)"
-    if not triton_interprets() and not torch.cuda.is_available():
+    if triton_interprets():
+        return None
+    if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
-    return None
+    from resnet_fast.kernels import launch
+
+    return launch.driver_fault()
 
 
 def _triton_refusal(problem: Problem) -> str | None:

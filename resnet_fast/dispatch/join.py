@@ -12,6 +12,7 @@ The rows, and how one is chosen, are those of `backends.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ from resnet_fast.dispatch.problem import (
     on_device_of,
     triton_interprets,
 )
+from resnet_fast.dispatch.trial import on_trial
 from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
 
@@ -126,6 +128,7 @@ class JoinPlan:
     """A problem, the backend that was chosen for it, and why the others were not.
 
     `tile` is how its one kernel cuts the work; None where two convolutions run, each by its own.
+    `failed` is a backend that was chosen before and could not launch, and why.
     """
 
     problem: JoinProblem
@@ -133,7 +136,9 @@ class JoinPlan:
     refusals: dict[str, str]
     bind: Bind
     calls: int = 0
+    why: str = ""
     tile: TileConfig | None = None
+    failed: str = ""
 
     @property
     def is_one_kernel(self) -> bool:
@@ -141,9 +146,9 @@ class JoinPlan:
         return self.backend in FUSED
 
     def why_fallback(self) -> str:
-        """Why no fused kernel of this device took the problem; empty where one did."""
+        """Why no fused kernel of this device took the problem, or the one that was to failed."""
         if self.backend != "aten":
-            return ""
+            return self.failed
         devices = {row.name: row.device for row in JOIN_BACKENDS}
         why = [r for name, r in self.refusals.items() if devices[name] == self.problem.device]
         return "; ".join(why) or f"no fused kernel for {self.problem.device}"
@@ -160,9 +165,13 @@ def plan(problem: JoinProblem, backend: str = AUTO) -> JoinPlan:
         raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
     wanted = backend if backend != AUTO else _env.backend() or AUTO
     backends.check_name(wanted)  # one that has no join is a preference that cannot be met
+    return on_trial(functools.partial(_choose, problem, backend, wanted), backend)
+
+
+def _choose(problem: JoinProblem, backend: str, wanted: str, known: dict[str, str]) -> JoinPlan:
     refusals: dict[str, str] = {}
     for row in sorted(_preferred(problem), key=lambda row: row.name != wanted):
-        reason = _refusal(row, problem)
+        reason = known.get(row.name) or _refusal(row, problem)
         if reason is None:
             tile = row.choose(problem)
             return JoinPlan(problem, row.name, refusals, row.build(problem, tile), tile=tile)

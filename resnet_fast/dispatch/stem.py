@@ -23,6 +23,7 @@ from torch import Tensor
 from resnet_fast import _env, _hardware
 from resnet_fast.dispatch import backends, cuda
 from resnet_fast.dispatch.problem import on_device_of
+from resnet_fast.dispatch.trial import on_trial
 from resnet_fast.kernels import aten, cpu
 from resnet_fast.spec import ConvSpec, TileConfig, conv_output_size
 
@@ -128,9 +129,13 @@ def plan(stem: Stem, backend: str = backends.AUTO) -> backends.Plan:
     """
     wanted = backend if backend != backends.AUTO else _env.backend() or backends.AUTO
     backends.check_name(wanted)
+    return on_trial(functools.partial(_choose, stem, backend, wanted), backend)
+
+
+def _choose(stem: Stem, backend: str, wanted: str, known: dict[str, str]) -> backends.Plan:
     refusals: dict[str, str] = {}
     for row in sorted(BACKENDS, key=lambda row: row.name != wanted):
-        reason = row.refusal(stem)
+        reason = known.get(row.name) or row.refusal(stem)
         if reason is None:
             run, tile = row.build(stem)
             return backends.Plan(stem.conv, row.name, refusals, _binder(run), tile=tile)

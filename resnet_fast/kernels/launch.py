@@ -13,6 +13,7 @@ straight to the compiled kernel; whoever keeps one must key it by all that it wa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,6 +116,20 @@ class Launch:
 # when it is collected, and whoever keeps a launch may drop it at any time: but a recorded CUDA
 # graph launches the kernel still, and an unloading breaks a recording that is under way.
 _kernels: dict[tuple, CompiledKernel] = {}
+
+
+@functools.cache
+def driver_fault() -> str | None:
+    """Why Triton can launch nothing on this machine, or None: asked once, by loading its driver.
+
+    Triton compiles a part of it where it is first used, with the C compiler that it finds.
+    """
+    try:
+        _ = triton.runtime.driver.active
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return f"Triton's driver cannot be loaded: {type(error).__name__}: {text}"
+    return None
 
 
 # (launch, arch) -> a function of the leading arguments: `Launch.bind`, or a test's stand-in.
