@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -116,12 +117,32 @@ def _choose(problem: Problem, backend: str, wanted: str, known: dict[str, str]) 
             tile = tuning.tile_of(measured, row.name, spec, problem.target) if measured else None
             tile = tile or row.choose(problem)
             bind = row.build(problem, tile)
+            if row.name == "aten" != wanted and _only_layout_is_amiss(problem):
+                _warn_of_contiguous_weights()
             return Plan(problem, row.name, refusals, bind, why=why, tile=tile)
         if row.name == backend:
             text = f"backend {backend!r} cannot take {spec}: {reason}"
             raise ValueError(f"resnet_fast: {text}")
         refusals[row.name] = reason
     raise AssertionError("aten refuses nothing")
+
+
+def _only_layout_is_amiss(problem: Problem) -> bool:
+    """Whether a GPU's kernel would take the problem if its weight were channels_last."""
+    if problem.device != "cuda" or problem.weight != "contiguous":
+        return False
+    turned = replace(problem, weight="channels_last")
+    return any(why_not(row, turned) is None for row in BACKENDS if row.device == "cuda")
+
+
+@functools.cache
+def _warn_of_contiguous_weights() -> None:
+    """Once in a process: one call repairs all layers of a model."""
+    warnings.warn(
+        "resnet_fast: convolutions with contiguous weights run unfused on this GPU, whose fused "
+        "kernels read channels_last; call model.to(memory_format=torch.channels_last) once",
+        stacklevel=2,
+    )
 
 
 def _in_order(
