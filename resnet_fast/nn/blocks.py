@@ -435,10 +435,8 @@ def _join_step(
     if not plan.is_one_kernel:
         return None
     record = projection.record
-    record.note(plan)
-    record.merged = "conv_bn_join"
     steps[-1].record = projection.record = None  # see `Step`
-    return JoinStep(steps[-1], projection, plan)
+    return JoinStep(steps[-1], projection, plan, record)
 
 
 def _shape_after(unit: Unit, shape: torch.Size) -> torch.Size:

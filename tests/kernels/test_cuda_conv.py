@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import cases, cuda_kernels, nvcc
+from resnet_fast.spec import ConvSpec, TileConfig
+from resnet_fast.testing import cases, cuda_kernels, families, nvcc
 from tests.kernels import machine
 from tests.kernels.machine import Job
 
@@ -29,7 +29,7 @@ ODD = {name: spec for name, spec in cases.ODD.items() if spec.c % 8 == spec.k % 
 
 
 def job(spec: ConvSpec, tile: TileConfig = TILE, arch: int = 80, **options) -> Job:
-    tile = replace(tile, BLOCK_K=tile.BLOCK_K * 2 // ELEMENT_SIZE[spec.dtype])
+    tile = families.in_elements(tile, spec.dtype)
     return Job(spec, tile, arch, tuple(options.items()), cuda_kernels.conv_kernels)
 
 
@@ -42,12 +42,8 @@ def assert_no_faults(pool, check, jobs) -> None:
 
 
 def forms(tile: TileConfig, dtype: str) -> list[ConvSpec]:
-    """The two kernels of a tile: of any filter, and of a pointwise one; whole tiles, 3 steps."""
-    filters = ConvSpec(
-        1, tile.BLOCK_M // 8, 8, 2 * tile.BLOCK_K, 2 * tile.BLOCK_N, 3, 3, (1, 1), (1, 1),
-        dtype=dtype, residual=True, norm=True,
-    )  # fmt: skip
-    return [filters, replace(filters, r=1, s=1, padding=(0, 0))]
+    """The two kernels of a tile: of any filter, and of a pointwise one."""
+    return [families.whole_conv(tile, dtype, r) for r in (3, 1)]
 
 
 def per_mma_at_most(tile: TileConfig, spec: ConvSpec, arch: int) -> float:

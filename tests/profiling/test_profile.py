@@ -403,6 +403,7 @@ def test_a_gpus_profile_tells_host_and_device_apart(ours, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU")
 def test_on_a_gpu(ours):
     model = resnet_fast.models.resnet50().eval().cuda().half()
+    model.to(memory_format=torch.channels_last)  # which the kernels ask for
     x = torch.zeros(1, 3, 224, 224, device="cuda", dtype=torch.float16)
     found = resnet_fast.profile(model, x, compare="torchvision", rounds=5)
     assert found.device_apart and all(row.roof <= 1.05 for row in found.layers)
@@ -435,7 +436,10 @@ CASES = {
     "optimize": (made([row("norm")], unoptimized=True), "resnet_fast.optimize(model)"),
     "channels_last": (made([row("copy")]), "give x in channels_last"),
     "batch": (made([row(weight_bytes=90)]), "90% of their bytes are weights"),
-    "fallback": (made([row(why="x is strided")]), "runs unfused (x is strided)"),
+    "fallback": (
+        made([row(why="x is strided", backend="aten")]),
+        "runs unfused (x is strided)",
+    ),
 }
 
 
@@ -445,6 +449,17 @@ def test_a_suggestion_follows_from_the_rows(name):
     rule = next(rule for rule in suggest.RULES if rule.name == name)
     assert words in next(rule.find(found))
     assert any(rule.reason in line for line in suggest.suggestions(found))
+
+
+@pytest.mark.parametrize(
+    ("device", "unoptimized", "said"),
+    [("cuda:0", False, True), ("cuda", True, True), ("cpu", True, True), ("cpu", False, False)],
+)
+def test_contiguous_weights_are_named_wherever_they_cost(device, unoptimized, said):
+    """On a GPU for models of ours as well, whose kernels refuse them."""
+    found = made([row()], device=device, unoptimized=unoptimized, contiguous_weights=20)
+    line = "20 convolutions have contiguous weights; try model.to(memory_format=torch.channels_last"
+    assert any(line in text for text in suggest.suggestions(found)) == said
 
 
 def test_bfloat16_is_suggested_where_there_is_arithmetic_for_it(monkeypatch):
