@@ -19,6 +19,7 @@ from resnet_fast import ops
 from resnet_fast.agreement import error
 from resnet_fast.kernels import cpu
 from resnet_fast.spec import ConvSpec
+from resnet_fast.testing.here import cpu_backend
 
 CHANNELS_LAST = torch.channels_last
 
@@ -51,7 +52,7 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = ops.conv_bn_act_op(*self.call(x))
-        assert ops.last_plan().backend == "cpu", ops.last_plan().why_fallback()
+        assert ops.last_plan().backend == cpu_backend(x.dtype), ops.last_plan().why_fallback()
         return y
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
@@ -406,6 +407,12 @@ def test_packed_bytes_counts_what_is_kept(layer, x):
     assert cpu.packed_bytes([weight]) == 0
     layer(x)
     assert weight.nbytes <= cpu.packed_bytes([weight]) <= 2 * weight.nbytes
+
+
+def test_a_narrow_weight_has_a_narrow_copy(layer, x, needs_cpu_backend):
+    needs_cpu_backend(torch.bfloat16)
+    layer(x)
+    weight = layer.conv.weight
     layer.bfloat16()(x.bfloat16())
     assert cpu.packed_bytes([layer.conv.weight]) <= weight.numel() * 4
 
