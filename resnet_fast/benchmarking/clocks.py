@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from resnet_fast.comparison import steadiness
+
 MB = 1e6
 
 
@@ -34,6 +36,11 @@ class Clock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
+
+    @property
+    def others(self) -> steadiness.Others:
+        """Entered around timed rounds: knows then how busy others kept the CPU meanwhile."""
+        return steadiness.Others(torch.get_num_threads())
 
     def current(self) -> contextlib.AbstractContextManager:
         """Entered around all calls: makes the clock's device the thread's."""
@@ -81,6 +88,10 @@ class CudaClock(Clock):
 
     def current(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device)  # whose stream events are recorded on
+
+    @property
+    def others(self) -> steadiness.Others:
+        return steadiness.Others(1)  # the one that launches
 
     def lap(self, call: Callable[[], object]) -> Lap:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -80,13 +80,12 @@ def throughput(found: list[Row]) -> Figure:
         _clean(axes)
         for i, provider in enumerate(providers):
             of_panel = [row for row in found if (row.subject, row.dtype) == (model, dtype)]
-            points = sorted(
-                (row.batch, row.images_per_s) for row in of_panel if row.provider == provider
-            )
+            line = sorted((r for r in of_panel if r.provider == provider), key=lambda r: r.batch)
             color, wide = _color(provider, providers), 2.4 if provider == OURS else 1.3
-            x, y = zip(*points, strict=True) if points else ((), ())
-            marker = MARKERS[i % len(MARKERS)]
-            axes.plot(x, y, marker=marker, color=color, linewidth=wide, label=provider)
+            style = {"marker": MARKERS[i % len(MARKERS)], "color": color}
+            axes.plot(*_points(line), linewidth=wide, label=provider, **style)
+            hollow = [row for row in line if not row.stable]
+            axes.plot(*_points(hollow), linestyle="", markerfacecolor="white", zorder=3, **style)
         batches = sorted({row.batch for row in found})
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
@@ -103,6 +102,10 @@ def throughput(found: list[Row]) -> Figure:
     return figure
 
 
+def _points(line: list[Row]) -> tuple[list[int], list[float]]:
+    return [row.batch for row in line], [row.images_per_s for row in line]
+
+
 def speedups(found: list[Row]) -> Figure | None:
     """Eager's time over ours, layer by layer, and the same of the best peer."""
     bars = []
@@ -111,9 +114,12 @@ def speedups(found: list[Row]) -> Figure | None:
         if row.provider != OURS or eager is None:
             continue
         rest = [r for r in found if r.case == row.case and r.provider != eager.provider]
-        peers = [r for r in rest if not r.provider.startswith(OURS)]
+        peers = [r for r in rest if not r.provider.startswith(OURS) and r.stable]
         peer = min(peers, key=lambda r: r.time_ms, default=None)
-        bars.append((row, eager.time_ms / row.time_ms, peer and eager.time_ms / peer.time_ms, peer))
+        ratios = [other and other.over(eager) for other in (row, peer)]
+        if ratios[0] is not None:
+            hatch = None if row.stable and eager.stable else "////"
+            bars.append((row, 1 / ratios[0], ratios[1] and 1 / ratios[1], peer, hatch))
     if not bars:
         return None
     figure = Figure(figsize=(9.5, 0.42 * len(bars) + 1.8), layout="constrained")
@@ -121,11 +127,11 @@ def speedups(found: list[Row]) -> Figure | None:
     _clean(axes)
     axes.grid(True, axis="x", color="#dddddd", linewidth=0.7)
     axes.grid(False, axis="y")
-    for i, (_, ours, other, peer) in enumerate(bars):
+    for i, (_, ours, other, peer, hatch) in enumerate(bars):
         label = "resnet_fast" if i == 0 else None
-        axes.barh(i - 0.18, ours, 0.36, color=OURS_COLOR, label=label)
+        axes.barh(i - 0.18, ours, 0.36, color=OURS_COLOR, label=label, hatch=hatch, ec="white")
         if other:
-            label = "the fastest peer (named on its bar)" if i == 0 else None
+            label = None if i else "the fastest peer with a stable time (named on its bar)"
             axes.barh(i + 0.18, other, 0.36, color=COLORS[0], label=label)
             axes.text(other, i + 0.18, f" {peer.provider}", va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=1)

@@ -13,10 +13,11 @@ from resnet_fast.benchmarking.rows import Results, Row
 from resnet_fast.benchmarking.tables import (
     case_text,
     clock_of,
-    eager_of,
     inputs_of,
+    median_cell,
     milliseconds,
     number,
+    ratio_cell,
     shortened,
 )
 from resnet_fast.profiling.roofline import Roofline
@@ -43,9 +44,10 @@ td.why { text-align: left; white-space: normal; color: #8d5a00; }
 
 TEXTS = {
     "throughput": "Up is better. A line per provider; where one has no point, its row in the table "
-    "says why.",
+    "says why. A hollow point is not stable.",
     "layers": "A bar per layer: how many times faster than eager torch, which runs convolution, "
-    "BatchNorm, addition and ReLU one after the other.",
+    "BatchNorm, addition and ReLU one after the other. Hatched: not stable. A layer whose "
+    "times lie too far apart has no bar.",
     "roofline": "A device can do no more than its roof: the slope is memory, the flat part "
     "arithmetic. Left, where the layers were measured to be. Right, a model: the roof itself, with "
     "every layer at the point where it touches it. Nothing on the right was measured.",
@@ -124,10 +126,11 @@ def _head(results: Results) -> str:
     cut = (
         "" if results.complete else "<p><b>Interrupted: only what was measured until then.</b></p>"
     )
+    warned = "".join(f"<p class=warning>{escape(text)}.</p>" for text in results.warnings)
     return (
         "<h1>resnet_fast: benchmark</h1>"
         f"<p class=quiet>{escape(facts)}<br>{escape(results.command)} took "
-        f"{results.seconds:.0f} s</p>{cut}"
+        f"{results.seconds:.0f} s</p>{cut}{warned}"
         f"<p>{_how('measured')} was timed on this machine, after the answer was checked against "
         f"float64. {_how('counted')} was counted, from shapes or by running compiled code on the "
         f"PTX machine; nothing was timed. {_how('modelled')} is what a roofline makes of counts: a "
@@ -168,7 +171,9 @@ def _table(found: list[Row]) -> str:
     for row in shortened(found):
         first = row.case != last
         last = row.case
-        kind = " ".join(["first"] * first + ["ours"] * (row.provider == OURS))
+        kinds = {"first": first, "ours": row.provider == OURS and row.stable,
+                 "unstable": row.measured and not row.stable}  # fmt: skip
+        kind = " ".join(name for name, is_so in kinds.items() if is_so)
         title = case_text(row).replace("->", "→") if first else ""
         if not row.measured:
             why = f"{row.status}: {row.reason}" if row.reason else row.status
@@ -178,12 +183,10 @@ def _table(found: list[Row]) -> str:
                 f"{escape(why)}</td></tr>"
             )
             continue
-        eager = eager_of(row, found)
         cells = [title, row.provider, f"{row.backend} {row.tile}".strip()]
-        cells.append(f"{row.time_ms / eager.time_ms:.2f}" if eager else "")
-        times = (row.wall_ms, row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms)
-        cells += map(milliseconds, times)
-        cells += [milliseconds(row.device_ms)] * device
+        cells += [ratio_cell(row, found), median_cell(row, "wall")]
+        cells += map(milliseconds, (row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms))
+        cells += [median_cell(row, "device")] * device
         cells += [milliseconds(row.first_ms), number(row.peak_memory_mb, ".1f")]
         cells += [number(row.error, ".1e"), number(row.eager_error, ".1e"), str(row.rounds)]
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")

@@ -25,7 +25,7 @@ from resnet_fast.benchmarking.environment import clocks_of, environment
 from resnet_fast.benchmarking.protocol import Case, Outcome
 from resnet_fast.benchmarking.providers import ModelWork, OpWork, Provider
 from resnet_fast.benchmarking.rows import Environment, Results, Row
-from resnet_fast.comparison import measure, photographs
+from resnet_fast.comparison import measure, photographs, steadiness
 from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.spec import ELEMENT_SIZE
 
@@ -425,14 +425,15 @@ def _row(
         build_ms=outcome.build_ms,
         rounds=len(outcome.wall.samples),
         warm_up=outcome.warm_up,
-        stable=outcome.stable,
+        busy=outcome.busy,
         peak_memory_mb=outcome.peak_memory_mb,
         peak_how=clock.peak_how if outcome.peak_memory_mb is not None else "",
         device_how=outcome.device_how,
         **_columns("wall", outcome.wall),
         **_columns("device", outcome.device),
     )
-    return replace(row, **_rates(row))
+    stable = steadiness.is_stable(row.spread, row.busy)
+    return replace(row, stable=stable, **_rates(row))
 
 
 def _columns(name: str, found: protocol.Statistics | None) -> dict[str, float]:

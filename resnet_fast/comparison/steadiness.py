@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-MARK = "~"
+MARK, NO_RATIO = "~", "?"
 SPREAD = 1 / 3  # of the median, from p20 to p80
 BUSY = 0.2  # of the CPU time that the threads could have had
 RATIO_NOISE = 0.5  # beyond which a ratio says no longer who is faster
@@ -29,7 +29,7 @@ IDLE, IOWAIT, GUEST = 3, 4, 8  # columns of a line of /proc/stat; guests are use
 
 NOTE = (
     f"{MARK}: not stable, from the 20th to the 80th percentile it is more than a third of the "
-    "median; a dash in place of a ratio: too far apart to say who is faster"
+    f"median; {NO_RATIO} in place of a ratio: too far apart to say who is faster"
 )
 ADVICE = "close what else runs, or measure longer (--seconds)"
 
@@ -72,8 +72,8 @@ def marked(text: str, stable: bool) -> str:
 
 
 def ratio_text(ratio: float | None, stable: bool) -> str:
-    """A ratio with two digits behind the point; a dash where it would say nothing."""
-    return "-" if ratio is None else marked(f"{ratio:.2f}", stable)
+    """A ratio with two digits behind the point, or that it would say nothing."""
+    return NO_RATIO if ratio is None else marked(f"{ratio:.2f}", stable)
 
 
 def warnings(unstable: int, figures: int, busy: float | None) -> list[str]:

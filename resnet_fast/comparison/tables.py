@@ -10,7 +10,7 @@ from rich.table import Table
 
 from resnet_fast.comparison.measure import Comparison, Setting
 from resnet_fast.comparison.providers import OURS
-from resnet_fast.comparison.steadiness import MARK, NOTE, marked, ratio_text
+from resnet_fast.comparison.steadiness import MARK, NO_RATIO, NOTE, marked, ratio_text
 from resnet_fast.comparison.timing import Timing
 
 
@@ -89,7 +89,7 @@ def markdown(results: list[dict]) -> str:
             for timing in map(timings.get, names):
                 cells.append(ratio_text(timing.over(best), timing.stable and best.stable))
             lines.append("| " + " | ".join(cells) + " |")
-    if MARK in "".join(lines):
+    if MARK in "".join(lines) or NO_RATIO in "".join(lines):
         lines += ["", f"{NOTE}."]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import sys
 import types
 from dataclasses import replace
@@ -32,6 +33,7 @@ from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.benchmarking.providers import Provider
 from resnet_fast.benchmarking.suite import Request
 from resnet_fast.comparison import providers as peers
+from resnet_fast.comparison.steadiness import Others
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.benchmarking.fakes import ENVIRONMENT, FakeClock
@@ -642,6 +644,32 @@ def test_a_row_has_the_clocks_of_its_own_rounds(monkeypatch):
     request = Request(device="cpu", seconds=0.01, providers=["aten"])
     (row,), *_ = suite.measure_case(SMALL_CASES["add"], request, clocks.Clock(), ENVIRONMENT)
     assert row.environment == replace(ENVIRONMENT, clocks="warm")
+
+
+def test_a_row_says_whether_its_time_may_be_taken_as_a_fact(monkeypatch):
+    """By its rounds, and by what others took of the CPU meanwhile."""
+    box = {}
+
+    def scattering(work):
+        times = itertools.cycle([1e-3, 2e-3])
+
+        def call(x):
+            box["clock"].seconds += next(times) if x[0, 0] == 1 else 1e-3
+            return x
+
+        return protocol.Candidate(call)
+
+    fakes = (Provider("good", "", identity(lambda: box["clock"])), Provider("wild", "", scattering))
+    box["clock"] = fake_suite(monkeypatch, *fakes)
+    request = Request(suites=("models",), device="cpu", models=["resnet18"], batches=[1],
+                      dtypes=["float32"], seconds=1.0)  # fmt: skip
+    good, wild = suite.run(request).rows
+    assert (good.stable, good.busy) == (True, 0.0) and not wild.stable and wild.spread > 1 / 3
+    crowd = Others(1, box["clock"].now, lambda: 0.0, lambda: (box["clock"].seconds / 2, 1))
+    monkeypatch.setattr(FakeClock, "others", crowd)
+    results = suite.run(request)
+    assert results.rows[0].busy == pytest.approx(0.5) and not results.rows[0].stable
+    assert "too busy" in results.warnings[0]
 
 
 def test_machine_names_have_no_host():

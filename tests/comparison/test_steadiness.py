@@ -56,10 +56,10 @@ def test_an_unstable_time_is_marked_and_no_winner():
 def test_a_ratio_that_says_nothing_is_not_shown():
     """Of a time that was 80 times another's in one half of the rounds and like it in the other."""
     result = comparison(**{OURS: WILD})
-    assert times_of(result)[0][OURS][-1] == "-"
+    assert times_of(result)[0][OURS][-1] == "?"
     assert result.to_json()["settings"][0]["ratio"][OURS] is None
     markdown = tables.markdown([result.to_json()])
-    assert markdown.splitlines()[2].endswith("| 10.0 | - |")
+    assert markdown.splitlines()[2].endswith("| 10.0 | ? |")
 
 
 def test_the_readmes_table_marks_it_and_says_what_the_mark_means():
