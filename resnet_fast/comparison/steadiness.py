@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 MARK, NO_RATIO = "~", "?"
@@ -37,6 +38,14 @@ ADVICE = "close what else runs, or measure longer (--seconds)"
 def spread(median: float, p20: float, p80: float) -> float:
     """From p20 to p80, as a part of the median."""
     return (p80 - p20) / median if median > 0 else 0.0
+
+
+def spread_of(times: Sequence[float]) -> float:
+    """The spread of the rounds' times; nothing is known of a single one."""
+    if len(times) < 2:
+        return 0.0
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return spread(statistics.median(times), fifths[0], fifths[3])
 
 
 def is_stable(spread: float, busy: float | None = None) -> bool:

@@ -8,6 +8,7 @@ from html import escape
 from itertools import groupby
 from string import Template
 
+from resnet_fast.comparison.steadiness import is_stable, marked
 from resnet_fast.profiling import picture, text
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row
@@ -80,23 +81,24 @@ def render(profile: Findings) -> str:
         grey="rgb({},{},{})".format(*picture.GREY),
         **{"try": _suggestions(profile)},
         flame=picture.svg(profile),
-        stages=_table("stage", [*profile.stages, profile.total], profile),
-        layers=_table("layer", [*profile.rows, profile.total], profile),
+        stages=_table("stage", [*profile.stages, *profile.sums], profile),
+        layers=_table("layer", [*profile.rows, *profile.sums], profile),
     )
 
 
 def _figures(profile: Findings) -> str:
-    total = profile.total
+    run, stable = profile.run, profile.stable(profile.run)
     figures = [
-        (f"{profile.unmarked * 1e3:.2f} ms", f"a run of {profile.batch}"),
-        (f"{profile.batch / profile.unmarked:.1f}", "images a second"),
-        (f"{total.tflops:.3g}", "TFLOP/s"),
+        (f"{run.seconds * 1e3:.2f} ms", f"a run of {profile.batch}"),
+        (f"{profile.batch / run.seconds:.1f}", "images a second"),
+        (f"{run.tflops:.3g}", "TFLOP/s"),
     ]
     if profile.roofline is not None:
-        figures.append((f"{total.roof:.0%}", "of its roofline"))
-    if profile.peer_seconds:
-        ratio = profile.peer_seconds / profile.unmarked
-        figures.append((f"{ratio:.2f}x", f"as fast as {profile.peer}"))
+        figures.append((f"{run.roof:.0%}", "of its roofline"))
+    figures = [(marked(big, stable), small) for big, small in figures]
+    if run.ratio is not None:
+        both = stable and is_stable(run.peer_spread, profile.busy)
+        figures.append((marked(f"{run.ratio:.2f}", both), f"of {profile.peer}'s time"))
     return "".join(f"<span><b>{escape(big)}</b>{escape(small)}</span>" for big, small in figures)
 
 
@@ -112,9 +114,9 @@ def _table(first: str, rows: Sequence[Row], profile: Findings) -> str:
     lines = [(row, text.cells(row, profile)) for row in rows]
     used = [i for i in range(len(names)) if any(cells[i] for _, cells in lines)]
     heads = "".join(f'<th class="{_class(names[i])}">{escape(names[i])}</th>' for i in used)
-    body = []
+    body, sums = [], {row.name for row in profile.sums}
     for row, cells in lines:
-        kind = {"gap": "gap"}.get(row.kind, "total" if row.name == "total" else "")
+        kind = "gap" if row.kind == "gap" else "total" if row.name in sums else ""
         found = [f'<td class="name">{escape(row.name)}</td>']
         for i in used:
             bar = _bar(row) if names[i] == "of roof" and cells[i] else ""

@@ -125,6 +125,17 @@ def test_the_page_says_of_each_column_how_it_was_obtained(found):
         assert how["MB"] == "counted" and how["GB/s"] == how["of roof"] == "counted / measured"
 
 
+def test_the_pages_headline_is_the_unmarked_runs(found):
+    calm = replace(found, busy=None, spread=0.02, peer_spread=0.02)
+    run, page = calm.run, calm.html()
+    (row,) = re.findall(r"<tr[^>]*><td class=\"name\">unmarked run</td>.*?</tr>", page)[:1]
+    for text in (f"{run.seconds * 1e3:.2f} ms", f"<b>{run.ratio:.2f}</b>of torchvision's time"):
+        assert text.replace("'", "&#x27;") in page
+    assert f"{run.ratio:.2f}" in row and f"{run.seconds * 1e3:.3f}" in row
+    wild = replace(calm, spread=0.5).html()
+    assert f"<b>~{run.seconds * 1e3:.2f} ms</b>" in wild
+
+
 def test_names_are_escaped(found):
     named = replace(found, model="<script>alert(1)</script>")
     assert "<script>" not in named.html()
