@@ -51,7 +51,7 @@ def _png(figure: Figure) -> bytes:
 
 def _models_of(results: Results) -> list[str]:
     found = dict.fromkeys(row.subject for row in results.rows if row.suite == "models")
-    return list(found)[:MODELS_SHOWN] or list(cases.QUICK_MODELS)
+    return list(found)[:MODELS_SHOWN] or list(cases.FIRST_MODELS)
 
 
 def _color(provider: str, providers: Sequence[str]) -> str:

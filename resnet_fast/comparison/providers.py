@@ -95,7 +95,7 @@ def compiled(model: nn.Module, mode: str | None = None) -> Call:
 
 def openvino_call(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Call:
     if find_spec("openvino") is None:
-        raise ValueError("OpenVINO is not installed; pip install openvino")
+        raise ValueError('OpenVINO is not installed; pip install "resnet_fast[bench]"')
     if device.type != "cpu":
         raise ValueError(f"OpenVINO is compared on the CPU, not on {device.type}")
     import openvino

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
 import sys
 import types
 from dataclasses import replace
@@ -23,6 +24,7 @@ from resnet_fast.benchmarking import (
     counted,
     cudnn,
     formulas,
+    plan,
     protocol,
     providers,
     rows,
@@ -200,11 +202,15 @@ def test_the_real_providers_of_models_agree_and_are_timed(monkeypatch):
 
 def test_who_was_not_asked_is_told_with_the_reason():
     case = ModelCase("resnet18", 1, "float32")
-    asked, left_out = providers.choose(case, "cpu", (), quick=True)
+    asked, left_out = providers.choose(case, "cpu", (), cases.QUICK)
     names = {provider.name for provider in asked}
     assert "resnet_fast" in names and "torchvision-cudnn-benchmark" not in names
     assert left_out["torchvision-cudnn-benchmark"] == "runs on cuda, this is cpu"
-    assert "--quick" in left_out["compile-max-autotune"]
+    assert "without --quick" in left_out["onnxruntime"]
+    assert "--full" in left_out["compile-max-autotune"]
+    assert "onnxruntime" not in providers.choose(case, "cpu", (), cases.USUAL)[1]
+    assert "--full" in providers.choose(case, "cpu", (), cases.USUAL)[1]["compile-max-autotune"]
+    assert "compile-max-autotune" not in providers.choose(case, "cpu", (), cases.FULL)[1]
     assert names.isdisjoint(left_out)
     assert names | set(left_out) == {p.name for p in providers.providers_of("models", "cpu")}
 
@@ -262,12 +268,99 @@ def test_quick_keeps_to_its_time_and_says_what_it_left_out(monkeypatch):
         return protocol.Candidate(call)
 
     box["clock"] = fake_suite(monkeypatch, Provider("slow", "", build))
-    results = suite.run(Request(suites=("models",), device="cpu", quick=True, models=["resnet18"]))
+    request = Request(suites=("models",), device="cpu", extent="quick", models=["resnet18"])
+    results = suite.run(request)
     assert len(results.rows) == 4 and results.complete
     assert {row.status for row in results.rows} <= {rows.LEFT_OUT, rows.MEASURED}
     assert results.rows[-1].status == rows.LEFT_OUT
     assert protocol.TIME_IS_UP in results.rows[-1].reason
     assert box["clock"].seconds < suite.QUICK_SECONDS["models"] + 100
+    told = command.untimed(results, request)
+    late = sum(row.status == rows.LEFT_OUT for row in results.rows)
+    assert told[0].startswith(f"{late} of 4 rows have no time") and "without --quick" in told[-1]
+
+
+SKIPS = {
+    "threw": (RuntimeError("no such library"), (), cli.SKIPPED, "1 threw: RuntimeError: no such"),
+    "memory": (MemoryError("not enough memory"), (), cli.SKIPPED, "too little memory"),
+    "not installed": (protocol.Missing("pip install it"), (), cli.AGREES, ""),
+    "named": (
+        protocol.Missing("pip install it"),
+        ("openvino",),
+        cli.SKIPPED,
+        "1 missing: pip inst",
+    ),
+    "by rule": (protocol.LeftOut("takes too long"), ("openvino",), cli.AGREES, ""),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_rows_that_lost_their_time_are_told_by_text_and_status(name, monkeypatch, tmp_path, capsys):
+    error, named, status, text = SKIPS[name]
+    box = {}
+
+    def broken(work):
+        raise error
+
+    good = Provider("resnet_fast", "", identity(lambda: box["clock"]))
+    box["clock"] = fake_suite(monkeypatch, good, Provider("openvino", "", broken))
+    wanted = ["--providers", "resnet_fast", *named] if named else []
+    arguments = ["bench", "models", "--device", "cpu", "--models", "resnet18", "--batch", "1",
+                 "--dtype", "float32", "--seconds", "0.01", "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main([*arguments, *wanted]) == status
+    said = capsys.readouterr().err
+    assert ("1 of 2 rows have no time" in said) == bool(text) and text in said
+
+
+def on(device: str, **asked) -> Request:
+    """A request of a device that need not be there."""
+    request = Request(device="cpu", **asked)
+    object.__setattr__(request, "place", torch.device(device))
+    return request
+
+
+def test_a_full_run_is_asked_for_and_the_usual_one_takes_minutes():
+    usual, full = on("cuda"), on("cuda", extent="full")
+    assert len(full.cases("models")) >= 10 * 5 * 4 and len(full.cases("ops")) > 800
+    assert 5 * 60 < plan.estimate(usual) < 45 * 60 < 86400 < plan.estimate(full)
+    assert plan.estimate(on("cpu", extent="quick")) <= plan.QUICK_SECONDS["models"]
+    assert re.fullmatch(r"\d+ cases, \d+ rows: about \d+ min; all by --full", plan.announced(usual))
+    assert re.search(r"about [\d.]+ days$", plan.announced(full))
+    with pytest.raises(ValueError, match="unknown extent 'half'; known are quick, usual, full"):
+        Request(device="cpu", extent="half")
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.2, "1 s"), (80, "80 s"), (750, "12 min"), (5400, "1.5 h"), (200000, "2.3 days")],
+)
+def test_times_are_told_as_people_do(seconds, text):
+    assert plan.duration(seconds) == text
+
+
+def test_what_is_left_follows_from_what_is_done():
+    clock = FakeClock()
+    one = {"suites": ("models",), "models": ["resnet18"], "dtypes": ["float32"]}
+    (case,) = on("cpu", batches=[1], **one).cases("models")
+    whole = plan.estimate(on("cpu", batches=[1], **one))
+    left = plan.TimeLeft(on("cpu", batches=[1, 1, 1], **one), clock.now)
+    assert left.said() == f"about {plan.duration(3 * whole)} left"
+    clock.seconds += 4 * whole  # four times as slow as was thought
+    left.done(case)
+    assert left.said() == f"about {plan.duration(8 * whole)} left"
+
+
+def test_bench_tells_before_it_starts_how_long_it_takes(monkeypatch, tmp_path, capsys):
+    def measure(request, folder, progress):
+        assert "about" in capsys.readouterr().err
+        return rows.Results(), []
+
+    monkeypatch.setattr(command, "measure", measure)
+    for words in ([], ["--quick"], ["--full"]):
+        assert cli.main(["bench", "--out", str(tmp_path), "--device", "cpu", *words]) == cli.AGREES
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--quick", "--full"])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_rows_and_writes_them(monkeypatch, tmp_path, capsys):
