@@ -262,14 +262,14 @@ def _is_ready(runner: _Runner, case: Case, seconds: float) -> bool:
     """Check, warm up, check again; False where the answer was not exact enough."""
     candidate, clock, outcome = runner.candidate, runner.clock, runner.outcome
     result: list[Tensor] = []
-    first = clock.lap(lambda: result.append(runner.first_call()()))
+    first_ms = clock.lap(lambda: result.append(runner.first_call()()))
     if not _agrees(result.pop(), case, outcome, "its first call"):
         return False
-    outcome.first_ms = first.wall_ms
+    outcome.first_ms = first_ms
     for name in ("layout", "backend", "tile"):
         said = getattr(candidate, name)
         setattr(outcome, name, said() if callable(said) else said)
-    outcome.warm_up = warm_up(lambda: clock.lap(runner.next_call()).wall_ms, seconds / 2 * 1e3)
+    outcome.warm_up = warm_up(lambda: clock.lap(runner.next_call()), seconds / 2 * 1e3)
     # Whoever kept anything of the calls before (a captured graph, a buffer) shows it here.
     if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):
         return False
@@ -344,14 +344,12 @@ def _lap(runner: _Runner, back_to_back: bool) -> None:
         runner.next_call()()
     else:
         clock.flush()
-    lap = clock.lap(runner.next_call())
-    device_ms = lap.device_ms
-    if runner.replay is not None:
-        if not back_to_back:
-            clock.flush()
-        device_ms = clock.lap(runner.replay).device_ms
+    wall_ms = clock.lap(runner.next_call())
+    # A call's wall time is enough to queue all of its work in.
+    call = runner.replay or (lambda: runner.next_call()())
+    device_ms = clock.device_lap(call, cold=not back_to_back, ahead_ms=wall_ms)
     # Both or neither: an interruption between the two must not leave columns of unlike length.
-    runner.wall.append(lap.wall_ms)
+    runner.wall.append(wall_ms)
     if device_ms is not None:
         runner.device.append(device_ms)
 
