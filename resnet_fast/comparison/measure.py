@@ -21,7 +21,7 @@ from resnet_fast import agreement, models
 from resnet_fast.agreement import Verdict
 from resnet_fast.comparison import steadiness
 from resnet_fast.comparison.photographs import Photographs
-from resnet_fast.comparison.providers import NCHW, NHWC, OURS, Call, providers
+from resnet_fast.comparison.providers import NCHW, NHWC, OURS, SEARCHED, Call, providers
 from resnet_fast.comparison.timing import Timing, interleaved
 
 SECONDS = 6.0  # of timed rounds per setting
@@ -56,11 +56,12 @@ class Setting:
 
     @property
     def best_eager(self) -> str:
-        """torchvision's faster memory format."""
-        return min((NCHW, NHWC), key=lambda name: self.timings[name].median)
+        """torchvision's fastest form."""
+        forms = [name for name in (NCHW, NHWC, SEARCHED) if name in self.timings]
+        return min(forms, key=lambda name: self.timings[name].median)
 
     def ratio(self, provider: str) -> float | None:
-        """The provider's median time over that of torchvision at its best memory format.
+        """The provider's median time over that of torchvision at its best.
 
         None where the two scatter so much that it would say nothing.
         """

@@ -539,6 +539,7 @@ def play_cudnn(monkeypatch):
     import torch.nn.functional as F
 
     def relu(x, w, b, *geometry):
+        assert x.shape[1] > 3, "the stem, which cuDNN's fused call makes 17 times slower"
         return F.relu(F.conv2d(x, w, b, *geometry))
 
     def add_relu(x, w, z, alpha, b, *geometry):
