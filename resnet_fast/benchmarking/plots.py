@@ -137,7 +137,7 @@ def speedups(found: list[Row]) -> Figure | None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [_layer(row) for row, *_ in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times faster than {EAGER['ops']} (eager, unfused); right of 1 is faster")
+    axes.set_xlabel(f"times faster than {EAGER['ops']} (eager, unfused)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.suptitle("Measured: speed-up per layer", fontweight="bold")
     return figure
@@ -145,12 +145,12 @@ def speedups(found: list[Row]) -> Figure | None:
 
 def _layer(row: Row) -> str:
     shape = row.shape.removesuffix(f", {row.dtype}")
-    return f"{row.subject} {shape}, {row.dtype}"
+    return f"{row.subject} {shape}, {row.dtype}".replace(" and ", "\nand ")
 
 
 def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
-    """Measured layers under this machine's roof, and all layers at a GPU's, which is a model."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    """Measured layers under this machine's roof, and where layers lie below a GPU's, a model."""
+    figure = Figure(figsize=(11, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = [row for row in found if row.provider == OURS and row.flops]
     for i, dtype in enumerate(dict.fromkeys(row.dtype for row in rows)):
@@ -164,16 +164,8 @@ def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
     left.set_title(f"Measured: layers under this machine's roof ({source})", fontsize=10)
     gpu = _hardware.GPUS[SHOWN_GPU]
     for i, dtype in enumerate(("float16", "tf32")):
-        roof = roofline_of_gpu(gpu, dtype)
-        listed = cases.op_cases(cases.SHAPES_FROM, [1], [dtype], "cuda")
-        layers = [case for case in listed if case.op == "conv_bn_act"]
-        x = [case.flops / case.bytes for case in layers]
-        y = [case.flops / roof.time_floor(case.flops, case.bytes).seconds / 1e12 for case in layers]
-        color = (OURS_COLOR, COLORS[4])[i]
-        label = f"{dtype}, every distinct convolution, batch 1"
-        right.scatter(x, y, s=26, facecolors="none", edgecolors=color, label=label)
-        _roof(right, roof, color, x)
-    right.set_title(f"Modelled: where {gpu.name}'s roof lets them be", fontsize=10)
+        _shapes_under(right, roofline_of_gpu(gpu, dtype), dtype, i)
+    right.set_title(f"Modelled: {gpu.name}'s roofs, and where layers lie below them", fontsize=10)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -182,17 +174,34 @@ def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
         axes.margins(y=0.1)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="upper left")  # above the roof, where nothing can be
+        if axes.get_legend_handles_labels()[0]:  # below the axes: within, a roof may be anywhere
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
         else:
             axes.text(0.5, 0.5, "no layer was measured", transform=axes.transAxes, ha="center")
     return figure
 
 
+def _shapes_under(axes: Axes, roof: Roofline, dtype: str, place: int) -> None:
+    """A GPU's roof, and along its foot a stroke per layer: what binds follows from the shape."""
+    listed = cases.op_cases(cases.SHAPES_FROM, [1], [dtype], "cuda")
+    layers = [case for case in listed if case.op == "conv_bn_act"]
+    x = [case.flops / case.bytes for case in layers]
+    left = sum(v < _bend(roof) for v in x)
+    label = f"{dtype}, batch 1: {left} of {len(layers)} distinct convolutions left of the bend"
+    color = (OURS_COLOR, COLORS[4])[place]
+    at = axes.get_xaxis_transform()  # heights as parts of the axes
+    axes.vlines(x, 0.06 * place, 0.06 * place + 0.05, color=color, transform=at, label=label)
+    _roof(axes, roof, color, x)
+
+
+def _bend(roof: Roofline) -> float:
+    """FLOPs per byte at which memory and arithmetic take as long as each other."""
+    return roof.tflops * 1e3 / roof.bandwidth_gbs
+
+
 def _roof(axes: Axes, roof: Roofline, color: str, x: list[float]) -> None:
-    ridge = roof.tflops * 1e3 / roof.bandwidth_gbs
-    low, high = min([*x, ridge]) / 2, max([*x, ridge]) * 2
-    points = (low, ridge, high)
+    bend = _bend(roof)
+    points = (min([*x, bend]) / 2, bend, max([*x, bend]) * 2)
     heights = [min(roof.tflops, v * roof.bandwidth_gbs / 1e3) for v in points]
     axes.plot(points, heights, color=color, linewidth=1.2)
 

@@ -14,7 +14,7 @@ PAUSED = 0.05  # of the whole: more than a machine to itself shows
 
 def render(profile: Findings, layers: bool, top: int) -> str:
     """The stages, the layers (all in order, or the slowest), and what to try."""
-    parts = [heading(profile)]
+    parts = ["\n".join([heading(profile), *profile.warnings])]
     parts.append(_table("stage", [*profile.stages, *profile.sums], profile))
     if layers:
         parts.append(_table("layer", [*profile.rows, *profile.sums], profile))
@@ -48,7 +48,6 @@ def heading(profile: Findings) -> str:
         lines.append(
             f"{paused:.0%} of the time is interruptions: something else keeps this machine busy"
         )
-    lines += profile.warnings
     if profile.interrupted:
         lines.append("interrupted: these are the rounds that were complete")
     return "\n".join(lines)

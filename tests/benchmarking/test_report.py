@@ -12,6 +12,7 @@ import zlib
 from dataclasses import replace
 
 import pytest
+from matplotlib.collections import PathCollection
 
 from resnet_fast.benchmarking import report, rows, tables
 from resnet_fast.benchmarking.rows import Results
@@ -79,6 +80,13 @@ def test_nothing_comes_from_elsewhere_and_text_is_text(folder):
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "<script" not in page and "<b>bang" not in page
     assert "&lt;script&gt;" in page and "boom &amp; &lt;b&gt;bang" in page
+
+
+def test_the_page_follows_the_reader_into_the_dark_and_onto_a_phone(folder):
+    page = (folder / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in page and "color-scheme: light dark" in page
+    assert page.count("<div class=picture><img") == 4  # each scrolls where it is too wide
+    assert 'content="width=device-width' in page
 
 
 def test_a_run_that_measured_nothing_has_a_page_too(tmp_path):
@@ -157,6 +165,22 @@ def test_the_pictures_show_it_too():
     assert [bar.get_hatch() for bar in bars] == ["////"]  # and the peer has no bar
     ops[1] = replace(ops[1], wall_p20_ms=1.0, wall_p80_ms=99.0)
     assert plots.speedups(ops) is None
+
+
+def test_no_point_of_the_roofline_is_where_it_is_by_construction():
+    """Of a GPU that nothing ran on there are shapes to show, and no speeds."""
+    from resnet_fast.benchmarking import plots
+
+    ops = [row("resnet_fast", 0.45, **OP)]
+    left, right = plots.rooflines(ops, ROOFS).axes
+    assert len(left.collections) == 1 and not any(
+        isinstance(c, PathCollection) for c in right.collections
+    )
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert len(labels) == 2 and all("left of the bend" in label for label in labels)
+    for axes in (left, right):  # the legend lies below the axes: no roof is behind it
+        anchor = axes.get_legend().get_bbox_to_anchor()
+        assert anchor.transformed(axes.transAxes.inverted()).y1 < 0
 
 
 @pytest.mark.parametrize(
