@@ -224,7 +224,7 @@ def bench(options: argparse.Namespace) -> int:
                 console.print(part, highlight=False)
             return DISAGREES if slower else AGREES
         request = benchmarking.Request(
-            suites=("ops", "models") if options.suite == "all" else (options.suite,),
+            suites=("models", "ops") if options.suite == "all" else (options.suite,),
             device=options.device,
             extent=options.extent,
             providers=options.providers,
@@ -234,7 +234,7 @@ def bench(options: argparse.Namespace) -> int:
             seconds=options.seconds,
         )
         folder = command.writable_folder(options.out, request)
-        notes.print(command.announced(request), highlight=False)
+        notes.print("\n".join(command.announced(request)), highlight=False)
         with notes.status("starting") as status:
             results, files = command.measure(request, folder, status.update)
     except (ValueError, KeyError, OSError) as error:

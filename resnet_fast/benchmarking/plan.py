@@ -12,10 +12,10 @@ import torch
 from resnet_fast.benchmarking import cases, protocol, providers
 from resnet_fast.benchmarking.cases import ModelCase, OpCase, check_names
 from resnet_fast.benchmarking.providers import Provider
-from resnet_fast.comparison import measure
+from resnet_fast.comparison import measure, steadiness
 
 # When `--quick` begins nothing new in a suite; the rest of its three minutes is for the page.
-QUICK_SECONDS = {"ops": 50.0, "models": 150.0}
+QUICK_SECONDS = {"models": 100.0, "ops": 150.0}
 # FLOPs a second that eager torch reaches, roughly: of a CPU's thread in float32, and of a GPU.
 THREAD_RATE, GPU_RATE = 3e10, 2e13
 CALLS = 10  # of a provider beside the rounds: the first, warm-up, checks, memory
@@ -151,14 +151,16 @@ class TimeLeft:
         return f"about {duration(rest)} left"
 
 
-def announced(request: Request) -> str:
-    """What is about to be measured and how long that takes, in a line."""
+def announced(request: Request) -> list[str]:
+    """What is about to be measured, how long that takes, and whether the machine is too busy."""
     listed = [case for suite in filter(request.asks, request.suites)
               for case in request.cases(suite)]  # fmt: skip
     count = sum(len(request.asked(case)[0]) for case in listed)
     text = f"{len(listed)} cases, {count} rows: about {duration(estimate(request))}"
     more = {cases.QUICK: "; what it has no time for is left out", cases.USUAL: "; all by --full"}
-    return text + more.get(request.extent, "")
+    threads = 1 if request.place.type == "cuda" else torch.get_num_threads()
+    busy = steadiness.too_busy(steadiness.busy_now(threads))
+    return [text + more.get(request.extent, ""), *busy]
 
 
 def duration(seconds: float) -> str:

@@ -85,6 +85,16 @@ def ratio_text(ratio: float | None, stable: bool) -> str:
     return NO_RATIO if ratio is None else marked(f"{ratio:.2f}", stable)
 
 
+def too_busy(busy: float | None) -> list[str]:
+    """The warning of a machine that others keep this busy, if that is too much to time on."""
+    if busy is None or busy <= BUSY:
+        return []
+    return [
+        f"this machine is too busy to time on: other processes took up to {busy:.0%} of the CPU "
+        f"time that the measured code could have had; {ADVICE}"
+    ]
+
+
 def warnings(unstable: int, figures: int, busy: float | None) -> list[str]:
     """What to say below figures of which some are not stable, and what to do about it.
 
@@ -92,12 +102,7 @@ def warnings(unstable: int, figures: int, busy: float | None) -> list[str]:
         unstable, figures: how many times are not stable, and of how many.
         busy: the largest share that others took of the CPU time; None where it is not known.
     """
-    found = []
-    if busy is not None and busy > BUSY:
-        found.append(
-            f"this machine is too busy to time on: other processes took up to {busy:.0%} of the "
-            f"CPU time that the measured code could have had; {ADVICE}"
-        )
+    found = too_busy(busy)
     if unstable:
         found.append(
             f"{MARK} marks what is not stable, {unstable} of {figures} times: the rounds lie more "
@@ -138,6 +143,13 @@ class Others:
         others = max(0.0, after[0] - used[0] - (self._own() - own)) / seconds  # CPUs
         spare = max(0, after[1] - self.threads)
         self.busy = min(1.0, max(0.0, others - spare) / self.threads)
+
+
+def busy_now(threads: int, seconds: float = 0.5) -> float | None:
+    """How busy others are while we do nothing; None where it is not known."""
+    with Others(threads) as others:
+        time.sleep(seconds)
+    return others.busy
 
 
 def used_seconds() -> tuple[float, int] | None:
