@@ -383,7 +383,8 @@ def _sums(weight: Tensor) -> Tensor:
     one row of at most 4 KB go unseen; their sum is the same.
     """
     flat = weight.detach().as_strided((weight.numel(),), (1,))
-    bits = flat.view(torch.int64 if flat.nbytes % 8 == 0 else _INTEGERS[flat.element_size()])
+    whole = (flat.nbytes | flat.storage_offset() * flat.element_size()) % 8 == 0
+    bits = flat.view(torch.int64 if whole else _INTEGERS[flat.element_size()])
     return bits.view(-1, math.gcd(bits.numel(), 512)).sum(1)
 
 

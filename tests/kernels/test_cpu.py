@@ -231,6 +231,22 @@ def test_a_write_that_no_sample_sees_is_seen_before_many_pixels(name, layer, x):
     assert close(layer(x), layer.plain(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (3, 5, 3, 3), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_sums_see_every_element_wherever_the_weight_begins(offset, shape, dtype):
+    memory = torch.randn(200 + offset + torch.Size(shape).numel()).to(dtype)
+    weight = memory[offset : offset + torch.Size(shape).numel()].view(shape)
+    before = cpu._sums(weight)
+    for element in range(weight.numel()):
+        kept = weight.view(-1)[element].clone()
+        weight.view(-1)[element] += 1
+        assert not torch.equal(cpu._sums(weight), before)
+        weight.view(-1)[element] = kept
+    memory[-200:] = 0.0
+    assert torch.equal(cpu._sums(weight), before)
+
+
 def test_a_write_is_seen_at_once_by_a_large_convolution(layer):
     x = torch.randn(8, 16, 32, 32).contiguous(memory_format=CHANNELS_LAST)
     assert cpu.PIXELS_PER_SUM <= 8 * 32 * 32
