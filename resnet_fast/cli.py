@@ -234,7 +234,7 @@ def bench(options: argparse.Namespace) -> int:
             seconds=options.seconds,
         )
         folder = command.writable_folder(options.out, request)
-        notes.print("\n".join(command.announced(request)), highlight=False)
+        notes.print("\n".join(command.announced(request)), highlight=False, soft_wrap=True)
         with notes.status("starting") as status:
             results, files = command.measure(request, folder, status.update)
     except (ValueError, KeyError, OSError) as error:
@@ -244,7 +244,7 @@ def bench(options: argparse.Namespace) -> int:
     notes.print("written: " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
     untimed = command.untimed(results, request)
     for line in untimed:
-        notes.print(line, style="yellow", highlight=False)
+        notes.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if not results.complete:
         return INTERRUPTED
     if command.failed(results):

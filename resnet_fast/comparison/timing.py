@@ -74,7 +74,7 @@ def interleaved(
     """Call the functions in turn until the time is up.
 
     Args:
-        functions: by name; each does its whole work when called.
+        functions: by name; each does its whole work when called, on a GPU in a thread of its own.
         seconds: for all rounds together, warm-up apart; at least 7 rounds are made.
         device: synchronised after each call if it is a GPU.
         progress: told now and then what is being done.
@@ -98,7 +98,13 @@ def _runner(device: torch.device, stack: contextlib.ExitStack) -> Callable:
     return lambda work, *args: thread.submit(work, *args).result()
 
 
-def _interleaved(functions, run, seconds: float, device: torch.device, progress) -> dict:
+def _interleaved(
+    functions: dict[str, Callable[[], object]],
+    run: dict[str, Callable],  # does a function's work, where that is to be done
+    seconds: float,
+    device: torch.device,
+    progress: Callable[[str], None],
+) -> dict[str, Timing]:
     first = {}
     for name, function in functions.items():
         progress(f"first call of {name}")

@@ -285,10 +285,10 @@ SKIPS = {
     "memory": (MemoryError("not enough memory"), (), cli.SKIPPED, "too little memory"),
     "not installed": (protocol.Missing("pip install it"), (), cli.AGREES, ""),
     "named": (
-        protocol.Missing("pip install it"),
+        protocol.Missing("get it[all]"),
         ("openvino",),
         cli.SKIPPED,
-        "1 missing: pip inst",
+        "1 missing: get it[all]",
     ),
     "by rule": (protocol.LeftOut("takes too long"), ("openvino",), cli.AGREES, ""),
 }
@@ -328,6 +328,7 @@ def test_a_full_run_is_asked_for_and_the_usual_one_takes_minutes():
         r"\d+ cases, \d+ rows: about \d+ min; all by --full", plan.announced(usual)[0]
     )
     assert re.search(r"about [\d.]+ days$", plan.announced(full)[0])
+    assert list(plan.QUICK_SECONDS) == list(cases.SUITES)  # each begins after the one before
     with pytest.raises(ValueError, match="unknown extent 'half'; known are quick, usual, full"):
         Request(device="cpu", extent="half")
 
