@@ -254,3 +254,20 @@ def test_a_spinning_thread_does_not_starve_the_one_it_waits_for():
     """
     out = run(body + STORE, threads=64, out=np.zeros(65, np.uint32))
     assert (out == 5).all()
+
+
+@pytest.mark.parametrize("waits_for", [1, -1], ids=["a later block", "an earlier block"])
+def test_blocks_wait_for_each_other(waits_for):
+    """Blocks of 1024 threads, each of which waits for its neighbour's number and adds to it."""
+    first = 0 if waits_for < 0 else 2
+    body = f"""
+    mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd1, %r1, 4, %rd0; mov.u32 %r2, 1;
+    setp.ne.u32 %p1, %r0, 0; @%p1 ret; setp.eq.u32 %p1, %r1, {first}; @%p1 bra tell;
+    spin: ld.volatile.global.u32 %r2, [%rd1+{4 * waits_for}];
+    setp.eq.u32 %p2, %r2, 0; @%p2 bra spin;
+    add.u32 %r2, %r2, %r2;
+    tell: st.volatile.global.u32 [%rd1], %r2;
+    """
+    out = np.zeros(3, np.uint32)
+    kernel(body).launch(3, 1024, [out])
+    assert out.tolist() == [1, 2, 4][::-waits_for]

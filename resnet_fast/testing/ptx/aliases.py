@@ -24,6 +24,10 @@ class Aliases:
         self.readers: list = []  # copies under way; sources() is a list of (addresses, lengths)
         self._shadow_of, self._shadows = shadow_of, {}
 
+    def forget(self, batch) -> None:
+        """Its blocks are gone, and with them what copies they left under way."""
+        self.readers = [reader for reader in self.readers if reader.batch is not batch]
+
     def load_constant(self, buffer, address, size: int, threads) -> None:
         """ld.global.nc of `size` bytes at each address."""
         shadow, index = self._shadow(buffer, size), (address - buffer.base) // size

@@ -60,7 +60,6 @@ class Batch:
         self.lane = self.all & 31
         self.block_of = self.all // self.threads
         self.params, self.globals, self.layout = params, globals_, layout
-        globals_.aliases.readers.clear()  # copies of blocks that are gone
         self.symbols = symbols  # name -> (space, address)
         size, granule = shared
         self.shared = SharedMemory(self.count, size, self.warps, self.threads, granule, counters)

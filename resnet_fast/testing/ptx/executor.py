@@ -76,10 +76,11 @@ class Executor:
 
     # --- run ----------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, instructions: int) -> bool:
+        """Run to the end, which gives True, or for about so many instructions, to be resumed."""
         try:
             with np.errstate(all="ignore"):
-                self._schedule()
+                return self._schedule(self.steps + instructions)
         except Fault as fault:
             raise self._located(fault) from None
 
@@ -94,14 +95,14 @@ class Executor:
         message = f"{ins.opcode}: {fault.message}"
         return PtxError(message, ins.line, batch.function.name, block, thread)
 
-    def _schedule(self) -> None:
+    def _schedule(self, until: int) -> bool:
         batch = self.batch
         turn = 0
-        while True:
+        while self.steps < until:
             runnable = np.flatnonzero(batch.state == RUNNING)
             if not len(runnable):
                 if (batch.state == EXITED).all():
-                    return
+                    return True
                 self._unblock()
                 continue
             counters = batch.pc[runnable]
@@ -117,12 +118,13 @@ class Executor:
                 limit = END
             m = None if len(runnable) == batch.size and chosen.all() else runnable[chosen]
             turn = turn + 1 if self._group(low, m, limit) else 0
+        return False
 
     def _group(self, pc: int, m, limit: int) -> bool:
         """Run one group; True when it was stopped for running long."""
         batch, code, ok, issued = self.batch, self.code, self.ok, self.issued
         warps = batch.size // 32 if m is None else len(np.unique(m >> 5))
-        alone, steps = limit == END and m is None, 0
+        steps = 0
         while pc < limit:
             self.at = pc
             if not ok[pc]:
@@ -139,10 +141,8 @@ class Executor:
                 pc = target
                 if steps > PATIENCE:
                     self._charge(steps)
-                    steps = 0
-                    if not alone:
-                        batch.pc[batch.indices(m)] = pc
-                        return True
+                    batch.pc[batch.indices(m)] = pc
+                    return True
         self._charge(steps)
         batch.pc[batch.indices(m)] = pc
         return False

@@ -24,6 +24,9 @@ from .tensor_map import TensorMap
 
 BATCH_THREADS = 1024  # NumPy is at its best with rows of about this length
 MAX_STEPS = 50_000_000
+# Batches run one after the other; one that runs long, as where it waits for a later block, goes on
+# in turns of so many instructions with at most so many others.
+TURN, RESIDENT = 50_000, 64
 
 
 @dataclass
@@ -198,7 +201,7 @@ class Kernel:
                 Trailing 8-byte parameters may be left out and are null: Triton's scratch pointers.
             shared_bytes: dynamic shared memory of a block.
             blocks: block indices (x, y, z), or x, to run instead of the whole grid.
-            max_steps: instructions after which a run is taken for endless.
+            max_steps: instructions of one batch of blocks after which it is taken for endless.
         Returns: Run, with exact counters.
         Raises: PtxError at the first fault, with kernel, line, block and thread; ValueError for
             arguments that do not fit the parameters, and where a GPU would refuse the launch.
@@ -219,12 +222,19 @@ class Kernel:
         todo = _block_list(grid, blocks)
         threads = -(-int(np.prod(block)) // 32) * 32
         step = max(1, BATCH_THREADS // threads)
+        chunks = iter([todo[i : i + step] for i in range(0, len(todo), step)])
         issued = np.zeros(len(self.function.body), np.int64)
-        for i in range(0, len(todo), step):
-            batch = self._batch(todo[i : i + step], block, grid, params, layout, memory, counters)
-            executor = Executor(batch, max_steps)
-            executor.run()
-            issued += executor.issued
+        resident: list[Executor] = []
+        while True:
+            if len(resident) < RESIDENT and (chunk := next(chunks, None)) is not None:
+                batch = self._batch(chunk, block, grid, params, layout, memory, counters)
+                resident.append(Executor(batch, max_steps))
+            if not resident:
+                break
+            for executor in [e for e in resident if e.run(TURN)]:
+                issued += executor.issued
+                memory.aliases.forget(executor.batch)
+                resident.remove(executor)
         memory.finish()
         self._classify(issued, counters)
         lines: dict[int, int] = {}
