@@ -3,6 +3,21 @@
 
 import os
 
+import pytest
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores already; more threads would only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def needs_cpu_backend():
+    """needs_cpu_backend(dtype): skip the test, with the reason, where oneDNN does not run it."""
+    from resnet_fast.testing.here import cpu_refusal
+
+    def ask(dtype) -> None:
+        reason = cpu_refusal(dtype)
+        if reason is not None:
+            pytest.skip(reason)
+
+    return ask

@@ -7,17 +7,22 @@ CIFAR-10 (He et al. 2015, section 4.2), of one channel in and with projections a
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import resnet_fast
+from resnet_fast import agreement
 from resnet_fast.models.resnet import BasicBlock, conv1x1, conv3x3
 
 datasets = pytest.importorskip("sklearn.datasets")
 
-TRAINING = 1400  # the first 1400 digits; the other 397 are the test
+K_GEMM = 64 * 9  # the longest sum
+
+TESTED_EVERY = 4  # the others are trained with; so both have digits by every writer
 
 
 def resnet20() -> nn.Module:
@@ -40,33 +45,45 @@ def trained():
     digits = datasets.load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
+    tested = torch.arange(len(labels)) % TESTED_EVERY == 0
+    learnt, truth = images[~tested], labels[~tested]
     torch.manual_seed(0)
     model, passes, batch = resnet20(), 6, 50
-    steps = passes * TRAINING // batch
+    steps = passes * len(learnt.split(batch))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
     for _ in range(passes):
-        for chosen in torch.randperm(TRAINING).split(batch):
+        for chosen in torch.randperm(len(learnt)).split(batch):
             optimizer.zero_grad()
-            F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+            F.cross_entropy(model(learnt[chosen]), truth[chosen]).backward()
             optimizer.step()
             schedule.step()
-    return model.eval(), images[TRAINING:], labels[TRAINING:]
+    return model.eval(), images[tested], labels[tested]
 
 
-def plain_decisions(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    with torch.inference_mode(), resnet_fast.disabled():
-        return model(images).argmax(1)
+def certain_decisions(model, images, dtype):
+    """The decisions in float64, and which of them rounding in `dtype` cannot turn.
+
+    Those whose two best scores lie further apart than both may be off by the rule of agreement.
+    """
+    exact = copy.deepcopy(model).double()(images.double())
+    with resnet_fast.disabled():
+        eager = copy.deepcopy(model).to(dtype)(images.to(dtype))
+    error = agreement.error(eager, exact)
+    limit = agreement.bound(error, dtype, K_GEMM) * exact.abs().max()
+    best = exact.topk(2, dim=1).values
+    return exact.argmax(1), best[:, 0] - best[:, 1] > 2 * limit
 
 
 @torch.inference_mode()
 def test_the_same_decisions(trained):
     model, images, labels = trained
-    before = plain_decisions(model, images)
-    assert (before == labels).float().mean() > 0.95
+    expected, certain = certain_decisions(model, images, torch.float32)
+    assert (expected == labels).float().mean() > 0.95
+    assert certain.float().mean() > 0.99
     optimized = resnet_fast.optimize(model, strict=True)
     for _ in range(2):
-        assert torch.equal(optimized(images).argmax(1), before)
+        assert torch.equal(optimized(images).argmax(1)[certain], expected[certain])
     rows = resnet_fast.report(optimized)
     assert rows.fused == len(rows) == 9
     assert all(r.backend and r.backend != "aten" for r in rows)
@@ -74,11 +91,12 @@ def test_the_same_decisions(trained):
 
 @torch.inference_mode()
 def test_bfloat16_decides_alike(trained):
-    model, images, labels = trained
-    right = (plain_decisions(model, images) == labels).sum()
+    model, images, _ = trained
+    expected, certain = certain_decisions(model, images, torch.bfloat16)
+    assert certain.float().mean() > 0.9
     optimized = resnet_fast.optimize(model, dtype=torch.bfloat16)
     decided = optimized(images.bfloat16()).argmax(1)
-    assert abs((decided == labels).sum() - right) <= 2
+    assert torch.equal(decided[certain], expected[certain])
     assert all(r.fused for r in resnet_fast.report(optimized))
 
 

@@ -39,9 +39,21 @@ def optimize(
     Finds the blocks and stems of torchvision, timm, transformers, open_clip and torchreid, also as
     backbones of detectors and segmenters, and in any model the sequences of a convolution, its norm
     and perhaps a ReLU. A block of which only parts can be fused is fused in parts. The result has
-    the same class, children and state_dict keys; its weights are live: loading, training and moving
-    it go on as before, and a call that cannot be fused (training, hooks, gradients) runs the plain
+    the same children and state_dict keys; its weights are live: loading, training and moving it
+    go on as before, and a call that cannot be fused (training, hooks, gradients) runs the plain
     forward by itself.
+
+    What is traded for speed, exactly:
+
+    - The class of a converted module is a subclass of the same name that differs in `forward`, or
+      in the method that runs its stem.
+    - Results agree with the plain model's to rounding, not to the bit.
+    - On a CPU each convolution has a packed copy of its weight, and a second or third one if image
+      sizes are met for which oneDNN wants another layout; `report` says how large they are.
+    - On a CPU a write to some of a convolution's weights that PyTorch does not count (`.data`,
+      `.numpy()`) may be seen late: when the layer has made another 8192 output pixels (N * H * W)
+      at the latest; `refresh` makes it seen at once, and shared memory is looked at in each call.
+    - Replicas that DataParallel makes for several devices run the plain forward.
 
     Args:
         model: any module; what is not known is left as it is.
@@ -113,8 +125,8 @@ def restore(model: nn.Module) -> nn.Module:
 def refresh(model: nn.Module) -> nn.Module:
     """Forget what was packed of the model's weights: the next forward packs them again.
 
-    Needed only after writing to single elements of a convolution's `weight.data`, which leaves no
-    trace (see `kernels/cpu.py`); everything else is noticed without it.
+    Needed only on a CPU, after a write to some of a convolution's weights that PyTorch does not
+    count (`.data`, `.numpy()`), for it to be seen at once; see `optimize`.
 
     Args:
         model: any module.

@@ -11,9 +11,11 @@ Packing pays only if it is kept, and what is kept can go stale. Each call theref
 the packed weight was made from with what the tensors hold now:
 - scale, shift, mean, var: every byte, whoever wrote it and however (BatchNorm's own update of
   its statistics does not raise their version counter, `.data` writes raise none at all);
-- weight: identity of its storage, version counter, dtype, and four 64-byte samples, which reveal
-  wholesale `.data` writes such as an exponential moving average's. Only a `.data` write that
-  misses all four samples goes unseen: `resnet_fast.refresh(model)` is for that.
+- weight: address, shape, version counter, and four 64-byte samples, which reveal wholesale
+  `.data` writes such as an exponential moving average's;
+- weight, every byte by sums: at each call if other processes share it, else before the layer has
+  made another `PIXELS_PER_SUM` output pixels. Until then a write that raises no version (`.data`,
+  `.numpy()`) and misses all samples goes unseen: `resnet_fast.refresh(model)` is for that.
 
 oneDNN's ReLU turns NaN into 0, torch's does not. So it is used only under a proof that no NaN can
 be: with finite weights and inputs of at most A, no value or partial sum of a convolution exceeds
@@ -381,7 +383,8 @@ def _sums(weight: Tensor) -> Tensor:
     one row of at most 4 KB go unseen; their sum is the same.
     """
     flat = weight.detach().as_strided((weight.numel(),), (1,))
-    bits = flat.view(torch.int64 if flat.nbytes % 8 == 0 else _INTEGERS[flat.element_size()])
+    whole = (flat.nbytes | flat.storage_offset() * flat.element_size()) % 8 == 0
+    bits = flat.view(torch.int64 if whole else _INTEGERS[flat.element_size()])
     return bits.view(-1, math.gcd(bits.numel(), 512)).sum(1)
 
 

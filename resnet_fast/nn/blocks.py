@@ -300,8 +300,10 @@ def _program(owner: nn.Module, parts: Parts, x: Tensor, backend: str) -> Program
     if not parts.is_whole:
         record.merged = ""
         return MixedProgram(owner, parts, backend, record)
-    steps = [Step(part.unit, part.norm, part.activation, backend, record) for part in parts.main]
-    projections = [Step(part.unit, part.norm, "none", backend, record) for part in parts.shortcut]
+    steps, projections = (
+        [Step(part.unit, part.norm, part.activation, backend, record) for part in those]
+        for those in (parts.main, parts.shortcut)
+    )
     projection = projections[0] if projections else None
     join = _join_step(parts, steps, projection, x, backend)
     return Program(owner, steps, projection, parts.joins, parts.bypassed, join)
@@ -325,10 +327,8 @@ def _join_step(
     if not plan.is_one_kernel:
         return None
     record = projection.record
-    record.note(plan)
-    record.merged = "conv_bn_join"
     steps[-1].record = projection.record = None  # see `Step`
-    return JoinStep(steps[-1], projection, plan)
+    return JoinStep(steps[-1], projection, plan, record)
 
 
 def _may_join(parts: Parts, x: Tensor, backend: str) -> bool:

@@ -113,18 +113,19 @@ class Step:
     ) -> Tensor:
         call = fusion.call_of(self.unit, x, residual, self.activation, self.backend)
         self.plan = ops.plan_of(call)
-        self.record.note(self.plan)
+        y = self.bind()(x, residual, inplace, finite)
+        self.record.note(self.plan)  # by now it is known whether its backend can launch
         self.record = None  # it holds the program: no cycle, so that both go with their module
-        return self.bind()(x, residual, inplace, finite)
+        return y
 
 
 class JoinStep:
     """The last unit and the projection of a program as one op, `ops.conv_bn_join`."""
 
-    __slots__ = ("launch", "main", "plan", "projection")
+    __slots__ = ("launch", "main", "plan", "projection", "record")
 
-    def __init__(self, main: Step, projection: Step, plan) -> None:
-        self.main, self.projection, self.plan = main, projection, plan
+    def __init__(self, main: Step, projection: Step, plan, record: Record) -> None:
+        self.main, self.projection, self.plan, self.record = main, projection, plan, record
         self.launch = None
 
     def bind(self) -> Launch:
@@ -134,7 +135,15 @@ class JoinStep:
         self.projection.renew()
         if self.launch is None or not self.launch.fresh(self.main.unit.weight):
             self.launch = self.plan.bind(*self.main.arguments, *self.projection.arguments)
-        return self.launch
+        return self.launch if self.record is None else self._first_launch
+
+    def _first_launch(self, h: Tensor, x: Tensor) -> Tensor:
+        y = self.launch(h, x)
+        self.record.note(self.plan)  # by now it is known whether its backend can launch
+        if self.plan.is_one_kernel:
+            self.record.merged = "conv_bn_join"
+        self.record = None  # see `Step`
+        return y
 
 
 class Program:

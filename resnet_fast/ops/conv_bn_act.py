@@ -170,6 +170,7 @@ def problem_of(call: Call) -> backends.Problem:
         spec=spec,
         device=x.device.type,
         arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
+        hardware=_hardware.gpu_of(x.device) if x.is_cuda else None,
         x=_layout(x),
         weight=_layout(weight),
         residual="" if residual is None else _layout(residual),

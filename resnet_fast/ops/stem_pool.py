@@ -168,6 +168,7 @@ def _make_plan(call: StemCall) -> backends.Plan:
         spec=spec,
         device=x.device.type,
         arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
+        hardware=_hardware.gpu_of(x.device) if x.is_cuda else None,
         x=_layout(x),
         weight=_layout(weight),
         residual="",

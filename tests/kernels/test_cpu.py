@@ -19,6 +19,7 @@ from resnet_fast import ops
 from resnet_fast.agreement import error
 from resnet_fast.kernels import cpu
 from resnet_fast.spec import ConvSpec
+from resnet_fast.testing.here import cpu_backend
 
 CHANNELS_LAST = torch.channels_last
 
@@ -51,7 +52,7 @@ class Layer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = ops.conv_bn_act_op(*self.call(x))
-        assert ops.last_plan().backend == "cpu", ops.last_plan().why_fallback()
+        assert ops.last_plan().backend == cpu_backend(x.dtype), ops.last_plan().why_fallback()
         return y
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
@@ -230,6 +231,22 @@ def test_a_write_that_no_sample_sees_is_seen_before_many_pixels(name, layer, x):
     assert close(layer(x), layer.plain(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (3, 5, 3, 3), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_sums_see_every_element_wherever_the_weight_begins(offset, shape, dtype):
+    memory = torch.randn(200 + offset + torch.Size(shape).numel()).to(dtype)
+    weight = memory[offset : offset + torch.Size(shape).numel()].view(shape)
+    before = cpu._sums(weight)
+    for element in range(weight.numel()):
+        kept = weight.view(-1)[element].clone()
+        weight.view(-1)[element] += 1
+        assert not torch.equal(cpu._sums(weight), before)
+        weight.view(-1)[element] = kept
+    memory[-200:] = 0.0
+    assert torch.equal(cpu._sums(weight), before)
+
+
 def test_a_write_is_seen_at_once_by_a_large_convolution(layer):
     x = torch.randn(8, 16, 32, 32).contiguous(memory_format=CHANNELS_LAST)
     assert cpu.PIXELS_PER_SUM <= 8 * 32 * 32
@@ -406,6 +423,12 @@ def test_packed_bytes_counts_what_is_kept(layer, x):
     assert cpu.packed_bytes([weight]) == 0
     layer(x)
     assert weight.nbytes <= cpu.packed_bytes([weight]) <= 2 * weight.nbytes
+
+
+def test_a_narrow_weight_has_a_narrow_copy(layer, x, needs_cpu_backend):
+    needs_cpu_backend(torch.bfloat16)
+    layer(x)
+    weight = layer.conv.weight
     layer.bfloat16()(x.bfloat16())
     assert cpu.packed_bytes([layer.conv.weight]) <= weight.numel() * 4
 

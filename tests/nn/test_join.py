@@ -48,7 +48,8 @@ def merged(model: nn.Module) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
-def test_projection_blocks_join(block, dtype, pair, image, assert_agrees):
+def test_projection_blocks_join(block, dtype, pair, image, assert_agrees, needs_cpu_backend):
+    needs_cpu_backend(dtype)
     fused, plain = (m.to(dtype) for m in pair(block, (2, 2)))
     expected = {"layer2.0": "conv_bn_join"}
     if block == "Bottleneck":

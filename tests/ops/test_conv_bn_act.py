@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_fast import disabled, models
-from resnet_fast.kernels import cpu
 from resnet_fast.ops import ArgumentError, conv_bn_act, conv_bn_act_, last_plan
 from resnet_fast.spec import ConvSpec
+from resnet_fast.testing.here import cpu_backend
 from resnet_fast.testing.tolerance import assert_within
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -107,7 +107,7 @@ def test_convolutions_of_the_models(name, dtype, arguments, definition, eager):
     spec = replace(MODELS[name], dtype=dtype)
     call = arguments(spec)
     y = run(call)
-    assert last_plan().backend == ("cpu" if cpu.refusal(spec) is None else "aten")
+    assert last_plan().backend == cpu_backend(dtype)
     assert_right(y, call, definition, eager)
 
 
@@ -117,7 +117,7 @@ def test_odd_convolutions(name, dtype, arguments, definition, eager):
     spec = replace(ODD[name], dtype=dtype)
     call = arguments(spec)
     y = run(call)
-    assert last_plan().backend == ("cpu" if cpu.refusal(spec) is None else "aten")
+    assert last_plan().backend == cpu_backend(dtype)
     assert_right(y, call, definition, eager)
     assert_right(run(call, backend="aten"), call, definition, eager)
 

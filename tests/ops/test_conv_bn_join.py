@@ -16,6 +16,7 @@ from resnet_fast.ops import ArgumentError, JoinCall, conv_bn_join, conv_bn_join_
 from resnet_fast.ops.conv_bn_join import reference
 from resnet_fast.spec import JoinSpec
 from resnet_fast.testing import join_cases
+from resnet_fast.testing.here import cpu_backend
 from resnet_fast.testing.tolerance import assert_within
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -64,7 +65,7 @@ def call():
 def test_networks(name, dtype):
     tensors = join_cases.join_tensors(of(NETWORKS[name], dtype))
     assert_right(conv_bn_join_op(*call_of(tensors)), tensors)
-    assert last_join_plan().backend == "cpu"
+    assert last_join_plan().backend == cpu_backend(dtype)
 
 
 @pytest.mark.parametrize("backend", ["auto", "aten"])

@@ -118,8 +118,10 @@ ONES = torch.ones(1, 1, 1, 1)
     ids=["cpu-shift", "cpu-mean", "aten-shift", "aten-scale", "aten-mean"],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_does_not_round_the_vectors(dtype, backend, scale, shift, mean):
+def test_autocast_does_not_round_the_vectors(dtype, backend, scale, shift, mean, needs_cpu_backend):
     """The difference from one is all that is left of the sum, if it was not rounded away."""
+    if backend == "cpu":
+        needs_cpu_backend(dtype)
     scale, shift = torch.tensor([scale]), torch.tensor([shift])
     statistics = {} if mean is None else {"mean": torch.tensor([mean]), "var": torch.ones(1)}
     with torch.autocast("cpu", dtype):
@@ -142,7 +144,8 @@ def test_autocast_does_not_round_the_vectors(dtype, backend, scale, shift, mean)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_packs_the_master_weight_once(dtype, arguments, monkeypatch):
+def test_autocast_packs_the_master_weight_once(dtype, arguments, monkeypatch, needs_cpu_backend):
+    needs_cpu_backend(dtype)
     call = arguments(SPEC)
     packs = []
     pack = cpu.PackedWeight.pack
@@ -161,8 +164,11 @@ def test_autocast_packs_the_master_weight_once(dtype, arguments, monkeypatch):
     assert len(packs) == 2
 
 
-def test_autocast_folds_the_master_weight_before_it_rounds(arguments, definition):
+def test_autocast_folds_the_master_weight_before_it_rounds(
+    arguments, definition, needs_cpu_backend
+):
     """weight * g is rounded once, from fp32: better than rounding the weight first."""
+    needs_cpu_backend(torch.bfloat16)
     call = arguments(replace(SPEC, residual=False, activation="none"))
     call = call._replace(x=call.x.bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):
