@@ -323,3 +323,17 @@ def test_report_tells_what_the_packed_copies_take(model, x):
     told = resnet_fast.report(optimized)
     assert told.packed_bytes >= sum(weight.nbytes for weight in convs)  # padded, never smaller
     assert f"packed copies of weights: {told.packed_bytes / 2**20:.1f} MiB" in str(told)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_fused_means_that_a_fused_kernel_ran(dtype, model, x, monkeypatch):
+    """An op that no kernel of this machine takes runs step by step, which is told before too."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: False)
+    optimized = resnet_fast.optimize(model, dtype=dtype)
+    reason = "no float64 convolution" if dtype == torch.float64 else "no float16 instructions"
+    for ran in (False, True):
+        rows = resnet_fast.report(optimized)
+        assert rows.fused == 0
+        assert all(reason in row.reason for row in rows), str(rows)
+        assert [(r.fused_calls, r.plain_calls) for r in rows] == [(0, int(ran))] * 6
+        run(optimized, torch.randn(1, 3, 40, 56).to(dtype))
