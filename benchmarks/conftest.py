@@ -13,13 +13,17 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from resnet_fast.benchmarking import clocks, providers, rows, suite
+from resnet_fast.benchmarking import clocks, rows, suite
 from resnet_fast.benchmarking.environment import environment
 
 
 def pytest_addoption(parser):
     text = "every case of the suite, not only those of --quick"
     parser.addoption("--full", action="store_true", help=text)
+
+
+def _extent(config) -> str:
+    return "full" if config.getoption("--full") else "quick"
 
 
 class ReplayTimer:
@@ -46,12 +50,11 @@ def pytest_generate_tests(metafunc):
     """A test per case and provider of the module's SUITE."""
     if "provider" not in metafunc.fixturenames:
         return
-    request = suite.Request(quick=not metafunc.config.getoption("--full"))
+    request = suite.Request(extent=_extent(metafunc.config))
     mark = pytest.mark.benchmark(timer=REPLAY)
     found = []
     for case in request.cases(metafunc.module.SUITE):
-        asked, _ = providers.choose(case, request.place.type, (), request.quick)
-        for provider in asked:
+        for provider in request.asked(case)[0]:
             name = f"{suite.label(case)}-{provider.name}"
             found.append(pytest.param(case, provider.name, marks=mark, id=name))
     metafunc.parametrize(("case", "provider"), found)
@@ -60,7 +63,7 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="session")
 def measured(pytestconfig) -> Callable:
     """A case's rows, measured when they are first asked for; only the last case's are kept."""
-    request = suite.Request(quick=not pytestconfig.getoption("--full"))
+    request = suite.Request(extent=_extent(pytestconfig))
     clock, facts = clocks.clock_of(request.place), environment(request.place)
     last = {}
 

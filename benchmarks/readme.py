@@ -18,6 +18,7 @@ import runpy
 from pathlib import Path
 
 from resnet_fast.comparison import tables
+from resnet_fast.comparison.steadiness import is_stable, marked
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -67,7 +68,9 @@ def profiled() -> str:
         lines.append("|---" * 7 + "|")
         for row in (*result["stages"], result["total"]):
             worked = row["bytes"] > 0
-            cells = [row["name"], f"{row['seconds'] * 1e3:.2f}", f"{row['share']:.0%}"]
+            stable = is_stable(row.get("spread", 0.0), result.get("busy"))  # not in older files
+            time = marked(f"{row['seconds'] * 1e3:.2f}", stable)
+            cells = [row["name"], time, f"{row['share']:.0%}"]
             cells += [f"{row['bandwidth_gbs']:.1f}", f"{row['roof']:.0%}"] if worked else ["", ""]
             cells += [row["bound"], f"{row['peer'] * 1e3:.2f}" if row["peer"] else ""]
             lines.append("| " + " | ".join(cells) + " |")

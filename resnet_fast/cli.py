@@ -24,7 +24,8 @@ EXIT_STATUS = (
 )
 BENCH_STATUS = (
     "exit status: 0 done, or nothing slower; 1 an answer failed its check, or something is slower "
-    "by more than the noise; 2 bad input; 130 interrupted, with what was measured written"
+    "by more than the noise; 2 bad input; 3 some rows have no time, as it says; 130 interrupted, "
+    "with what was measured written"
 )
 
 
@@ -107,12 +108,17 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     add = command.add_argument
     add("suite", nargs="?", choices=("ops", "models", "all"), default="all", metavar="SUITE",
         help="ops, models or all; default: all")  # fmt: skip
-    add("--quick", action="store_true", help="few cases: under three minutes on two cores")
+    extent = command.add_mutually_exclusive_group()
+    extent.add_argument("--quick", dest="extent", action="store_const", const="quick",
+        default="usual", help="few cases: under three minutes on two cores")  # fmt: skip
+    extent.add_argument("--full", dest="extent", action="store_const", const="full",
+        help="all models, layers, batches and dtypes, autotuned: days on a GPU")  # fmt: skip
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     add("--providers", nargs="+", default=[], metavar="NAME", help="default: all of the device")
-    add("--models", nargs="+", default=[], metavar="NAME", help="default: all, or two by --quick")
-    add("--batch", type=int, nargs="+", default=[], metavar="N", help="default: 1 8 32 128 256")
-    help_dtype = "float32, tf32, float16, bfloat16; default: all of the device"
+    add("--models", nargs="+", default=[], metavar="NAME", help="default: two, or all by --full")
+    help_batch = "default: 1 8 32, or 1 8 32 128 256 by --full"
+    add("--batch", type=int, nargs="+", default=[], metavar="N", help=help_batch)
+    help_dtype = "float32, tf32, float16, bfloat16; default: two, or all of the device by --full"
     add("--dtype", nargs="+", default=[], metavar="DTYPE", help=help_dtype)
     add("--seconds", type=float, help="of timed rounds per case")
     help_out = "of the results; default: benchmarks/results/MACHINE"
@@ -218,9 +224,9 @@ def bench(options: argparse.Namespace) -> int:
                 console.print(part, highlight=False)
             return DISAGREES if slower else AGREES
         request = benchmarking.Request(
-            suites=("ops", "models") if options.suite == "all" else (options.suite,),
+            suites=("models", "ops") if options.suite == "all" else (options.suite,),
             device=options.device,
-            quick=options.quick,
+            extent=options.extent,
             providers=options.providers,
             models=options.models,
             batches=options.batch,
@@ -228,6 +234,7 @@ def bench(options: argparse.Namespace) -> int:
             seconds=options.seconds,
         )
         folder = command.writable_folder(options.out, request)
+        notes.print("\n".join(command.announced(request)), highlight=False, soft_wrap=True)
         with notes.status("starting") as status:
             results, files = command.measure(request, folder, status.update)
     except (ValueError, KeyError, OSError) as error:
@@ -235,9 +242,14 @@ def bench(options: argparse.Namespace) -> int:
     for part in command.render(results):
         console.print(part, highlight=False)
     notes.print("written: " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)
+    untimed = command.untimed(results, request)
+    for line in untimed:
+        notes.print(line, style="yellow", highlight=False, markup=False, soft_wrap=True)
     if not results.complete:
         return INTERRUPTED
-    return DISAGREES if command.failed(results) else AGREES
+    if command.failed(results):
+        return DISAGREES
+    return SKIPPED if untimed else AGREES
 
 
 def profile(options: argparse.Namespace) -> int:

@@ -10,13 +10,15 @@ A graph has addresses in it, not values. Therefore
   picked up by themselves, as the kernels read them live; weights that move are noticed by their
   addresses, and the graph is recorded anew;
 - what a graph cannot hold (hooks, gradients, training, autocast, CPU tensors) is a plain call,
-  counted with its reason in `report()`.
+  counted with its reason in `report()`; so is what cannot be recorded, which is tried once, or now
+  and then where only memory was short.
 
 Source: CUDA C++ Programming Guide, "CUDA Graphs"; PyTorch documentation, "CUDA Graphs".
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -28,11 +30,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
-from resnet_fast import ops
+from resnet_fast import _hardware, ops
 from resnet_fast.nn import fusion
 
 WARM_UP = 3  # runs before recording: plans are made, kernels compiled, cuDNN's choice settled
 MAX_GRAPHS = 8  # each keeps its own activations alive
+RETRY = 16  # plain calls after which recording is tried again where memory did not suffice
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TRAINING = attrgetter("training")
@@ -60,8 +63,10 @@ class CudaCapture:
                     function(x)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            # torch's own stream for this stays on the device that was the first to record.
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+            # torch's own stream for this stays on the device that was the first to record. What
+            # other threads allocate or pin meanwhile is not recorded, and need not fail.
+            stream, mode = torch.cuda.Stream(), "thread_local"
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
                 out = function(x)
         return graph, out
 
@@ -76,6 +81,13 @@ class Recorded(NamedTuple):
     graph: Graph
     x: Tensor  # [N, C, H, W]; the graph reads it
     out: object  # the graph writes it
+
+
+class Failure(NamedTuple):
+    """Why an input could not be recorded, and for how many calls more that is not tried again."""
+
+    reason: str
+    calls: float
 
 
 class GraphedModel(nn.Module):
@@ -100,7 +112,7 @@ class GraphedModel(nn.Module):
         self.model = model
         self.clone, self.max_graphs = clone, max_graphs
         self._capture = capture or CudaCapture()
-        self._failed: dict[tuple, str] = {}
+        self._failed: dict[tuple, Failure] = {}
         self.replays = self.captures = self.moved = 0
         self.plain: Counter[str] = Counter()
         self.training = model.training
@@ -128,14 +140,16 @@ class GraphedModel(nn.Module):
             if reason is not None:
                 return self._call_plainly(x, reason)
         key = (x.shape, x.stride(), x.dtype, x.device, ops.precision())
-        if key in self._failed:
-            return self._call_plainly(x, self._failed[key])
+        failure = self._failed.get(key)
+        if failure is not None and failure.calls:
+            self._failed[key] = failure._replace(calls=failure.calls - 1)
+            return self._call_plainly(x, failure.reason)
         recorded = self._graphs.pop(key, None)
         if recorded is None:
             recorded = self._record(x)
-            if isinstance(recorded, str):
+            if isinstance(recorded, Failure):
                 self._failed[key] = recorded
-                return self._call_plainly(x, recorded)
+                return self._call_plainly(x, recorded.reason)
         self._graphs[key] = recorded  # the last used is the last
         with torch.inference_mode(False), torch.no_grad():
             recorded.x.copy_(x)
@@ -152,7 +166,7 @@ class GraphedModel(nn.Module):
         lines += [f"{count} plain calls: {reason}" for reason, count in self.plain.most_common()]
         return "\n".join(lines)
 
-    def _record(self, x: Tensor) -> Recorded | str:
+    def _record(self, x: Tensor) -> Recorded | Failure:
         while len(self._graphs) >= self.max_graphs:
             del self._graphs[next(iter(self._graphs))]
         try:
@@ -162,7 +176,9 @@ class GraphedModel(nn.Module):
                 graph, out = self._capture.capture(self.model, static)
         except RuntimeError as error:
             text = str(error).partition("\n")[0]
-            return f"it cannot be recorded: {text}"
+            if _hardware.is_out_of_memory(error):  # ending the broken recording has its own error
+                return Failure(f"there was no memory to record it: {text}", RETRY)
+            return Failure(f"it cannot be recorded: {text}", math.inf)
         self.captures += 1
         return Recorded(graph, static, out)
 

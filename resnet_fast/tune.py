@@ -153,20 +153,25 @@ class _default_dtype:
         torch.set_default_dtype(self.before)
 
 
-def problem_of(spec: ConvSpec, arch: int, gpu: str = "") -> Problem:
+def problem_of(
+    spec: ConvSpec, arch: int, gpu: str = "", hardware: _hardware.Gpu | None = None
+) -> Problem:
     """A convolution as the models ask for it on a GPU: channels_last, aligned, one dtype."""
     nhwc, norm = "channels_last", spec.dtype if spec.norm else None
     strides = (spec.h * spec.w * spec.c, spec.w * spec.c, spec.c)
     return Problem(
         spec, "cuda", arch, nhwc, nhwc, nhwc if spec.residual else "", strides, vectors=True,
         vector_dtypes=(spec.dtype, spec.dtype, norm, norm), tracked=True, aligned=True, gpu=gpu,
+        hardware=hardware,
     )  # fmt: skip
 
 
 # ---- which candidates
 
 
-def modelled(spec: ConvSpec, arch: int, names: Sequence[str] = ()) -> dict[Candidate, float]:
+def modelled(
+    spec: ConvSpec, target: heuristics.Target, names: Sequence[str] = ()
+) -> dict[Candidate, float]:
     """The candidates for `spec` and the microseconds that the heuristics estimate; no GPU is asked.
 
     Of each backend the best few: those within twice its best estimate, at most eight.
@@ -176,7 +181,7 @@ def modelled(spec: ConvSpec, arch: int, names: Sequence[str] = ()) -> dict[Candi
         refused = spec.groups != 1 or (name == "cuda" and cuda.spec_refusal(spec))
         if refused or (names and name not in names):
             continue
-        rows = [row for row in heuristics.explain(spec, arch, family) if row.refusal is None]
+        rows = [row for row in heuristics.explain(spec, target, family) if row.refusal is None]
         rows.sort(key=lambda row: row.microseconds)
         for row in rows[:SHORTLIST]:
             if row.microseconds <= WITHIN * rows[0].microseconds:
@@ -190,7 +195,7 @@ def candidates(problem: Problem, names: Sequence[str] = ()) -> list[Candidate]:
     Beside the backends in `names` (all, if empty) what is chosen without measurements, always: a
     choice is a comparison with it.
     """
-    tiled = modelled(problem.spec, problem.arch, names)
+    tiled = modelled(problem.spec, problem.target, names)
     found = []
     for row in backends.BACKENDS:
         if names and row.name not in names:
@@ -219,8 +224,7 @@ def usual(problem: Problem) -> Candidate:
     """What is chosen for `problem` without measurements."""
     name, _ = backends.explain(replace(problem, gpu=""))
     family = tuning.FAMILIES.get(name)
-    spec, arch = problem.spec, problem.arch
-    return Candidate(name, family and heuristics.choose(spec, arch, family))
+    return Candidate(name, family and heuristics.choose(problem.spec, problem.target, family))
 
 
 # ---- where
@@ -287,10 +291,10 @@ def tune(
     Yields:
         a `Result` per spec. Whoever stops early has lost none of those before.
     """
-    arch, name = _hardware.capability_of(device), name_of(device)
+    name, hardware = name_of(device), _hardware.gpu_of(device)
     timer = EventTimer(device)
     for spec in specs:
-        problem = problem_of(spec, arch, name)
+        problem = problem_of(spec, hardware.capability, name, hardware)
         found = candidates(problem, names)
         if len(found) == 1:
             yield Result(spec, found[0])

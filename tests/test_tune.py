@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resnet_fast import cli, tune
+from resnet_fast import _hardware, cli, tune
 from resnet_fast.dispatch import backends, heuristics, tuning
 from resnet_fast.spec import ConvSpec
 from resnet_fast.testing import cases
@@ -21,7 +21,8 @@ from resnet_fast.tune import Candidate, Timing
 from tests.dispatch import conftest
 
 # the fixtures of the tests of dispatch: an extension that is there, a folder of its own
-extension, cache, built = conftest.extension, conftest.cache, conftest.built
+extension, cache = conftest.extension, conftest.cache
+gpu_is_here, built = conftest.gpu_is_here, conftest.built
 
 GPU = "NVIDIA A100-SXM4-80GB"
 SPEC = ConvSpec(2, 7, 7, 64, 64, 3, 3, (1, 1), (1, 1), norm=True)
@@ -37,6 +38,7 @@ def gpu(built, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device=None: GPU)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (8, 0))
+    monkeypatch.setattr("resnet_fast._hardware.gpu_of", lambda device: _hardware.GPUS[80])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
 

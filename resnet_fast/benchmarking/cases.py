@@ -17,18 +17,61 @@ from resnet_fast import models
 from resnet_fast.profiling.layers import Layer, unfused
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
 
-SUITES = ("ops", "models")
+SUITES = ("models", "ops")  # in turn: where not all can have one, models say most
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 BATCHES = (1, 8, 32, 128, 256)
 SHAPES_FROM = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 OPS = ("conv_bn_act", "add_relu", "conv_bn_join", "stem_pool")
 IMAGE = 224
 
-# `--quick` is under three minutes on two cores: what the two models that people meet first do.
-QUICK_MODELS = ("resnet18", "resnet50")
-QUICK_BATCHES = (1, 8)
-QUICK_DTYPES = ("float32", "bfloat16")
-QUICK_CONVOLUTIONS = 4  # the heaviest
+QUICK, USUAL, FULL = "quick", "usual", "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is measured where nobody names it.
+
+    Args:
+        models: by name; empty for all.
+        batches, op_batches: of models and of ops.
+        dtypes: by device type.
+        convolutions: how many of the heaviest; None for all.
+    """
+
+    models: Sequence[str]
+    batches: Sequence[int]
+    op_batches: Sequence[int]
+    dtypes: dict[str, Sequence[str]]
+    convolutions: int | None
+
+
+FIRST_MODELS = ("resnet18", "resnet50")  # that people meet
+EXTENTS = {
+    # Under three minutes on two cores.
+    QUICK: Extent(
+        FIRST_MODELS,
+        batches=(1, 8),
+        op_batches=(1,),
+        dtypes=dict.fromkeys(("cpu", "cuda"), ("float32", "bfloat16")),
+        convolutions=4,
+    ),
+    # Half an hour on a GPU.
+    USUAL: Extent(
+        FIRST_MODELS,
+        batches=(1, 8, 32),
+        op_batches=(1, 32),
+        dtypes={"cpu": ("float32", "bfloat16"), "cuda": ("tf32", "float16")},
+        convolutions=8,
+    ),
+    # Days on a GPU: each model is autotuned at each batch.
+    FULL: Extent(
+        (),
+        batches=BATCHES,
+        op_batches=BATCHES,
+        dtypes=dict.fromkeys(("cpu", "cuda"), DTYPES),
+        convolutions=None,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,20 +7,15 @@ import contextlib
 import ctypes
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from resnet_fast.comparison import steadiness
+
 MB = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class Lap:
-    """One call: wall time, which ends when the device is done, and the device's own time."""
-
-    wall_ms: float
-    device_ms: float | None = None
+MOST_AHEAD_MS = 50.0  # the host queues any model in less
+CYCLES_PER_MS = 2e6  # of a GPU that runs at 2 GHz, and few run faster
 
 
 class Clock:
@@ -35,15 +30,30 @@ class Clock:
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
 
+    @property
+    def others(self) -> steadiness.Others:
+        """Entered around timed rounds: knows then how busy others kept the CPU meanwhile."""
+        return steadiness.Others(torch.get_num_threads())
+
     def current(self) -> contextlib.AbstractContextManager:
         """Entered around all calls: makes the clock's device the thread's."""
         return contextlib.nullcontext()
 
-    def lap(self, call: Callable[[], object]) -> Lap:
-        """Time one call."""
+    def lap(self, call: Callable[[], object]) -> float:
+        """Wall time of one call in milliseconds, which ends when the device is done."""
         start = self.now()
         call()
-        return Lap((self.now() - start) * 1e3)
+        return (self.now() - start) * 1e3
+
+    def device_lap(self, call: Callable[[], object], cold: bool, ahead_ms: float) -> float | None:
+        """The device's own time of one call in milliseconds; None where that is not apart.
+
+        Args:
+            call: queues the work.
+            cold: whether the caches are made to forget before it.
+            ahead_ms: how long the device is kept from it, so that all of it is queued by then.
+        """
+        return None
 
     def flush(self) -> None:
         """Make the caches forget; on the CPU the inputs are rotated instead."""
@@ -82,15 +92,29 @@ class CudaClock(Clock):
     def current(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device)  # whose stream events are recorded on
 
-    def lap(self, call: Callable[[], object]) -> Lap:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    @property
+    def others(self) -> steadiness.Others:
+        return steadiness.Others(1)  # the one that launches
+
+    def lap(self, call: Callable[[], object]) -> float:
         torch.cuda.synchronize(self.device)
         begin = self.now()
+        call()
+        torch.cuda.synchronize(self.device)
+        return (self.now() - begin) * 1e3
+
+    def device_lap(self, call: Callable[[], object], cold: bool, ahead_ms: float) -> float:
+        # Behind a sleep: an idle device would wait between the events for the host to launch.
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(self.device)
+        torch.cuda._sleep(int(min(ahead_ms, MOST_AHEAD_MS) * CYCLES_PER_MS))
+        if cold:
+            self.flush()
         start.record()
         call()
         end.record()
         torch.cuda.synchronize(self.device)
-        return Lap((self.now() - begin) * 1e3, start.elapsed_time(end))
+        return start.elapsed_time(end)
 
     def flush(self) -> None:
         self._buffer.zero_()

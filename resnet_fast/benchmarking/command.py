@@ -9,15 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from resnet_fast.benchmarking import cases, plan, protocol, report, rows, suite, tables
 from resnet_fast.benchmarking import compare as comparing
-from resnet_fast.benchmarking import report, rows, suite, tables
 from resnet_fast.benchmarking.environment import environment, machine_name
+from resnet_fast.benchmarking.plan import Request
 from resnet_fast.benchmarking.rows import Results
-from resnet_fast.benchmarking.suite import Request
 
 RESULTS = Path("benchmarks") / "results"
 
-render = tables.render
+render, announced = tables.render, plan.announced
 
 
 def writable_folder(folder: Path | None, request: Request) -> Path:
@@ -62,8 +62,8 @@ def said(request: Request) -> str:
     words = ["resnet-fast", "bench"]
     if len(request.suites) == 1:
         words += request.suites
-    if request.quick:
-        words.append("--quick")
+    if request.extent != cases.USUAL:
+        words.append(f"--{request.extent}")
     for name in ("providers", "models", "batches", "dtypes"):
         values = getattr(request, name)
         if values:
@@ -89,6 +89,29 @@ def compare(old: Path, new: Path) -> tuple[list, bool]:
     if lost := comparing.lost(before, after):
         notes.append(f"{lost} of the old run's times have no row in the new run")
     return [*notes, *tables.changes(changes)], bool(comparing.regressions(changes))
+
+
+def untimed(results: Results, request: Request) -> list[str]:
+    """Rows that were to have a time and have none: how many, why, and what to do.
+
+    Not those that were never to have one: of whom `--quick` leaves out, or of a library that is
+    not installed and that nobody named. What failed its check, `failed` tells.
+    """
+    reasons: dict[str, int] = {}
+    for row in results.rows:
+        named = row.status == rows.MISSING and row.provider in request.providers
+        late = row.reason == protocol.TIME_IS_UP
+        if row.status in (rows.THREW, rows.MEMORY) or named or late:
+            why = f"{row.status}: {row.reason}"
+            reasons[why] = reasons.get(why, 0) + 1
+    if not reasons:
+        return []
+    found = [f"{sum(reasons.values())} of {len(results.rows)} rows have no time:"]
+    found += [f"  {count} {why}" for why, count in reasons.items()]
+    if any(protocol.TIME_IS_UP in why for why in reasons):
+        found.append("  run without --quick, close what else runs, or name fewer --models, "
+                     "--batch or --providers")  # fmt: skip
+    return found
 
 
 def failed(results: Results) -> bool:

@@ -7,7 +7,7 @@ left in a ratio is small beside what the rounds themselves scatter:
 
     noise = 2 * sqrt(sum of the variances of the medians' relative scatter), at least 8 %
 
-with each scatter taken from p20 and p80, which for a normal distribution lie 1.683 sigma apart.
+with each scatter taken from p20 and p80 (see `comparison.steadiness`).
 Eager itself has no ratio: how its time moved is told as drift, and is no regression of ours.
 """
 
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from resnet_fast.benchmarking.providers import EAGER
 from resnet_fast.benchmarking.rows import Results, Row
+from resnet_fast.comparison import steadiness
 
 FLOOR = 0.08
-SIGMAS_BETWEEN_P20_AND_P80 = 1.683
 
 SLOWER, FASTER, SAME, DRIFT, NO_TIME = "slower", "faster", "same", "drift", "no time any more"
 
@@ -91,20 +91,9 @@ def _change(before: dict[tuple, Row], after: dict[tuple, Row], key: tuple) -> Ch
     if has_eager and not is_eager:
         rows += [before[eager], after[eager]]
         ratio, relative = ratio * before[eager].time_ms / after[eager].time_ms, True
-    noise = max(FLOOR, 2 * math.sqrt(sum(scatter(row) ** 2 for row in rows)))
+    noise = max(FLOOR, steadiness.noise(row.scatter for row in rows))
     if is_eager:
         verdict = DRIFT if abs(ratio - 1) > noise else SAME
     else:
         verdict = SLOWER if ratio > 1 + noise else FASTER if ratio < 1 / (1 + noise) else SAME
     return Change(new, old.time_ms, new.time_ms, ratio, noise, relative, verdict)
-
-
-def scatter(row: Row) -> float:
-    """The relative standard error of the row's median, from the rounds' p20 and p80.
-
-    A median of n rounds scatters 1.2533 / sqrt(n) as much as one round. Rounds in a row are not
-    independent, so no more than nine of them count.
-    """
-    low, high = (getattr(row, f"{row.clock}_{part}_ms") for part in ("p20", "p80"))
-    one = (high - low) / SIGMAS_BETWEEN_P20_AND_P80 / row.time_ms
-    return one * 1.2533 / math.sqrt(min(max(row.rounds, 1), 9))

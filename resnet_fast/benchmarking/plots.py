@@ -51,7 +51,7 @@ def _png(figure: Figure) -> bytes:
 
 def _models_of(results: Results) -> list[str]:
     found = dict.fromkeys(row.subject for row in results.rows if row.suite == "models")
-    return list(found)[:MODELS_SHOWN] or list(cases.QUICK_MODELS)
+    return list(found)[:MODELS_SHOWN] or list(cases.FIRST_MODELS)
 
 
 def _color(provider: str, providers: Sequence[str]) -> str:
@@ -80,13 +80,12 @@ def throughput(found: list[Row]) -> Figure:
         _clean(axes)
         for i, provider in enumerate(providers):
             of_panel = [row for row in found if (row.subject, row.dtype) == (model, dtype)]
-            points = sorted(
-                (row.batch, row.images_per_s) for row in of_panel if row.provider == provider
-            )
+            line = sorted((r for r in of_panel if r.provider == provider), key=lambda r: r.batch)
             color, wide = _color(provider, providers), 2.4 if provider == OURS else 1.3
-            x, y = zip(*points, strict=True) if points else ((), ())
-            marker = MARKERS[i % len(MARKERS)]
-            axes.plot(x, y, marker=marker, color=color, linewidth=wide, label=provider)
+            style = {"marker": MARKERS[i % len(MARKERS)], "color": color}
+            axes.plot(*_points(line), linewidth=wide, label=provider, **style)
+            hollow = [row for row in line if not row.stable]
+            axes.plot(*_points(hollow), linestyle="", markerfacecolor="white", zorder=3, **style)
         batches = sorted({row.batch for row in found})
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, [str(batch) for batch in batches])
@@ -103,6 +102,10 @@ def throughput(found: list[Row]) -> Figure:
     return figure
 
 
+def _points(line: list[Row]) -> tuple[list[int], list[float]]:
+    return [row.batch for row in line], [row.images_per_s for row in line]
+
+
 def speedups(found: list[Row]) -> Figure | None:
     """Eager's time over ours, layer by layer, and the same of the best peer."""
     bars = []
@@ -111,9 +114,12 @@ def speedups(found: list[Row]) -> Figure | None:
         if row.provider != OURS or eager is None:
             continue
         rest = [r for r in found if r.case == row.case and r.provider != eager.provider]
-        peers = [r for r in rest if not r.provider.startswith(OURS)]
+        peers = [r for r in rest if not r.provider.startswith(OURS) and r.stable]
         peer = min(peers, key=lambda r: r.time_ms, default=None)
-        bars.append((row, eager.time_ms / row.time_ms, peer and eager.time_ms / peer.time_ms, peer))
+        ratios = [other and other.over(eager) for other in (row, peer)]
+        if ratios[0] is not None:
+            hatch = None if row.stable and eager.stable else "////"
+            bars.append((row, 1 / ratios[0], ratios[1] and 1 / ratios[1], peer, hatch))
     if not bars:
         return None
     figure = Figure(figsize=(9.5, 0.42 * len(bars) + 1.8), layout="constrained")
@@ -121,17 +127,17 @@ def speedups(found: list[Row]) -> Figure | None:
     _clean(axes)
     axes.grid(True, axis="x", color="#dddddd", linewidth=0.7)
     axes.grid(False, axis="y")
-    for i, (_, ours, other, peer) in enumerate(bars):
+    for i, (_, ours, other, peer, hatch) in enumerate(bars):
         label = "resnet_fast" if i == 0 else None
-        axes.barh(i - 0.18, ours, 0.36, color=OURS_COLOR, label=label)
+        axes.barh(i - 0.18, ours, 0.36, color=OURS_COLOR, label=label, hatch=hatch, ec="white")
         if other:
-            label = "the fastest peer (named on its bar)" if i == 0 else None
+            label = None if i else "the fastest peer with a stable time (named on its bar)"
             axes.barh(i + 0.18, other, 0.36, color=COLORS[0], label=label)
             axes.text(other, i + 0.18, f" {peer.provider}", va="center", fontsize=7)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [_layer(row) for row, *_ in bars], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"times faster than {EAGER['ops']} (eager, unfused); right of 1 is faster")
+    axes.set_xlabel(f"times faster than {EAGER['ops']} (eager, unfused)")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     figure.suptitle("Measured: speed-up per layer", fontweight="bold")
     return figure
@@ -139,12 +145,12 @@ def speedups(found: list[Row]) -> Figure | None:
 
 def _layer(row: Row) -> str:
     shape = row.shape.removesuffix(f", {row.dtype}")
-    return f"{row.subject} {shape}, {row.dtype}"
+    return f"{row.subject} {shape}, {row.dtype}".replace(" and ", "\nand ")
 
 
 def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
-    """Measured layers under this machine's roof, and all layers at a GPU's, which is a model."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    """Measured layers under this machine's roof, and where layers lie below a GPU's, a model."""
+    figure = Figure(figsize=(11, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = [row for row in found if row.provider == OURS and row.flops]
     for i, dtype in enumerate(dict.fromkeys(row.dtype for row in rows)):
@@ -158,16 +164,8 @@ def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
     left.set_title(f"Measured: layers under this machine's roof ({source})", fontsize=10)
     gpu = _hardware.GPUS[SHOWN_GPU]
     for i, dtype in enumerate(("float16", "tf32")):
-        roof = roofline_of_gpu(gpu, dtype)
-        listed = cases.op_cases(cases.SHAPES_FROM, [1], [dtype], "cuda")
-        layers = [case for case in listed if case.op == "conv_bn_act"]
-        x = [case.flops / case.bytes for case in layers]
-        y = [case.flops / roof.time_floor(case.flops, case.bytes).seconds / 1e12 for case in layers]
-        color = (OURS_COLOR, COLORS[4])[i]
-        label = f"{dtype}, every distinct convolution, batch 1"
-        right.scatter(x, y, s=26, facecolors="none", edgecolors=color, label=label)
-        _roof(right, roof, color, x)
-    right.set_title(f"Modelled: where {gpu.name}'s roof lets them be", fontsize=10)
+        _shapes_under(right, roofline_of_gpu(gpu, dtype), dtype, i)
+    right.set_title(f"Modelled: {gpu.name}'s roofs, and where layers lie below them", fontsize=10)
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -176,17 +174,34 @@ def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
         axes.margins(y=0.1)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, loc="upper left")  # above the roof, where nothing can be
+        if axes.get_legend_handles_labels()[0]:  # below the axes: within, a roof may be anywhere
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
         else:
             axes.text(0.5, 0.5, "no layer was measured", transform=axes.transAxes, ha="center")
     return figure
 
 
+def _shapes_under(axes: Axes, roof: Roofline, dtype: str, place: int) -> None:
+    """A GPU's roof, and along its foot a stroke per layer: what binds follows from the shape."""
+    listed = cases.op_cases(cases.SHAPES_FROM, [1], [dtype], "cuda")
+    layers = [case for case in listed if case.op == "conv_bn_act"]
+    x = [case.flops / case.bytes for case in layers]
+    left = sum(v < _bend(roof) for v in x)
+    label = f"{dtype}, batch 1: {left} of {len(layers)} distinct convolutions left of the bend"
+    color = (OURS_COLOR, COLORS[4])[place]
+    at = axes.get_xaxis_transform()  # heights as parts of the axes
+    axes.vlines(x, 0.06 * place, 0.06 * place + 0.05, color=color, transform=at, label=label)
+    _roof(axes, roof, color, x)
+
+
+def _bend(roof: Roofline) -> float:
+    """FLOPs per byte at which memory and arithmetic take as long as each other."""
+    return roof.tflops * 1e3 / roof.bandwidth_gbs
+
+
 def _roof(axes: Axes, roof: Roofline, color: str, x: list[float]) -> None:
-    ridge = roof.tflops * 1e3 / roof.bandwidth_gbs
-    low, high = min([*x, ridge]) / 2, max([*x, ridge]) * 2
-    points = (low, ridge, high)
+    bend = _bend(roof)
+    points = (min([*x, bend]) / 2, bend, max([*x, bend]) * 2)
     heights = [min(roof.tflops, v * roof.bandwidth_gbs / 1e3) for v in points]
     axes.plot(points, heights, color=color, linewidth=1.2)
 

@@ -126,7 +126,7 @@ class Outcome:
     first_ms: float | None = None
     build_ms: float | None = None
     warm_up: int = 0
-    stable: bool = False
+    busy: float | None = None  # the share of the CPU time that others took in the rounds
     peak_memory_mb: float | None = None
     layout: str = ""
     backend: str = ""
@@ -197,7 +197,7 @@ def measure(
     """
     outcomes = {name: Outcome() for name in builders}
     runners: dict[str, _Runner] = {}
-    interrupted, turns = False, itertools.count(1)
+    interrupted, turns, others = False, itertools.count(1), clock.others
     try:
         for name, build in builders.items():
             progress(f"{name}: building and checking")
@@ -207,10 +207,12 @@ def measure(
                 runner = _enter(build, case, clock, outcomes[name], seconds, turns)
                 if runner is not None:
                     runners[name] = runner
-        _rounds(runners, clock, min(clock.now() + seconds, deadline), deadline, case, progress)
+        with others:
+            _rounds(runners, clock, min(clock.now() + seconds, deadline), deadline, case, progress)
     except KeyboardInterrupt:
         interrupted = True
     for runner in runners.values():
+        runner.outcome.busy = others.busy
         _close(runner, interrupted)
     return outcomes, interrupted
 
@@ -260,16 +262,14 @@ def _is_ready(runner: _Runner, case: Case, seconds: float) -> bool:
     """Check, warm up, check again; False where the answer was not exact enough."""
     candidate, clock, outcome = runner.candidate, runner.clock, runner.outcome
     result: list[Tensor] = []
-    first = clock.lap(lambda: result.append(runner.first_call()()))
+    first_ms = clock.lap(lambda: result.append(runner.first_call()()))
     if not _agrees(result.pop(), case, outcome, "its first call"):
         return False
-    outcome.first_ms = first.wall_ms
+    outcome.first_ms = first_ms
     for name in ("layout", "backend", "tile"):
         said = getattr(candidate, name)
         setattr(outcome, name, said() if callable(said) else said)
-    outcome.warm_up, outcome.stable = warm_up(
-        lambda: clock.lap(runner.next_call()).wall_ms, seconds / 2 * 1e3
-    )
+    outcome.warm_up = warm_up(lambda: clock.lap(runner.next_call()), seconds / 2 * 1e3)
     # Whoever kept anything of the calls before (a captured graph, a buffer) shows it here.
     if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):
         return False
@@ -296,7 +296,7 @@ def _agrees(result: Tensor, case: Case, outcome: Outcome, when: str) -> bool:
     return True
 
 
-def warm_up(lap: Callable[[], float], milliseconds: float) -> tuple[int, bool]:
+def warm_up(lap: Callable[[], float], milliseconds: float) -> int:
     """Call until the median of the last three times is within 10 % of that of the three before.
 
     Args:
@@ -304,7 +304,7 @@ def warm_up(lap: Callable[[], float], milliseconds: float) -> tuple[int, bool]:
         milliseconds: the calls may take together; three are made in any case, 24 at most.
 
     Returns:
-        How often it was called, and whether the times settled before the limits.
+        How often it was called. Whether times may be taken as facts, the rounds say.
     """
     times: list[float] = []
     while len(times) < WARM_UP_LIMIT and (len(times) < WINDOW or sum(times) < milliseconds):
@@ -313,8 +313,8 @@ def warm_up(lap: Callable[[], float], milliseconds: float) -> tuple[int, bool]:
             now = statistics.median(times[-WINDOW:])
             before = statistics.median(times[-2 * WINDOW : -WINDOW])
             if abs(now - before) <= SETTLED * before:
-                return len(times), True
-    return len(times), False
+                break
+    return len(times)
 
 
 def _rounds(
@@ -344,14 +344,12 @@ def _lap(runner: _Runner, back_to_back: bool) -> None:
         runner.next_call()()
     else:
         clock.flush()
-    lap = clock.lap(runner.next_call())
-    device_ms = lap.device_ms
-    if runner.replay is not None:
-        if not back_to_back:
-            clock.flush()
-        device_ms = clock.lap(runner.replay).device_ms
+    wall_ms = clock.lap(runner.next_call())
+    # A call's wall time is enough to queue all of its work in.
+    call = runner.replay or (lambda: runner.next_call()())
+    device_ms = clock.device_lap(call, cold=not back_to_back, ahead_ms=wall_ms)
     # Both or neither: an interruption between the two must not leave columns of unlike length.
-    runner.wall.append(lap.wall_ms)
+    runner.wall.append(wall_ms)
     if device_ms is not None:
         runner.device.append(device_ms)
 

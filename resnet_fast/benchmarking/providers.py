@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -70,7 +70,8 @@ class Provider:
         about: one line for the report.
         build: makes it ready for a ModelWork or an OpWork.
         device: "cuda" or "cpu" where it exists on one only.
-        quick: whether it is asked by `--quick`.
+        extent: the least of `cases.EXTENTS` by which it is asked.
+        seconds: that it takes to get ready, about, by suite.
         ops: that it takes; of models, all.
     """
 
@@ -78,7 +79,8 @@ class Provider:
     about: str
     build: Callable[[object], Candidate]
     device: str | None = None
-    quick: bool = True
+    extent: str = cases.QUICK
+    seconds: dict[str, float] = field(default_factory=lambda: {"models": 0.5, "ops": 0.02})
     ops: tuple[str, ...] = cases.OPS
 
 
@@ -189,20 +191,23 @@ def _ours_graph(work: ModelWork) -> Candidate:
     return Candidate(graph, backend="CUDA graph", graphable=False)
 
 
+COMPILING, AUTOTUNING = {"models": 25.0, "ops": 3.0}, {"models": 600.0}
 MODEL_PROVIDERS = (
     Provider("torchvision-contiguous", "torchvision, NCHW", partial(_eager, nhwc=False)),
     Provider(EAGER["models"], "torchvision, channels_last", _eager),
     Provider("torchvision-cudnn-benchmark", "torchvision, channels_last, cudnn.benchmark",
              partial(_eager, benchmark=True), "cuda"),
     Provider("cudnn-fused", "cudnn_convolution_(add_)relu, BatchNorm folded", _cudnn_fused, "cuda"),
-    Provider("compile", "torch.compile, freezing; on a GPU cudnn.benchmark, as below", _compile),
+    Provider("compile", "torch.compile, freezing; on a GPU cudnn.benchmark, as below", _compile,
+             seconds=COMPILING),
     Provider("compile-reduce-overhead", "torch.compile with CUDA graphs, freezing",
-             partial(_compile, mode="reduce-overhead", graphable=False), "cuda", quick=False),
+             partial(_compile, mode="reduce-overhead", graphable=False), "cuda",
+             cases.USUAL, COMPILING),
     Provider("compile-max-autotune", "torch.compile, max-autotune, freezing",
-             partial(_compile, mode="max-autotune", graphable=False), quick=False),
-    Provider("torch-tensorrt", "TensorRT", _tensorrt, "cuda", quick=False),
-    Provider("openvino", "OpenVINO", _openvino, "cpu"),
-    Provider("onnxruntime", "ONNX Runtime", _onnxruntime, "cpu", quick=False),
+             partial(_compile, mode="max-autotune", graphable=False), None, cases.FULL, AUTOTUNING),
+    Provider("torch-tensorrt", "TensorRT", _tensorrt, "cuda", cases.USUAL, COMPILING),
+    Provider("openvino", "OpenVINO", _openvino, "cpu", seconds={"models": 3.0}),
+    Provider("onnxruntime", "ONNX Runtime", _onnxruntime, "cpu", cases.USUAL, COMPILING),
     Provider(OURS, "ours, the backend it chooses", _ours),
     Provider("resnet_fast-cuda-graph", "ours in a CUDA graph", _ours_graph, "cuda"),
 )  # fmt: skip
@@ -269,7 +274,8 @@ OP_PROVIDERS = (
              ops=WITH_NORM),
     Provider("cudnn-fused", "cudnn_convolution_(add_)relu, BatchNorm folded", _op_cudnn, "cuda",
              ops=("conv_bn_act",)),
-    Provider("compile", "torch.compile of the unfused formula, freezing", _op_compile),
+    Provider("compile", "torch.compile of the unfused formula, freezing", _op_compile,
+             seconds=COMPILING),
     Provider(OURS, "ours, the backend it chooses", _op_ours),
 )  # fmt: skip
 
@@ -284,7 +290,8 @@ def providers_of(suite: str, device: str) -> tuple[Provider, ...]:
     each = tuple(
         Provider(
             f"{OURS}-{name}", f"ours, backend {name}", partial(by, backend=name),
-            _device_of(others.get(name, "")), quick=suite == "ops", ops=WITH_NORM,
+            _device_of(others.get(name, "")), cases.QUICK if suite == "ops" else cases.USUAL,
+            ops=WITH_NORM,
         )
         for name in sorted([chosen, *others])
     )  # fmt: skip
@@ -309,14 +316,14 @@ def names() -> list[str]:
 
 
 def choose(
-    case: ModelCase | OpCase, device: str, wanted: tuple[str, ...], quick: bool
+    case: ModelCase | OpCase, device: str, wanted: tuple[str, ...], extent: str
 ) -> tuple[list[Provider], dict[str, str]]:
     """The providers to ask, and those that are not, each with the reason.
 
     Who is named is asked in any case: then its rows say why it has no time. Otherwise those of
-    another device are left out at once, as are the slow ones of `--quick`.
+    another device are left out at once, as are those too slow for the extent.
     """
-    asked, left_out = [], {}
+    asked, left_out, order = [], {}, list(cases.EXTENTS)
     op = getattr(case, "op", None)
     for provider in providers_of("ops" if op else "models", device):
         if op and op not in provider.ops:
@@ -326,8 +333,9 @@ def choose(
                 asked.append(provider)
         elif provider.device not in (None, device):
             left_out[provider.name] = f"runs on {provider.device}, this is {device}"
-        elif quick and not provider.quick:
-            left_out[provider.name] = "not part of --quick; name it with --providers"
+        elif order.index(provider.extent) > order.index(extent):
+            more = "--full" if provider.extent == cases.FULL else "a run without --quick"
+            left_out[provider.name] = f"part of {more} alone; or name it with --providers"
         else:
             asked.append(provider)
     return asked, left_out

@@ -13,42 +13,39 @@ from resnet_fast.benchmarking.rows import Results, Row
 from resnet_fast.benchmarking.tables import (
     case_text,
     clock_of,
-    eager_of,
     inputs_of,
+    median_cell,
     milliseconds,
     number,
+    ratio_cell,
     shortened,
 )
 from resnet_fast.profiling.roofline import Roofline
+from resnet_fast.profiling.style import STYLE
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; margin: 0 auto; max-width: 1280px;
-       padding: 1.5rem; }
-h1 { margin-bottom: .2rem; } h2 { margin-top: 2.4rem; border-bottom: 2px solid #e4e7eb; }
-img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: 13px; width: 100%; }
-th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e4e7eb; }
-th { position: sticky; top: 0; background: #f5f7fa; }
-td { white-space: nowrap; }
-th.text, td.text { text-align: left; white-space: normal; }
-tr.first td { border-top: 2px solid #9aa5b1; } tr.ours { font-weight: 600; }
-td.why { text-align: left; white-space: normal; color: #8d5a00; }
+MORE_STYLE = """
+.picture { overflow-x: auto } .picture img { max-width: max(100%, 860px); height: auto }
+table { width: 100% }
+th { position: sticky; top: 0; background: var(--head) }
+th.text, td.text { text-align: left; white-space: normal; min-width: 6em }
+tr.first td { border-top: 2px solid var(--quiet) } tr.ours { font-weight: 600 }
+td.why { text-align: left; white-space: normal; color: var(--warn) }
 .how { display: inline-block; padding: 0 .5rem; border-radius: .6rem; color: white;
-       font-size: 12px; vertical-align: middle; }
-.measured { background: #2e4057; } .counted { background: #66793c; }
-.modelled { background: #a05a2c; }
-.scroll { overflow-x: auto; max-height: 34rem; overflow-y: auto; }
-.quiet { color: #52606d; font-size: 13px; }
+       font-size: 12px; vertical-align: middle }
+.measured { background: #3d5678 } .counted { background: #66793c } .modelled { background: #a05a2c }
+.scroll { overflow: auto; max-height: 34rem }
 """
 
 TEXTS = {
     "throughput": "Up is better. A line per provider; where one has no point, its row in the table "
-    "says why.",
+    "says why. A hollow point is not stable.",
     "layers": "A bar per layer: how many times faster than eager torch, which runs convolution, "
-    "BatchNorm, addition and ReLU one after the other.",
+    "BatchNorm, addition and ReLU one after the other. Hatched: not stable. A layer whose "
+    "times lie too far apart has no bar.",
     "roofline": "A device can do no more than its roof: the slope is memory, the flat part "
-    "arithmetic. Left, where the layers were measured to be. Right, a model: the roof itself, with "
-    "every layer at the point where it touches it. Nothing on the right was measured.",
+    "arithmetic. Left, where the layers were measured to be. Right, nothing was measured: "
+    "roofs alone, and a stroke for each layer at its FLOPs per byte. Left of the bend, memory "
+    "binds it, and fewer bytes are what helps.",
     "bytes": "What fusion saves: feature maps that are no longer written and read again. Each "
     "tensor counts once for every layer that reads or writes it.",
 }
@@ -99,7 +96,9 @@ def page(results: Results, drawn: dict[str, bytes]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f'<title>resnet_fast: benchmark</title><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<style>{STYLE}{MORE_STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
     )
 
 
@@ -124,10 +123,11 @@ def _head(results: Results) -> str:
     cut = (
         "" if results.complete else "<p><b>Interrupted: only what was measured until then.</b></p>"
     )
+    warned = "".join(f"<p class=warning>{escape(text)}.</p>" for text in results.warnings)
     return (
         "<h1>resnet_fast: benchmark</h1>"
         f"<p class=quiet>{escape(facts)}<br>{escape(results.command)} took "
-        f"{results.seconds:.0f} s</p>{cut}"
+        f"{results.seconds:.0f} s</p>{cut}{warned}"
         f"<p>{_how('measured')} was timed on this machine, after the answer was checked against "
         f"float64. {_how('counted')} was counted, from shapes or by running compiled code on the "
         f"PTX machine; nothing was timed. {_how('modelled')} is what a roofline makes of counts: a "
@@ -140,7 +140,8 @@ def _picture(drawn: dict[str, bytes], name: str) -> str:
         return "<p class=quiet>Nothing was measured to draw here.</p>"
     data = base64.b64encode(drawn[name]).decode()
     text = TEXTS[name]
-    return f'<p>{text}</p><img alt="{escape(name)}" src="data:image/png;base64,{data}">'
+    image = f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
+    return f"<p>{text}</p><div class=picture>{image}</div>"
 
 
 def _row(cells: Iterable[str], text: int, kind: str = "") -> str:
@@ -168,7 +169,9 @@ def _table(found: list[Row]) -> str:
     for row in shortened(found):
         first = row.case != last
         last = row.case
-        kind = " ".join(["first"] * first + ["ours"] * (row.provider == OURS))
+        kinds = {"first": first, "ours": row.provider == OURS and row.stable,
+                 "unstable": row.measured and not row.stable}  # fmt: skip
+        kind = " ".join(name for name, is_so in kinds.items() if is_so)
         title = case_text(row).replace("->", "→") if first else ""
         if not row.measured:
             why = f"{row.status}: {row.reason}" if row.reason else row.status
@@ -178,12 +181,10 @@ def _table(found: list[Row]) -> str:
                 f"{escape(why)}</td></tr>"
             )
             continue
-        eager = eager_of(row, found)
         cells = [title, row.provider, f"{row.backend} {row.tile}".strip()]
-        cells.append(f"{row.time_ms / eager.time_ms:.2f}" if eager else "")
-        times = (row.wall_ms, row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms)
-        cells += map(milliseconds, times)
-        cells += [milliseconds(row.device_ms)] * device
+        cells += [ratio_cell(row, found), median_cell(row, "wall")]
+        cells += map(milliseconds, (row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms))
+        cells += [median_cell(row, "device")] * device
         cells += [milliseconds(row.first_ms), number(row.peak_memory_mb, ".1f")]
         cells += [number(row.error, ".1e"), number(row.eager_error, ".1e"), str(row.rounds)]
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from resnet_fast.comparison import steadiness
+
 SCHEMA = "resnet_fast benchmark rows"
 VERSION = 1
 
@@ -71,7 +73,9 @@ class Row:
         wall_ms, ...: wall time of the timed rounds: median and percentiles.
         device_ms, ...: time on the GPU alone; `device_how` says "events" or "graph replay".
         first_ms, build_ms: the first call, cold, and what was prepared before it.
-        rounds, warm_up, stable: timed rounds, calls before them, and whether those had settled.
+        rounds, warm_up: timed rounds, and calls before them.
+        busy: the share of the CPU time that others took in the rounds; None where it is not known.
+        stable: whether `time_ms` may be taken as a fact, see `comparison.steadiness`.
         inputs: how the timed calls' inputs met the caches.
         peak_memory_mb: what one call needs above what was held before it; `peak_how` says of what.
         flops, bytes: of the whole case at its minimum: each tensor moved once.
@@ -108,6 +112,7 @@ class Row:
     rounds: int = 0
     warm_up: int = 0
     stable: bool = False
+    busy: float | None = None
     inputs: str = ""
     peak_memory_mb: float | None = None
     peak_how: str = ""
@@ -141,6 +146,23 @@ class Row:
     def time_ms(self) -> float | None:
         """The median that stands for the row, by its `clock`."""
         return getattr(self, f"{self.clock}_ms")
+
+    @property
+    def spread(self) -> float:
+        """From p20 to p80 of the rounds by the row's `clock`, as a part of the median."""
+        low, high = (getattr(self, f"{self.clock}_{part}_ms") for part in ("p20", "p80"))
+        return steadiness.spread(self.time_ms, low, high)
+
+    @property
+    def scatter(self) -> float:
+        """The relative standard error of `time_ms`."""
+        return steadiness.scatter(self.spread, self.rounds)
+
+    def over(self, other: Row) -> float | None:
+        """The ratio of the times; None where they scatter so much that it would say nothing."""
+        if self is other:
+            return 1.0
+        return steadiness.ratio(self.time_ms, self.scatter, other.time_ms, other.scatter)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +214,13 @@ class Results:
     complete: bool = True
     command: str = ""
     seconds: float = 0.0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before the times are taken as facts; nothing where all of them may be."""
+        timed = [row for row in self.rows if row.measured]
+        busy = max((row.busy for row in timed if row.busy is not None), default=None)
+        return steadiness.warnings(sum(not row.stable for row in timed), len(timed), busy)
 
 
 def write(results: Results, folder: Path) -> list[Path]:

@@ -12,20 +12,21 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from resnet_fast.benchmarking import cases, clocks, counted, formulas, protocol, providers, rows
-from resnet_fast.benchmarking.cases import ModelCase, OpCase, check_names, torch_dtype
+from resnet_fast.benchmarking import cases, clocks, counted, formulas, protocol, rows
+from resnet_fast.benchmarking.cases import ModelCase, OpCase, torch_dtype
 from resnet_fast.benchmarking.environment import clocks_of, environment
+from resnet_fast.benchmarking.plan import QUICK_SECONDS, Request, TimeLeft, label
 from resnet_fast.benchmarking.protocol import Case, Outcome
 from resnet_fast.benchmarking.providers import ModelWork, OpWork, Provider
 from resnet_fast.benchmarking.rows import Environment, Results, Row
-from resnet_fast.comparison import measure, photographs
+from resnet_fast.comparison import measure, photographs, steadiness
 from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.spec import ELEMENT_SIZE
 
@@ -33,77 +34,8 @@ CHECKED = 8  # images of a batch that are held against float64
 MAX_SETS = 256  # of inputs, to rotate through
 SETS_BYTES = 256 << 20
 ROOF_TOLERANCE = 1.05
-# When `--quick` begins nothing new in a suite; the rest of its three minutes is for the page.
-QUICK_SECONDS = {"ops": 50.0, "models": 150.0}
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is to be measured; empty sequences stand for the defaults.
-
-    Args:
-        suites: of `cases.SUITES`.
-        device: "auto", "cpu", "cuda", ...
-        quick: few cases, little time.
-        providers, models, batches, dtypes: by name.
-        seconds: of timed rounds per case.
-
-    Raises:
-        ValueError: a name that is not known; the known ones are listed.
-    """
-
-    suites: Sequence[str] = cases.SUITES
-    device: str = "auto"
-    quick: bool = False
-    providers: Sequence[str] = ()
-    models: Sequence[str] = ()
-    batches: Sequence[int] = ()
-    dtypes: Sequence[str] = ()
-    seconds: float | None = None
-    place: torch.device = field(init=False)
-
-    def __post_init__(self) -> None:
-        check_names("suite", self.suites, cases.SUITES)
-        check_names("provider", self.providers, providers.names())
-        check_names("model", self.models, cases.model_names())
-        check_names("dtype", self.dtypes, cases.DTYPES)
-        if any(batch < 1 for batch in self.batches):
-            raise ValueError(f"batches must be positive, got {list(self.batches)}")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds must be positive, got {self.seconds}")
-        if not any(map(self.asks, self.suites)):
-            of_suites = {p.name: None for suite in self.suites for p in providers.of_suite(suite)}
-            text = f"no provider of {', '.join(self.suites)} is named; known are"
-            raise ValueError(f"{text} {', '.join(of_suites)}")
-        object.__setattr__(self, "place", measure.pick_device(self.device))
-        if "tf32" in self.dtypes and self.place.type != "cuda":
-            raise ValueError(f"tf32 is a GPU's way to multiply float32; this is {self.place}")
-
-    def asks(self, suite: str) -> bool:
-        """Whether any provider of the suite is asked."""
-        named = set(self.providers)
-        return not named or any(p.name in named for p in providers.of_suite(suite))
-
-    def cases(self, suite: str) -> list[ModelCase] | list[OpCase]:
-        """The suite's cases on the request's device."""
-        quick, kind = self.quick, self.place.type
-        batches = self.batches or (cases.QUICK_BATCHES if quick else cases.BATCHES)
-        dtypes = self.dtypes or (cases.QUICK_DTYPES if quick else cases.DTYPES)
-        if suite == "models":
-            known = cases.model_names()
-            names = self.models or (cases.QUICK_MODELS if quick else known)
-            return cases.model_cases(names, batches, dtypes, kind)
-        names = self.models or (cases.QUICK_MODELS if quick else cases.SHAPES_FROM)
-        if quick:
-            return cases.op_cases(names, batches[:1], dtypes, kind, cases.QUICK_CONVOLUTIONS)
-        return cases.op_cases(names, batches, dtypes, kind)
-
-    def seconds_of(self, suite: str) -> float:
-        if self.seconds is not None:
-            return self.seconds
-        return {"models": 4.0, "ops": 1.0}[suite] * (0.4 if self.quick else 1.0)
 
 
 def run(
@@ -124,15 +56,18 @@ def run(
     clock = clocks.clock_of(request.place)
     began = clock.now()
     facts = environment(request.place)
+    left = TimeLeft(request, clock.now)
     try:
         for suite in filter(request.asks, request.suites):
             listed = request.cases(suite)
             deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
             for number, case in enumerate(listed, 1):
-                tell = partial(_tell, progress, f"{suite} {number}/{len(listed)}: {label(case)}")
+                place = f"{suite} {number}/{len(listed)}"
+                tell = partial(_tell, progress, f"{place}, {left.said()}: {label(case)}")
                 found, left_out, interrupted = measure_case(
                     case, request, clock, facts, deadline, tell
                 )
+                left.done(case)
                 results.rows += found
                 results.left_out |= {f"{suite}: {name}": why for name, why in left_out.items()}
                 if interrupted:
@@ -146,13 +81,6 @@ def run(
     results.rows = with_shares(results.rows, roofs_of(results.rows, request.place, progress))
     results.seconds = time.perf_counter() - start
     return results
-
-
-def label(case: ModelCase | OpCase) -> str:
-    """The case in a few words."""
-    if isinstance(case, ModelCase):
-        return f"{case.model}, {case.dtype}, batch {case.batch}"
-    return f"{case.op} {case.shape}" + (" (tf32)" if case.dtype == "tf32" else "")
 
 
 def _tell(progress: Progress, label: str, text: str) -> None:
@@ -173,9 +101,7 @@ def measure_case(
     `samples`, if given, is filled with the rounds' wall times in milliseconds by provider.
     """
     suite = "models" if isinstance(case, ModelCase) else "ops"
-    asked, left_out = providers.choose(
-        case, request.place.type, tuple(request.providers), request.quick
-    )
+    asked, left_out = request.asked(case)
     interrupted = False
     try:
         with _precision(case.dtype, request.place), _searching():
@@ -425,14 +351,15 @@ def _row(
         build_ms=outcome.build_ms,
         rounds=len(outcome.wall.samples),
         warm_up=outcome.warm_up,
-        stable=outcome.stable,
+        busy=outcome.busy,
         peak_memory_mb=outcome.peak_memory_mb,
         peak_how=clock.peak_how if outcome.peak_memory_mb is not None else "",
         device_how=outcome.device_how,
         **_columns("wall", outcome.wall),
         **_columns("device", outcome.device),
     )
-    return replace(row, **_rates(row))
+    stable = steadiness.is_stable(row.spread, row.busy)
+    return replace(row, stable=stable, **_rates(row))
 
 
 def _columns(name: str, found: protocol.Statistics | None) -> dict[str, float]:

@@ -13,6 +13,7 @@ from rich.text import Text
 from resnet_fast.benchmarking.compare import NO_TIME, SAME, SLOWER, Change
 from resnet_fast.benchmarking.providers import EAGER, OURS
 from resnet_fast.benchmarking.rows import Results, Row
+from resnet_fast.comparison.steadiness import MARK, NO_RATIO, NOTE, marked, ratio_text
 
 MODELLED_SHOWN = 12  # rows of the terminal's table; the file has all
 
@@ -36,6 +37,7 @@ def render(results: Results) -> Iterator[Table | str]:
         if found:
             yield _times(suite, found)
             yield f"inputs: {inputs_of(found)}"
+    yield from results.warnings
     if results.modelled:
         yield _modelled(results)
     for name, why in results.left_out.items():
@@ -56,7 +58,6 @@ def _times(suite: str, found: list[Row]) -> Table:
         table.add_column(name, justify="left" if text else "right", overflow="fold")
     last = None
     for row in shortened(found):
-        eager = eager_of(row, found)
         title = "" if row.case == last else case_text(row)
         last = row.case
         if not row.measured:
@@ -64,14 +65,14 @@ def _times(suite: str, found: list[Row]) -> Table:
             table.add_row(title, row.provider, Text(reason, "yellow"))
             continue
         cells = [title, row.provider, row.backend + (f" {row.tile}" if row.tile else "")]
-        times = (row.wall_ms, row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms)
-        cells += map(milliseconds, times)
-        cells += [milliseconds(row.device_ms)] * device
+        cells.append(median_cell(row, "wall"))
+        cells += map(milliseconds, (row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms))
+        cells += [median_cell(row, "device")] * device
         cells += [milliseconds(row.first_ms), number(row.peak_memory_mb, ".1f")]
         cells += [number(row.error, ".1e"), number(row.eager_error, ".1e")]
-        cells += [f"{row.time_ms / eager.time_ms:.2f}" if eager else ""]
+        cells += [ratio_cell(row, found)]
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")
-        table.add_row(*cells, style="bold" if row.provider == OURS else None)
+        table.add_row(*cells, style="bold" if row.provider == OURS and row.stable else None)
     return table
 
 
@@ -90,8 +91,10 @@ def shortened(found: list[Row]) -> list[Row]:
 def inputs_of(found: list[Row]) -> str:
     """How the rows' inputs met the caches, in a line."""
     texts = list(dict.fromkeys(row.inputs for row in found if row.inputs))
-    more = f"; {len(texts) - 1} other ways are in the rows" if len(texts) > 1 else ""
-    return texts[0] + more if texts else "none were made"
+    if not texts:
+        return "none were made"
+    others = {1: "", 2: "; another way is in the rows"}
+    return texts[0] + others.get(len(texts), f"; {len(texts) - 1} other ways are in the rows")
 
 
 def number(value: float | None, form: str) -> str:
@@ -102,6 +105,17 @@ def number(value: float | None, form: str) -> str:
 def clock_of(found: list[Row]) -> str:
     """Whose time the ratios of a suite's rows are of: "device" or "wall"."""
     return next((row.clock for row in found if row.measured), "wall")
+
+
+def median_cell(row: Row, clock: str) -> str:
+    """A row's median by a clock in milliseconds; marked where it stands for the row, unstable."""
+    return marked(milliseconds(getattr(row, f"{clock}_ms")), row.stable or row.clock != clock)
+
+
+def ratio_cell(row: Row, found: list[Row]) -> str:
+    """A row's time over eager's of the same case; or that it would say nothing."""
+    eager = eager_of(row, found)
+    return ratio_text(row.over(eager), row.stable and eager.stable) if eager else ""
 
 
 def milliseconds(value: float | None) -> str:
@@ -161,18 +175,19 @@ def markdown(results: Results) -> str:
     for row in found:
         if row.provider != EAGER["models"]:
             continue
-        cells = [row.subject, row.dtype, str(row.batch), f"{row.time_ms:.1f}"]
+        cells = [row.subject, row.dtype, str(row.batch), marked(f"{row.time_ms:.1f}", row.stable)]
         for name in names:
             same = (r for r in found if r.case == row.case and r.provider == name)
             other = next(same, None)
-            cells.append(f"{other.time_ms / row.time_ms:.2f}" if other else "-")
+            cells.append(ratio_cell(other, found) if other else "-")
         lines.append("| " + " | ".join(cells) + " |")
     if not found:
         return "No model was measured."
     e = found[0].environment
+    note = f" {NOTE}." if any(mark in line for line in lines for mark in (MARK, NO_RATIO)) else ""
     return "\n".join(lines) + (
         "\n\nThe others as ratios to the first column's time, below 1 is faster; a dash: no time, "
-        f"and the page says why. Measured by `{results.command}` on: {e.device}, "
+        f"and the page says why.{note} Measured by `{results.command}` on: {e.device}, "
         f"threads {e.threads}, torch {e.torch}, resnet_fast {e.resnet_fast}, commit {e.commit}."
     )
 

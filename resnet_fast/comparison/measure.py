@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import agreement, models
 from resnet_fast.agreement import Verdict
+from resnet_fast.comparison import steadiness
 from resnet_fast.comparison.photographs import Photographs
-from resnet_fast.comparison.providers import NCHW, NHWC, OURS, Call, providers
+from resnet_fast.comparison.providers import NCHW, NHWC, OURS, SEARCHED, Call, providers
 from resnet_fast.comparison.timing import Timing, interleaved
 
 SECONDS = 6.0  # of timed rounds per setting
@@ -55,12 +56,20 @@ class Setting:
 
     @property
     def best_eager(self) -> str:
-        """torchvision's faster memory format."""
-        return min((NCHW, NHWC), key=lambda name: self.timings[name].median)
+        """torchvision's fastest form."""
+        forms = [name for name in (NCHW, NHWC, SEARCHED) if name in self.timings]
+        return min(forms, key=lambda name: self.timings[name].median)
 
-    def ratio(self, provider: str) -> float:
-        """The provider's median time over that of torchvision at its best memory format."""
-        return self.timings[provider].median / self.timings[self.best_eager].median
+    def ratio(self, provider: str) -> float | None:
+        """The provider's median time over that of torchvision at its best.
+
+        None where the two scatter so much that it would say nothing.
+        """
+        return self.timings[provider].over(self.timings[self.best_eager])
+
+    def stable(self, provider: str) -> bool:
+        """Whether the provider's time, and torchvision's that it is compared with, are stable."""
+        return self.timings[provider].stable and self.timings[self.best_eager].stable
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +88,20 @@ class Comparison:
     def agrees(self) -> bool:
         return all(setting.agrees for setting in self.settings)
 
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before the times are taken as facts; nothing where all of them may be."""
+        timings = [timing for setting in self.settings for timing in setting.timings.values()]
+        busy = max((t.busy for t in timings if t.busy is not None), default=None)
+        return steadiness.warnings(sum(not t.stable for t in timings), len(timings), busy)
+
     def to_json(self) -> dict:
         """Plain data: dictionaries, lists, strings and numbers."""
-        data = asdict(self)
+        data = {**asdict(self), "warnings": self.warnings}
         for setting, row in zip(self.settings, data["settings"], strict=True):
             row["agrees"] = setting.agrees
+            for name, timing in setting.timings.items():
+                row["timings"][name] |= {"spread": timing.spread, "stable": timing.stable}
             if setting.timings:
                 row["ratio"] = {name: setting.ratio(name) for name in setting.timings}
         return data

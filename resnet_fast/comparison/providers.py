@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 OURS = "resnet_fast"
 NCHW, NHWC = "torchvision contiguous", "torchvision channels_last"
+SEARCHED = "torchvision cudnn.benchmark"  # channels_last; on a GPU
 COMPILED = "torch.compile, freezing"
 OPENVINO = "OpenVINO"
 PEERS = {"compile": COMPILED, "openvino": OPENVINO}
@@ -27,6 +28,11 @@ def providers(
     peers: Sequence[str],
 ) -> dict[str, Call]:
     """What to call, by name, for one dtype on one device.
+
+    On a GPU eager torch also runs as it does by `torch.backends.cudnn.benchmark = True`, where
+    cuDNN searches for its fastest kernels, and so do the peers. torch keeps what cuDNN chose per
+    thread, searched for or not: whoever calls these gives each a thread of its own (`interleaved`
+    does), or the first comer chooses for all.
 
     Args:
         theirs, ours: torchvision's model and ours, float32, in eval mode, with the same weights.
@@ -45,13 +51,16 @@ def providers(
             torch.channels_last,
         ),
     }
+    if device.type == "cuda":
+        found[SEARCHED] = searching(found[NHWC])
     for peer in peers:
         if peer not in PEERS:
             raise ValueError(f"unknown peer {peer!r}; known are {', '.join(PEERS)}")
         model = copy.deepcopy(channels_last)
         if peer == "compile":
             torch._dynamo.reset()
-            found[PEERS[peer]] = torch.no_grad()(compiled(model))
+            call = torch.no_grad()(compiled(model))
+            found[PEERS[peer]] = searching(call) if device.type == "cuda" else call
         else:
             found[PEERS[peer]] = openvino_call(model, dtype, device)
     return found
@@ -64,6 +73,20 @@ def eager(model: nn.Module, memory_format: torch.memory_format) -> Call:
 
     call.model = model
     return call
+
+
+def searching(call: Call) -> Call:
+    """The call with cuDNN searching for its fastest kernels: at the first input of a shape."""
+
+    def searched(x: Tensor) -> Tensor:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            return call(x)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return searched
 
 
 def compiled(model: nn.Module, mode: str | None = None) -> Call:
@@ -95,7 +118,7 @@ def compiled(model: nn.Module, mode: str | None = None) -> Call:
 
 def openvino_call(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Call:
     if find_spec("openvino") is None:
-        raise ValueError("OpenVINO is not installed; pip install openvino")
+        raise ValueError('OpenVINO is not installed; pip install "resnet_fast[bench]"')
     if device.type != "cpu":
         raise ValueError(f"OpenVINO is compared on the CPU, not on {device.type}")
     import openvino

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from rich.table import Table
 
 from resnet_fast.comparison.measure import Comparison, Setting
 from resnet_fast.comparison.providers import OURS
+from resnet_fast.comparison.steadiness import MARK, NO_RATIO, NOTE, marked, ratio_text
+from resnet_fast.comparison.timing import Timing
 
 
 def render(result: Comparison) -> Iterator[Table | str]:
@@ -18,6 +21,7 @@ def render(result: Comparison) -> Iterator[Table | str]:
     yield f"weights: {result.weights}; photographs: {', '.join(result.photographs)}"
     yield _agreement(result)
     yield _times(result)
+    yield from result.warnings
 
 
 def _agreement(result: Comparison) -> Table:
@@ -48,7 +52,7 @@ def _times(result: Comparison) -> Table:
         table.add_column(heading, justify="left" if heading in ("dtype", "") else "right")
     for s in result.settings:
         for name in s.timings:
-            style = "bold" if name == OURS else None
+            style = "bold" if name == OURS and s.stable(name) else None
             row = (s.dtype, str(s.batch), name, *_numbers(s, name))
             table.add_row(*row, style=style, end_section=name == list(s.timings)[-1])
     return table
@@ -57,11 +61,11 @@ def _times(result: Comparison) -> Table:
 def _numbers(setting: Setting, name: str) -> tuple[str, ...]:
     timing = setting.timings[name]
     return (
-        f"{timing.median:.1f}",
+        marked(f"{timing.median:.1f}", timing.stable),
         f"{timing.p20:.1f}",
         f"{timing.p80:.1f}",
-        f"{setting.batch / timing.median * 1e3:.1f}",
-        f"{setting.ratio(name):.2f}",
+        marked(f"{setting.batch / timing.median * 1e3:.1f}", timing.stable),
+        ratio_text(setting.ratio(name), setting.stable(name)),
     )
 
 
@@ -77,8 +81,19 @@ def markdown(results: list[dict]) -> str:
     lines = ["| " + " | ".join(head + names) + " |", "|---" * (len(head) + len(names)) + "|"]
     for result in results:
         for setting in result["settings"]:
-            best = min(t["median"] for n, t in setting["timings"].items() if n not in names)
-            cells = [result["model"], setting["dtype"], str(setting["batch"]), f"{best:.1f}"]
-            cells += [f"{setting['ratio'][name]:.2f}" for name in names]
+            timings = {name: _timing(data) for name, data in setting["timings"].items()}
+            eagers = [timing for name, timing in timings.items() if name not in names]
+            best = min(eagers, key=lambda timing: timing.median)
+            cells = [result["model"], setting["dtype"], str(setting["batch"])]
+            cells.append(marked(f"{best.median:.1f}", best.stable))
+            for timing in map(timings.get, names):
+                cells.append(ratio_text(timing.over(best), timing.stable and best.stable))
             lines.append("| " + " | ".join(cells) + " |")
+    if MARK in "".join(lines) or NO_RATIO in "".join(lines):
+        lines += ["", f"{NOTE}."]
     return "\n".join(lines)
+
+
+def _timing(data: dict) -> Timing:
+    """As `Comparison.to_json` wrote it, which adds what follows from the rest."""
+    return Timing(**{f.name: data[f.name] for f in fields(Timing) if f.name in data})

@@ -12,13 +12,7 @@ from torch.utils import _pytree as pytree
 
 from resnet_fast import agreement, ops
 from resnet_fast.conversion import recipes
-from resnet_fast.conversion.forward import (
-    BlockForward,
-    ModelForward,
-    StageForward,
-    install,
-    remove,
-)
+from resnet_fast.conversion.forward import Role, convert, revert
 from resnet_fast.dispatch import backends
 from resnet_fast.nn import blocks
 from resnet_fast.nn.fusion import disabled
@@ -40,15 +34,28 @@ def optimize(
     """Fuse the ResNets in a model: each conv + BatchNorm (+ shortcut) + ReLU becomes one op.
 
     Finds torchvision's ResNets, also as backbones inside its detection and segmentation models,
-    timm's plain ResNets, and this package's own. The result has the same class, children and
-    state_dict keys; its weights are live: loading, training and moving it go on as before, and a
-    call that cannot be fused (training, hooks, gradients) runs the plain forward by itself.
+    timm's plain ResNets, and this package's own. The result has the same children and state_dict
+    keys; its weights are live: loading, training and moving it go on as before, and a call that
+    cannot be fused (training, hooks, gradients) runs the plain forward by itself.
+
+    What is traded for speed, exactly:
+
+    - The class of a converted module is a subclass of the same name that differs in `forward`.
+    - Results agree with the plain model's to rounding, not to the bit.
+    - On a CPU each convolution has a packed copy of its weight, and a second or third one if image
+      sizes are met for which oneDNN wants another layout; `report` says how large they are.
+    - On a CPU a write to some of a convolution's weights that PyTorch does not count (`.data`,
+      `.numpy()`) may be seen late: when the layer has made another 8192 output pixels (N * H * W)
+      at the latest; `refresh` makes it seen at once, and shared memory is looked at in each call.
+    - Replicas that DataParallel makes for several devices run the plain forward.
 
     Args:
         model: any module; what is not a known residual block is left as it is.
         inplace: change `model` itself; by default a deep copy is changed and returned.
         dtype: cast the model; None leaves it.
-        memory_format: of its 4-D weights; the kernels read torch.channels_last.
+        memory_format: of its 4-D weights. The GPU kernels read torch.channels_last; a CPU's need
+            none: torch.preserve_format there for what refuses channels_last parameters, such as
+            torch.optim.LBFGS, parameters_to_vector and fully_shard.
         example_input: what `verify` runs, [N, C, H, W]; by default random, [2, 3, 224, 224].
         backend: "auto", or one backend's name for all blocks (`resnet-fast check` lists them).
         strict: raise if nothing was found to fuse.
@@ -73,19 +80,19 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"resnet_fast.optimize: model must be an nn.Module, got {type(model)}")
     backends.check_name(backend)
-    before = copy.deepcopy(model) if verify else None
-    optimized = model if inplace else copy.deepcopy(model)
+    before = _copy(model) if verify else None
+    optimized = model if inplace else _copy(model)
     if dtype is not None:
         optimized.to(dtype)
     _set_memory_format(optimized, memory_format)
-    found = _install(optimized, backend)
+    found = _convert(optimized, backend)
     if strict and not found:
         raise RuntimeError(
             f"resnet_fast.optimize: no residual block of a known class in {type(model).__name__}; "
             f"known are {', '.join('.'.join(key) for key in recipes.BLOCKS)}"
         )
-    if verify and found:
-        _verify(before.eval(), copy.deepcopy(optimized).eval(), dtype, example_input)
+    if verify:
+        _verify(before.eval(), _copy(optimized).eval(), dtype, example_input)
     return optimized
 
 
@@ -102,15 +109,15 @@ def restore(model: nn.Module) -> nn.Module:
         >>> resnet_fast.restore(model)
     """
     for module in model.modules():
-        remove(module)
+        revert(module)
     return refresh(model)
 
 
 def refresh(model: nn.Module) -> nn.Module:
     """Forget what was packed of the model's weights: the next forward packs them again.
 
-    Needed only after writing to single elements of a convolution's `weight.data`, which leaves no
-    trace (see `kernels/cpu.py`); everything else is noticed without it.
+    Needed only on a CPU, after a write to some of a convolution's weights that PyTorch does not
+    count (`.data`, `.numpy()`), for it to be seen at once; see `optimize`.
 
     Args:
         model: any module.
@@ -127,26 +134,50 @@ def refresh(model: nn.Module) -> nn.Module:
     return model
 
 
-def _install(model: nn.Module, backend: str) -> int:
-    """Install fused forwards; the number of residual blocks that fuse, now or already before."""
+def _convert(model: nn.Module, backend: str) -> int:
+    """Convert what can fuse; the number of residual blocks that fuse, now or already before."""
     found = 0
     asked = backend != backends.AUTO  # else this package's own modules need nothing installed
     for module in model.modules():
         known = blocks.fusable(module)
         recipe = recipes.recipe_for(module) or (asked and known and known.recipe)
         if recipe:
-            install(BlockForward(module, recipe, backend))
+            convert(module, Role("block", recipe, backend))
         if recipes.is_torchvision_resnet(module) or (asked and recipes.is_own_resnet(module)):
-            install(ModelForward(module, backend=backend))
+            convert(module, Role("model", backend=backend))
         found += blocks.fusable(module) is not None
     for module in model.modules():
         if type(module) is nn.Sequential and any(map(blocks.fusable, module)):
-            install(StageForward(module, backend=backend))
+            convert(module, Role("stage", backend=backend))
     return found
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy in the same modes: a graph module's is in training, whatever the module was."""
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"resnet_fast.optimize: {type(model).__name__} cannot be copied ({error}); pass "
+            "inplace=True to change the model itself"
+        ) from error
+    before, after = dict(model.named_modules()), dict(copied.named_modules())
+    if before.keys() != after.keys():
+        raise RuntimeError(
+            f"resnet_fast.optimize: a copy of {type(model).__name__} has other modules than the "
+            "model; pass inplace=True to change the model itself"
+        )
+    if copied.training != model.training:
+        copied.train(model.training)  # a feature extractor has a graph for each mode
+    for name, module in before.items():
+        after[name].training = module.training
+    return copied
 
 
 def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
     """As `model.to(memory_format=...)`, which refuses models that have 5-D weights as well."""
+    if memory_format is torch.preserve_format:
+        return
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.dim() == 4 and not tensor.is_contiguous(memory_format=memory_format):
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
@@ -154,15 +185,24 @@ def _set_memory_format(model: nn.Module, memory_format: torch.memory_format) -> 
 
 @torch.inference_mode()
 def _verify(before: nn.Module, after: nn.Module, dtype, example: Tensor | None) -> None:
-    first = next(after.parameters())
-    if example is None:
+    first = next(after.parameters(), torch.empty(0))
+    given = example is not None
+    if not given:
         example = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     example = example.to(first.device)
-    exact = _outputs(copy.deepcopy(before).double(), example.double())
+    try:
+        exact = _outputs(_copy(before).double(), example.double())
+    except RuntimeError as error:
+        if given:
+            raise
+        raise RuntimeError(
+            "resnet_fast.optimize: verify ran the model on random images of shape "
+            f"{list(example.shape)}, which it does not take; pass example_input ({error})"
+        ) from error
     with disabled():
         plain = _outputs(before.to(dtype) if dtype else before, example.to(first.dtype))
     fused = _outputs(after, example.to(first.dtype))
-    k_gemm = max(p[0].numel() for p in after.parameters() if p.dim() == 4)
+    k_gemm = max((p[0].numel() for p in after.parameters() if p.dim() == 4), default=1)
     for ours, theirs, reference in zip(fused, plain, exact, strict=True):
         if ours.is_floating_point():
             verdict = agreement.compare(ours, theirs, reference, k_gemm)

@@ -12,6 +12,7 @@ import sys
 
 from torch import nn
 
+from resnet_fast.conversion.forward import class_of, is_converted
 from resnet_fast.nn.blocks import BASIC_BLOCK, BOTTLENECK, Recipe
 
 _TIMM_EXTRAS = ("drop_block", "aa", "se", "drop_path")
@@ -33,9 +34,21 @@ def recipe_for(block: nn.Module) -> Recipe | None:
     """The recipe of a block of a known class, or None."""
     for (module, name), recipe in BLOCKS.items():
         known = getattr(sys.modules.get(module), name, None)
-        if known is not None and type(block).forward is known.forward:
+        if known is not None and _forward_of(block) is known.forward:
             return recipe
     return None
+
+
+def awaits_optimize(block: nn.Module) -> bool:
+    """Whether `optimize` would let this block run fused, and has not been asked to yet."""
+    if is_converted(block) or "forward" in block.__dict__:
+        return False
+    return recipe_for(block) is not None
+
+
+def _forward_of(module: nn.Module) -> object:
+    """The forward of the module's class, the one before any conversion; scripted ones have none."""
+    return getattr(class_of(module), "forward", None)
 
 
 def is_torchvision_resnet(model: nn.Module) -> bool:
@@ -51,13 +64,12 @@ def is_own_resnet(model: nn.Module) -> bool:
 def _is_resnet_of(library: str, model: nn.Module) -> bool:
     known = getattr(sys.modules.get(library), "ResNet", None)
     return known is not None and all(
-        getattr(type(model), name, None) is getattr(known, name)
+        getattr(class_of(model), name, None) is getattr(known, name)
         for name in ("forward", "_forward_impl")
     )
 
 
 def resembles_block(module: nn.Module) -> bool:
     """Whether the module has a residual block's parts but a forward that is not known."""
-    return {"conv1", "bn1", "conv2", "bn2"} <= module._modules.keys() and hasattr(
-        module, "downsample"
-    )
+    children = {name for name, _ in module.named_children()}
+    return {"conv1", "bn1", "conv2", "bn2"} <= children and hasattr(module, "downsample")

@@ -111,11 +111,10 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
         found = blocks.fusable(module)
         if found is not None:
             rows.append(_row(name, module, _examine(found.recipe)))
-        elif recipes.recipe_for(module) is not None and "forward" not in module.__dict__:
+        elif recipes.awaits_optimize(module):
             rows.append(_untouched(name, module))
         elif recipes.resembles_block(module):
-            reason = f"{type(module).__name__}.forward is not one that is known"
-            rows.append(Row(name, type(module).__name__, False, "aten", reason, 0, 0))
+            rows.append(_unknown(name, module))
     return Report(rows, ops.packed_bytes(model.parameters()))
 
 
@@ -129,8 +128,9 @@ def _row(name: str, module: nn.Module, examine) -> Row:
     if not record.fused and not record.plain:
         reason = _would_refuse(module, examine)
     fused = reason is None
-    fallback = "; ".join(f"{why}" for why in record.backends.values() if why)
-    names = ", ".join(sorted(record.backends)) if fused else "aten"
+    backends = dict(record.backends)  # another thread may add one
+    fallback = "; ".join(f"{why}" for why in backends.values() if why)
+    names = ", ".join(sorted(backends)) if fused else "aten"
     return Row(
         name, type(module).__name__, fused, names, reason or fallback, record.fused, record.plain,
         record.merged if fused else "",
@@ -143,8 +143,18 @@ def _would_refuse(module: nn.Module, examine) -> str | None:
     if not isinstance(weight, Tensor):
         return "conv1 has no weight"
     with torch.inference_mode():
-        outcome = examine(module, weight.new_empty((1, weight.shape[1], 1, 1)))
+        x = weight.new_empty(1).expand(1, weight.shape[1], 64, 64)  # only its shape is looked at
+        outcome = examine(module, x)
     return outcome if isinstance(outcome, str) else None
+
+
+def _unknown(name: str, module: nn.Module) -> Row:
+    kind = type(module).__name__
+    reason = f"{kind}.forward is not one that is known"
+    if isinstance(module, torch.jit.ScriptModule):
+        kind = module.original_name
+        reason = "scripted or traced: TorchScript runs its own copy of the plain forward"
+    return Row(name, kind, False, "aten", reason, 0, 0)
 
 
 def _untouched(name: str, module: nn.Module) -> Row:

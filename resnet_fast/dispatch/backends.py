@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ from resnet_fast.dispatch.problem import (
     on_device_of,
     triton_interprets,
 )
+from resnet_fast.dispatch.trial import on_trial
 from resnet_fast.kernels import aten, cpu
 from resnet_fast.spec import TileConfig
 
@@ -68,7 +70,8 @@ AUTO = "auto"
 class Plan:
     """A problem, the backend that was chosen for it and why, and why those before it were not.
 
-    `tile` is how its kernel cuts the work, printable; None where the backend has no tiles.
+    `tile` is how its kernel cuts the work, printable; None where the backend has no tiles. `failed`
+    is a backend that was chosen before and could not launch, and why.
     """
 
     problem: Problem
@@ -78,11 +81,12 @@ class Plan:
     calls: int = 0
     why: str = ""
     tile: object = None
+    failed: str = ""
 
     def why_fallback(self) -> str:
-        """Why no fused kernel of this device took the problem; empty where one did."""
+        """Why no fused kernel of this device took the problem, or the one that was to failed."""
         if self.backend != "aten":
-            return ""
+            return self.failed
         fused = {row.name for row in BACKENDS if row.device == self.problem.device}
         why = [reason for name, reason in self.refusals.items() if name in fused]
         return "; ".join(why) or f"no fused kernel for {self.problem.device}"
@@ -100,15 +104,21 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     """
     wanted = backend if backend != AUTO else _env.backend() or AUTO
     check_name(wanted)
+    return on_trial(functools.partial(_choose, problem, backend, wanted), backend)
+
+
+def _choose(problem: Problem, backend: str, wanted: str, known: dict[str, str]) -> Plan:
     spec = problem.spec
     measured = tuning.measured(problem.gpu, spec)
     refusals: dict[str, str] = {}
     for row, why in _in_order(problem, wanted, measured):
-        reason = why_not(row, problem, asked=row.name == wanted)
+        reason = known.get(row.name) or why_not(row, problem, asked=row.name == wanted)
         if reason is None:
-            tile = tuning.tile_of(measured, row.name, spec, problem.arch) if measured else None
+            tile = tuning.tile_of(measured, row.name, spec, problem.target) if measured else None
             tile = tile or row.choose(problem)
             bind = row.build(problem, tile)
+            if row.name == "aten" != wanted and _only_layout_is_amiss(problem):
+                _warn_of_contiguous_weights()
             return Plan(problem, row.name, refusals, bind, why=why, tile=tile)
         if row.name == backend:
             text = f"backend {backend!r} cannot take {spec}: {reason}"
@@ -117,12 +127,30 @@ def plan(problem: Problem, backend: str = AUTO) -> Plan:
     raise AssertionError("aten refuses nothing")
 
 
+def _only_layout_is_amiss(problem: Problem) -> bool:
+    """Whether a GPU's kernel would take the problem if its weight were channels_last."""
+    if problem.device != "cuda" or problem.weight != "contiguous":
+        return False
+    turned = replace(problem, weight="channels_last")
+    return any(why_not(row, turned) is None for row in BACKENDS if row.device == "cuda")
+
+
+@functools.cache
+def _warn_of_contiguous_weights() -> None:
+    """Once in a process: one call repairs all layers of a model."""
+    warnings.warn(
+        "resnet_fast: convolutions with contiguous weights run unfused on this GPU, whose fused "
+        "kernels read channels_last; call model.to(memory_format=torch.channels_last) once",
+        stacklevel=2,
+    )
+
+
 def _in_order(
     problem: Problem, wanted: str, measured: tuple[tuning.Choice, ...]
 ) -> Iterator[tuple[Backend, str]]:
     """The backends in the order in which they are asked, each with why it stands where it does."""
     rows = {row.name: row for row in BACKENDS}
-    preferred = preference(problem.spec, problem.arch) if problem.device == "cuda" else None
+    preferred = preference(problem.spec, problem.target) if problem.device == "cuda" else None
     reasons = [(wanted, "asked for")]
     reasons += [(c.backend, f"measured: {c.microseconds:.1f} us") for c in measured]
     if preferred:
@@ -170,9 +198,13 @@ def why_not(row: Backend, problem: Problem, asked: bool = False) -> str | None:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton; Linux only)"
-    if not triton_interprets() and not torch.cuda.is_available():
+    if triton_interprets():
+        return None
+    if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU"
-    return None
+    from resnet_fast.kernels import launch
+
+    return launch.driver_fault()
 
 
 def _triton_refusal(problem: Problem) -> str | None:
@@ -186,7 +218,7 @@ def _triton_refusal(problem: Problem) -> str | None:
     if reason := kernel.refusal(problem.spec):
         return reason
     try:
-        heuristics.choose(problem.spec, problem.arch or INTERPRETED_ARCH)
+        heuristics.choose(problem.spec, problem.target or INTERPRETED_ARCH)
     except ValueError as error:
         return str(error)
     return None
@@ -195,7 +227,7 @@ def _triton_refusal(problem: Problem) -> str | None:
 def _triton_choose(problem: Problem) -> TileConfig:
     from resnet_fast.dispatch import heuristics
 
-    return heuristics.choose(problem.spec, problem.arch or INTERPRETED_ARCH)
+    return heuristics.choose(problem.spec, problem.target or INTERPRETED_ARCH)
 
 
 def _triton_build(problem: Problem, tile: TileConfig | None = None) -> Bind:

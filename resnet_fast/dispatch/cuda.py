@@ -126,7 +126,7 @@ def choose(problem: Problem) -> TileConfig:
     Raises:
         ValueError: none of the table is legal.
     """
-    return heuristics.choose(problem.spec, problem.arch, heuristics.CUDA)
+    return heuristics.choose(problem.spec, problem.target, heuristics.CUDA)
 
 
 def build(problem: Problem, tile: TileConfig | None = None) -> Bind:

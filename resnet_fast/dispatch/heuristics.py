@@ -196,26 +196,30 @@ class Candidate:
         return f"{self.tile}: {verdict}"
 
 
-def choose(spec: ConvSpec, arch: int, family: Family = TRITON) -> TileConfig:
-    """The tile for `spec` on compute capability `arch` (90 for 9.0).
+Target = _hardware.Gpu | int  # a GPU; or a compute capability, for which a product stands
+
+
+def choose(spec: ConvSpec, target: Target, family: Family = TRITON) -> TileConfig:
+    """The tile for `spec` on a GPU, or on compute capability `target` (90 for 9.0).
 
     Raises:
         ValueError: no tile of the table is legal, or the architecture is older than sm_80.
     """
-    best = min(explain(spec, arch, family), key=lambda candidate: candidate.microseconds)
+    best = min(explain(spec, target, family), key=lambda candidate: candidate.microseconds)
     if best.refusal:
+        arch = target if isinstance(target, int) else target.capability
         raise ValueError(f"no {family.name} tile for {spec} on sm_{arch}: {best}")
     return best.tile
 
 
 @functools.lru_cache(maxsize=1024)
-def explain(spec: ConvSpec, arch: int, family: Family = TRITON) -> tuple[Candidate, ...]:
-    """Every candidate for `spec` on `arch`, in table order, refused with a reason or scored."""
-    known = _hardware.nearest_architecture(arch)
-    if known is None:
+def explain(spec: ConvSpec, target: Target, family: Family = TRITON) -> tuple[Candidate, ...]:
+    """Every candidate for `spec` on a target, in table order, refused with a reason or scored."""
+    gpu = _hardware.described(target)
+    if gpu is None:
         needed = f"the {family.name} kernels need 8.0 or newer"
-        raise ValueError(f"compute capability {arch / 10}: {needed}")
-    gpu = _hardware.GPUS[known]
+        raise ValueError(f"compute capability {target / 10}: {needed}")
+    known = _hardware.nearest_architecture(gpu.capability)
     candidates = []
     for row in family.tiles(known, spec.dtype):
         refused = refusal(spec, row, gpu, family)

@@ -12,6 +12,7 @@ The rows, and how one is chosen, are those of `backends.py`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,7 @@ from resnet_fast.dispatch.problem import (
     on_device_of,
     triton_interprets,
 )
+from resnet_fast.dispatch.trial import on_trial
 from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
 
@@ -92,6 +94,10 @@ class JoinProblem:
         return self.main.arch
 
     @property
+    def target(self) -> _hardware.Gpu | int:
+        return self.main.target
+
+    @property
     def parts(self) -> dict[str, tuple[Problem, str]]:
         """By the name of its map: each convolution, and what its weight is called."""
         return {"h": (self.main, "weight"), "x": (self.projection, "proj_weight")}
@@ -122,6 +128,7 @@ class JoinPlan:
     """A problem, the backend that was chosen for it, and why the others were not.
 
     `tile` is how its one kernel cuts the work; None where two convolutions run, each by its own.
+    `failed` is a backend that was chosen before and could not launch, and why.
     """
 
     problem: JoinProblem
@@ -129,7 +136,9 @@ class JoinPlan:
     refusals: dict[str, str]
     bind: Bind
     calls: int = 0
+    why: str = ""
     tile: TileConfig | None = None
+    failed: str = ""
 
     @property
     def is_one_kernel(self) -> bool:
@@ -137,9 +146,9 @@ class JoinPlan:
         return self.backend in FUSED
 
     def why_fallback(self) -> str:
-        """Why no fused kernel of this device took the problem; empty where one did."""
+        """Why no fused kernel of this device took the problem, or the one that was to failed."""
         if self.backend != "aten":
-            return ""
+            return self.failed
         devices = {row.name: row.device for row in JOIN_BACKENDS}
         why = [r for name, r in self.refusals.items() if devices[name] == self.problem.device]
         return "; ".join(why) or f"no fused kernel for {self.problem.device}"
@@ -156,9 +165,13 @@ def plan(problem: JoinProblem, backend: str = AUTO) -> JoinPlan:
         raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
     wanted = backend if backend != AUTO else _env.backend() or AUTO
     backends.check_name(wanted)  # one that has no join is a preference that cannot be met
+    return on_trial(functools.partial(_choose, problem, backend, wanted), backend)
+
+
+def _choose(problem: JoinProblem, backend: str, wanted: str, known: dict[str, str]) -> JoinPlan:
     refusals: dict[str, str] = {}
     for row in sorted(_preferred(problem), key=lambda row: row.name != wanted):
-        reason = _refusal(row, problem)
+        reason = known.get(row.name) or _refusal(row, problem)
         if reason is None:
             tile = row.choose(problem)
             return JoinPlan(problem, row.name, refusals, row.build(problem, tile), tile=tile)
@@ -179,7 +192,7 @@ def explain(problem: JoinProblem) -> tuple[str, dict[str, str]]:
 
 def _preferred(problem: JoinProblem) -> list[Backend]:
     """The rows in the order of `preferences.py`, asked for both products as one."""
-    row = problem.device == "cuda" and preference(problem.spec.as_one_product, problem.arch)
+    row = problem.device == "cuda" and preference(problem.spec.as_one_product, problem.target)
     order = row.order if row else ()
     place = {name: i for i, name in enumerate(order)}
     return sorted(JOIN_BACKENDS, key=lambda row: place.get(row.name, len(order)))
@@ -229,9 +242,9 @@ def cuda_refusal(problem: JoinProblem) -> str | None:
     return None
 
 
-def choose_cuda_tile(spec: JoinSpec, arch: int) -> int:
+def choose_cuda_tile(spec: JoinSpec, target: heuristics.Target) -> int:
     """The index in CUDA_TILES of the tile with the least estimated time."""
-    gpu = _hardware.GPUS[_hardware.nearest_architecture(arch)]
+    gpu = _hardware.described(target)
     tiles = cuda_tiles(spec.main.dtype)
 
     def microseconds(index: int) -> float:
@@ -248,7 +261,7 @@ def cuda_tiles(dtype: str) -> tuple[TileConfig, ...]:
 
 def _cuda_choose(problem: JoinProblem) -> TileConfig:
     spec = problem.spec
-    return cuda_tiles(spec.main.dtype)[choose_cuda_tile(spec, problem.arch)]
+    return cuda_tiles(spec.main.dtype)[choose_cuda_tile(spec, problem.target)]
 
 
 def _cuda_build(problem: JoinProblem, tile: TileConfig | None = None) -> Bind:
@@ -295,25 +308,25 @@ def _triton_refusal(problem: JoinProblem) -> str | None:
     if reason is not None:
         return reason
     try:
-        choose_tile(problem.spec, problem.arch or INTERPRETED_ARCH)
+        choose_tile(problem.spec, problem.target or INTERPRETED_ARCH)
     except ValueError as error:
         return str(error)
     return None
 
 
-def choose_tile(spec: JoinSpec, arch: int) -> TileConfig:
-    """The Triton tile with the least estimated time on compute capability `arch`.
+def choose_tile(spec: JoinSpec, target: heuristics.Target) -> TileConfig:
+    """The Triton tile with the least estimated time on a GPU, or on a compute capability.
 
     Raises:
         ValueError: no tile of the table is legal.
     """
-    known = _hardware.nearest_architecture(arch)
-    gpu = _hardware.GPUS[known]
-    refusals = {tile: tile_refusal(spec, tile, gpu) for tile in TILES[known]}
+    gpu = _hardware.described(target)
+    tiles = TILES[_hardware.nearest_architecture(gpu.capability)]
+    refusals = {tile: tile_refusal(spec, tile, gpu) for tile in tiles}
     legal = [tile for tile, reason in refusals.items() if reason is None]
     if not legal:
         tile, reason = next(iter(refusals.items()))
-        raise ValueError(f"no Triton tile for {spec} on sm_{arch}: {tile}: {reason}")
+        raise ValueError(f"no Triton tile for {spec} on sm_{gpu.capability}: {tile}: {reason}")
     whole = spec.as_one_product
     return min(legal, key=lambda tile: heuristics.score(whole, tile, gpu).microseconds)
 
@@ -330,7 +343,7 @@ def tile_refusal(spec: JoinSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | 
 
 
 def _triton_choose(problem: JoinProblem) -> TileConfig:
-    return choose_tile(problem.spec, problem.arch or INTERPRETED_ARCH)
+    return choose_tile(problem.spec, problem.target or INTERPRETED_ARCH)
 
 
 def _triton_build(problem: JoinProblem, tile: TileConfig | None = None) -> Bind:

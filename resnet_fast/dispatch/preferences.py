@@ -58,10 +58,14 @@ def bound_of(spec: ConvSpec, gpu: _hardware.Gpu) -> str:
     return "arithmetic" if spec.flops / peak > seconds_of_memory else "memory"
 
 
-def preference(spec: ConvSpec, arch: int) -> Preference | None:
-    """The row for `spec` on compute capability `arch` (90 for 9.0); None below 8.0."""
-    known = _hardware.nearest_architecture(arch)
-    if known is None:
+def preference(spec: ConvSpec, target: _hardware.Gpu | int) -> Preference | None:
+    """The row for `spec` on a GPU, or on compute capability `target` (90 for 9.0).
+
+    None below 8.0.
+    """
+    gpu = _hardware.described(target)
+    if gpu is None:
         return None
-    bounds = ("any", bound_of(spec, _hardware.GPUS[known]))
+    known = _hardware.nearest_architecture(gpu.capability)
+    bounds = ("any", bound_of(spec, gpu))
     return next(row for row in PREFERENCES if known in row.archs and row.bound in bounds)

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from resnet_fast import _hardware
 from resnet_fast.spec import ConvSpec, TileConfig
 
 INTERPRETED_ARCH = 80  # whose tiles Triton's interpreter runs
@@ -36,6 +37,7 @@ class Problem:
         aligned: whether every tensor starts at a multiple of 16 bytes.
         gpu: the name of a CUDA device, as measured choices are kept under it; "" for no measured
             choices.
+        hardware: what that device can hold and move; None for what stands for `arch`.
     """
 
     spec: ConvSpec
@@ -50,6 +52,12 @@ class Problem:
     tracked: bool
     aligned: bool
     gpu: str = ""
+    hardware: _hardware.Gpu | None = None
+
+    @property
+    def target(self) -> _hardware.Gpu | int:
+        """What a tile is chosen for: the GPU, or else its architecture."""
+        return self.hardware or self.arch
 
 
 class Launch(Protocol):

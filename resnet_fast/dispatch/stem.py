@@ -23,6 +23,7 @@ from torch import Tensor
 from resnet_fast import _env, _hardware
 from resnet_fast.dispatch import backends, cuda
 from resnet_fast.dispatch.problem import on_device_of
+from resnet_fast.dispatch.trial import on_trial
 from resnet_fast.kernels import aten, cpu
 from resnet_fast.spec import ConvSpec, TileConfig, conv_output_size
 
@@ -60,9 +61,9 @@ CUDA_TILES = (
 )
 
 
-def cuda_tile(spec: ConvSpec, arch: int) -> int:
+def cuda_tile(spec: ConvSpec, target: _hardware.Gpu | int) -> int:
     """The row of CUDA_TILES for a stem: the first, unless it gives less than a block per SM."""
-    sms = _hardware.GPUS[_hardware.nearest_architecture(arch)].sms
+    sms = _hardware.described(target).sms
     return 0 if CUDA_TILES[0].blocks(spec) >= sms else 1
 
 
@@ -128,9 +129,13 @@ def plan(stem: Stem, backend: str = backends.AUTO) -> backends.Plan:
     """
     wanted = backend if backend != backends.AUTO else _env.backend() or backends.AUTO
     backends.check_name(wanted)
+    return on_trial(functools.partial(_choose, stem, backend, wanted), backend)
+
+
+def _choose(stem: Stem, backend: str, wanted: str, known: dict[str, str]) -> backends.Plan:
     refusals: dict[str, str] = {}
     for row in sorted(BACKENDS, key=lambda row: row.name != wanted):
-        reason = row.refusal(stem)
+        reason = known.get(row.name) or row.refusal(stem)
         if reason is None:
             run, tile = row.build(stem)
             return backends.Plan(stem.conv, row.name, refusals, _binder(run), tile=tile)
@@ -233,7 +238,7 @@ def _cuda_build(stem: Stem) -> tuple[Run, Tile]:
     kernel.module()  # registers the op's implementation
     run = torch.ops.resnet_fast._stem_pool_cuda.default
     spec = stem.conv.spec
-    tile = cuda_tile(spec, stem.conv.arch)
+    tile = cuda_tile(spec, stem.conv.target)
 
     def launch(x, weight, scale, shift, mean, var, eps, image_mean, image_std) -> Tensor:
         y = new_output(spec, x.device)

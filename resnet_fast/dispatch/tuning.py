@@ -30,6 +30,8 @@ from resnet_fast.spec import ConvSpec, TileConfig
 
 FORMAT = 1
 SUFFIX = ".tuned.json"
+LOCK = ".lock"  # stays in the folder: removed, it could not be waited for
+LOCK_SECONDS = 60  # it is held for milliseconds: longer means that its owner hangs
 FAMILIES = {"triton": heuristics.TRITON, "cuda": heuristics.CUDA}
 TILE_FIELDS = tuple(field.name for field in fields(TileConfig) if field.name != "reason")
 
@@ -62,7 +64,7 @@ def _key(spec: ConvSpec) -> ConvSpec:
     return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
 
 
-def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, arch: int):
+def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, target: heuristics.Target):
     """The tile that was measured for a backend, as its table has it now; None where there is none.
 
     A tile that the table has no more, or that is no more legal, is left to the heuristics.
@@ -71,21 +73,37 @@ def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, arch: int
     found = next((choice.tile for choice in choices if choice.backend == backend), None)
     if family is None or found is None:
         return None
-    legal = (row.tile for row in heuristics.explain(spec, arch, family) if row.refusal is None)
+    legal = (row.tile for row in heuristics.explain(spec, target, family) if row.refusal is None)
     return next((tile for tile in legal if replace(tile, reason="") == found), None)
 
 
 def store(gpu: str, choices: Choices) -> Path:
     """Add to, or replace in, what is kept for a GPU; where it was written.
 
-    The file is replaced as a whole or not at all, whoever reads or writes it at the same time.
+    The file is replaced as a whole or not at all, whoever reads it at the same time; and whoever
+    writes it at the same time loses nothing, as one waits for the other.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or another process keeps it locked.
     """
     path = path_of(gpu)
-    kept, _ = _read(path, gpu)
-    kept |= {_key(spec): tuple(map(_bare, found)) for spec, found in choices.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent):
+        kept, _ = _read(path, gpu)
+        kept |= {_key(spec): tuple(map(_bare, found)) for spec, found in choices.items()}
+        _replace(path, gpu, kept)
+    _loaded.cache_clear()
+    return path
+
+
+def _locked(folder: Path):
+    """The folder as one's own, as long as the context is open."""
+    from filelock import FileLock
+
+    return FileLock(folder / LOCK, timeout=LOCK_SECONDS)
+
+
+def _replace(path: Path, gpu: str, kept: Choices) -> None:
     content = {
         "format": FORMAT,
         "gpu": gpu,
@@ -95,7 +113,6 @@ def store(gpu: str, choices: Choices) -> Path:
             for spec, found in kept.items()
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
@@ -104,8 +121,6 @@ def store(gpu: str, choices: Choices) -> Path:
     except BaseException:
         os.unlink(temporary)
         raise
-    _loaded.cache_clear()
-    return path
 
 
 def clear() -> list[Path]:
@@ -113,7 +128,7 @@ def clear() -> list[Path]:
     folder = _env.cache_folder()
     files = sorted(folder.glob(f"*{SUFFIX}")) if folder and folder.is_dir() else []
     for file in files:
-        file.unlink()
+        file.unlink(missing_ok=True)
     _loaded.cache_clear()
     return files
 

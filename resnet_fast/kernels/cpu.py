@@ -11,9 +11,11 @@ Packing pays only if it is kept, and what is kept can go stale. Each call theref
 the packed weight was made from with what the tensors hold now:
 - scale, shift, mean, var: every byte, whoever wrote it and however (BatchNorm's own update of
   its statistics does not raise their version counter, `.data` writes raise none at all);
-- weight: identity of its storage, version counter, dtype, and four 64-byte samples, which reveal
-  wholesale `.data` writes such as an exponential moving average's. Only a `.data` write that
-  misses all four samples goes unseen: `resnet_fast.refresh(model)` is for that.
+- weight: address, shape, version counter, and four 64-byte samples, which reveal wholesale
+  `.data` writes such as an exponential moving average's;
+- weight, every byte by sums: at each call if other processes share it, else before the layer has
+  made another `PIXELS_PER_SUM` output pixels. Until then a write that raises no version (`.data`,
+  `.numpy()`) and misses all samples goes unseen: `resnet_fast.refresh(model)` is for that.
 
 oneDNN's ReLU turns NaN into 0, torch's does not. So it is used only under a proof that no NaN can
 be: with finite weights and inputs of at most A, no value or partial sum of a convolution exceeds
@@ -29,8 +31,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import struct
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +44,17 @@ from resnet_fast.spec import ConvSpec
 
 SAMPLE_BYTES = 64
 SAMPLES = 4
+# Output pixels between two comparisons of a weight's sums. Reading a weight takes as long as some
+# ten pixels of its convolution do in fp32, a hundred in bf16 on AMX: a thousandth, a hundredth.
+PIXELS_PER_SUM = 8192
 MAX_SHAPES = 64  # input sizes remembered per weight; each is one dictionary entry
+MAX_ALIASES = 2  # tensors over one weight's memory that each keep a copy
+
+_DENSE = (Tensor, torch.nn.Parameter)
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+# oneDNN's memory descriptor as C lays it out: rank, sizes, type, padded sizes and offsets, offset,
+# form; strides, depth, blocks and their indices; flags, mask and scale. Arrays have room for 12.
+_DESCRIPTION = struct.Struct("@i12qi12q12qqi 12qi12q12q Qif")
 
 if torch.backends.mkldnn.is_available():
     _plain = torch.ops.mkldnn._convolution_pointwise.default
@@ -68,15 +83,17 @@ def refusal(spec: ConvSpec) -> str | None:
 
 def build(spec: ConvSpec) -> Callable[..., BoundConv]:
     """Prepare `spec`: bind(weight, scale, shift, mean, var, eps) -> a `BoundConv`."""
-    geometry = (spec.padding, spec.stride, spec.dilation, spec.groups)
-    problem = (*geometry, (spec.n, spec.c, spec.h, spec.w))
+    problem = (
+        *(spec.padding, spec.stride, spec.dilation, spec.groups),
+        (spec.n, spec.c, spec.h, spec.w),
+    )
     dtype, relu = getattr(torch, spec.dtype), spec.activation == "relu"
 
     def bind(weight, scale, shift, mean, var, eps) -> BoundConv:
         vectors = (scale, shift, mean, var)
         views = _views(weight, vectors)
         packed, entry = packed_weight(weight, vectors, views, eps, dtype, problem)
-        return BoundConv(packed, entry, views, geometry, relu)
+        return BoundConv(packed, entry, views, problem, relu)
 
     return bind
 
@@ -88,10 +105,21 @@ class BoundConv:
     y is written over residual; with `finite` the caller vouches that all values are.
     """
 
-    __slots__ = ("added", "added_relu", "entry", "growth", "plain", "plain_relu", "relu", "views")
+    __slots__ = (
+        "added",
+        "added_relu",
+        "entry",
+        "growth",
+        "pixels",
+        "plain",
+        "plain_relu",
+        "relu",
+        "views",
+    )
 
-    def __init__(self, packed, entry: PackedWeight, views, geometry, relu: bool) -> None:
+    def __init__(self, packed, entry: PackedWeight, views, problem, relu: bool) -> None:
         self.entry, self.views, self.growth, self.relu = entry, views, entry.growth, relu
+        self.pixels, geometry = pixels_of(problem), problem[:-1]
         self.plain = (packed, entry.bias, *geometry, "none", [], "")
         self.plain_relu = (packed, entry.bias, *geometry, "relu", [], "")
         added = (packed, entry.narrow_bias, *geometry, "add", 1.0)
@@ -112,7 +140,7 @@ class BoundConv:
 
     def fresh(self, weight: Tensor) -> bool:
         """Whether tensors that are still where they were also still hold what was packed."""
-        return self.entry.holds(weight, self.views)
+        return self.entry.holds(weight, self.views, self.pixels)
 
 
 def magnitude(x: Tensor) -> float:
@@ -175,24 +203,52 @@ class PackedWeight:
     to look is not kept here: each caller brings the views of its own tensors.
     """
 
-    __slots__ = ("before", "bias", "growth", "narrow_bias", "origin", "packed", "version")
+    __slots__ = (
+        "before",
+        "bias",
+        "growth",
+        "narrow_bias",
+        "origin",
+        "packed",
+        "served",
+        "shared",
+        "sums",
+        "version",
+    )
 
     def __init__(self, weight, vectors, views, eps, dtype) -> None:
         self.origin = _origin(weight, vectors, eps, dtype)
         self.version = weight._version
         self.before = [view.raw for view in views]
+        self.sums = _sums(weight)
+        self.served = 0  # output pixels since the sums were compared
+        self.shared = weight.is_shared()  # with other processes, whose writes raise no version
         self.bias = fold(*vectors, eps)[1]
         self.narrow_bias = self.bias.to(dtype)  # with a residual, oneDNN's binding takes no other
         self.packed: dict[tuple, Tensor] = {}  # by problem: the layout may depend on x's size
         self.growth = (math.nan, math.nan)  # (gain, offset), known once packed
 
-    def matches(self, weight, vectors, views, eps, dtype) -> bool:
+    def matches(self, weight, vectors, views, eps, dtype, pixels: int) -> bool:
         """Whether the tensors hold what this was packed from; the vectors may have moved."""
-        return _origin(weight, vectors, eps, dtype) == self.origin and self.holds(weight, views)
+        same = _origin(weight, vectors, eps, dtype) == self.origin
+        return same and self.holds(weight, views, pixels)
 
-    def holds(self, weight: Tensor, views: list[ctypes.Array]) -> bool:
-        """`matches` for tensors that are known to be where they were."""
-        return weight._version == self.version and [view.raw for view in views] == self.before
+    def holds(self, weight: Tensor, views: list[ctypes.Array], pixels: int) -> bool:
+        """`matches` for tensors that are known to be where they were.
+
+        Args:
+            pixels: N * P * Q of the output that the answer is for.
+        """
+        if weight._version != self.version or [view.raw for view in views] != self.before:
+            return False
+        self.served += pixels
+        if self.served < PIXELS_PER_SUM and not self.shared:
+            return True
+        self.served = 0
+        if torch.equal(_sums(weight), self.sums):
+            return True
+        self.version = None  # stale for good, whoever asks next
+        return False
 
     def pack(self, weight, vectors, eps, problem) -> Tensor:
         """The folded weight in the layout that oneDNN prefers for `problem`."""
@@ -202,49 +258,78 @@ class PackedWeight:
         gain = folded.float().abs().sum((1, 2, 3)).max().item()
         self.growth = (gain, self.bias.abs().max().item())
         packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *problem[:-1], problem[-1])
-        if len(self.packed) >= MAX_SHAPES:
-            self.packed.clear()
         # Most sizes share a layout, and then they share the copy.
         layout = _layout(packed)
         same = (other for other in self.packed.values() if _layout(other) == layout)
-        packed = self.packed[problem] = next(same, packed)
+        packed = next(same, packed)
+        if len(self.packed) >= MAX_SHAPES:
+            self.packed.clear()
+        self.packed[problem] = packed
         return packed
 
 
-_cache: dict[int, tuple[weakref.ref, PackedWeight]] = {}
+class _Kept(NamedTuple):
+    """What is kept for the weights at one address, for as long as the storage there lives."""
+
+    # Not of the tensor: torch.utils.swap_tensors refuses one that has a weak reference.
+    storage: weakref.ref
+    entries: dict[int, PackedWeight]  # by tensor: aliases count their versions apart
+
+
+_cache: dict[int, _Kept] = {}
+_packing = threading.RLock()  # reading needs no lock: entries are replaced whole
 
 
 def packed_weight(weight, vectors, views, eps, dtype, problem) -> tuple[Tensor, PackedWeight]:
     """The packed weight for these tensors and its entry, made anew if any of them changed."""
-    key = id(weight)
-    found = _cache.get(key)
-    if found is None or not found[1].matches(weight, vectors, views, eps, dtype):
-        entry = PackedWeight(weight, vectors, views, eps, dtype)
-        found = _cache[key] = (weakref.ref(weight, lambda _: _cache.pop(key, None)), entry)
-    entry = found[1]
-    packed = entry.packed.get(problem)
-    if packed is None:
-        packed = entry.pack(weight, vectors, eps, problem)
-    return packed, entry
+    with _packing:
+        entries = _entries(weight)
+        entry = entries.get(weight._cdata)
+        asked = (weight, vectors, views, eps, dtype)
+        if entry is None or not entry.matches(*asked, pixels_of(problem)):
+            while len(entries) >= MAX_ALIASES:
+                del entries[next(iter(entries))]
+            entry = entries[weight._cdata] = PackedWeight(*asked)
+        packed = entry.packed.get(problem)
+        if packed is None:
+            packed = entry.pack(weight, vectors, eps, problem)
+        return packed, entry
 
 
-def forget(weights=None) -> None:
+def _entries(weight: Tensor) -> dict[int, PackedWeight]:
+    """What is kept for the weight's address; an empty dictionary that will be if there is none."""
+    address, storage = weight.data_ptr(), weight.untyped_storage()
+    kept = _cache.get(address)
+    if kept is None or kept.storage() is not storage:
+
+        def drop(gone: weakref.ref) -> None:
+            if address in _cache and _cache[address].storage is gone:
+                del _cache[address]
+
+        kept = _cache[address] = _Kept(weakref.ref(storage, drop), {})
+    return kept.entries
+
+
+def forget(weights: Iterable[Tensor] | None = None) -> None:
     """Drop the packed copies of `weights`, or of all weights: the next call packs again."""
-    for key in list(_cache) if weights is None else map(id, weights):
-        found = _cache.pop(key, None)
-        if found is not None:
-            found[1].version = None  # no weight's: whoever still holds the copy sees it is stale
+    with _packing:
+        keys = list(_cache) if weights is None else _addresses(weights)
+        for kept in filter(None, [_cache.pop(key, None) for key in keys]):
+            for entry in kept.entries.values():
+                entry.version = None  # no weight's: whoever holds the copy sees that it is stale
 
 
-def packed_bytes(weights) -> int:
+def packed_bytes(weights: Iterable[Tensor]) -> int:
     """Bytes that the packed copies of `weights` take."""
-    total = 0
-    for weight in weights:
-        found = _cache.get(id(weight))
-        if found is not None:
-            packed = {id(p): p for p in found[1].packed.values()}
-            total += sum(torch.ops.mkldnn._nbytes(p) for p in packed.values())
-    return total
+    with _packing:
+        kept = [_cache[key] for key in _addresses(weights) if key in _cache]
+        entries = [entry for one in kept for entry in one.entries.values()]
+        packed = {id(p): p for entry in entries for p in entry.packed.values()}
+    return sum(torch.ops.mkldnn._nbytes(p) for p in packed.values())
+
+
+def _addresses(weights: Iterable[Tensor]) -> set[int]:
+    return {w.data_ptr() for w in weights if type(w) in _DENSE and w.device.type == "cpu"}
 
 
 def fold(scale, shift, mean, var, eps) -> tuple[Tensor, Tensor]:
@@ -256,13 +341,23 @@ def fold(scale, shift, mean, var, eps) -> tuple[Tensor, Tensor]:
     return gain, bias.clone() if mean is None else bias
 
 
+def pixels_of(problem: tuple) -> int:
+    """N * H * W of the input over the strides: the output's pixels, padding aside."""
+    _, (stride_h, stride_w), _, _, (n, _, h, w) = problem
+    return n * -(-h // stride_h) * -(-w // stride_w)
+
+
 def _origin(weight, vectors, eps, dtype) -> tuple:
     """What tells one weight and its use from another, without looking at values."""
-    return weight.data_ptr(), dtype, eps, [None if v is None else v.dtype for v in vectors]
+    kinds = [None if v is None else v.dtype for v in vectors]
+    return weight.data_ptr(), weight.shape, weight.stride(), dtype, eps, kinds
 
 
 def _views(weight: Tensor, vectors) -> list[ctypes.Array]:
     """The memory that is compared: spots of the dense weight, ends included, and vectors."""
+    for tensor in (weight, *vectors):
+        if tensor is not None:
+            _check_allocated(tensor)
     count = min(SAMPLE_BYTES, weight.nbytes)
     last = weight.nbytes - count
     spots = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
@@ -271,5 +366,36 @@ def _views(weight: Tensor, vectors) -> list[ctypes.Array]:
     return [(ctypes.c_char * size).from_address(address) for address, size in places]
 
 
-def _layout(packed: Tensor) -> bytes:
-    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+def _check_allocated(tensor: Tensor) -> None:
+    """Raise RuntimeError if the storage was freed or shrunk under a dense tensor."""
+    there = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    if there < tensor.nbytes:
+        raise RuntimeError(
+            f"resnet_fast: a tensor of shape {list(tensor.shape)} needs {tensor.nbytes} bytes, its "
+            f"storage has {max(there, 0)}; was it resized? Load the weights again"
+        )
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """Sums of the weight's bits over its rows in memory: what a write that no sample saw changes.
+
+    Sums, because memory is read no faster by anything: 11 GB/s on one core. Exchanged values within
+    one row of at most 4 KB go unseen; their sum is the same.
+    """
+    flat = weight.detach().as_strided((weight.numel(),), (1,))
+    whole = (flat.nbytes | flat.storage_offset() * flat.element_size()) % 8 == 0
+    bits = flat.view(torch.int64 if whole else _INTEGERS[flat.element_size()])
+    return bits.view(-1, math.gcd(bits.numel(), 512)).sum(1)
+
+
+def _layout(packed: Tensor) -> tuple | bytes:
+    """oneDNN's description of a packed copy, as values: its bytes have holes that nobody writes."""
+    described = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    if len(described) < _DESCRIPTION.size:
+        return described
+    rank, *rest = _DESCRIPTION.unpack_from(described)
+    sizes, kind, padded, offsets, *rest = rest[:12], rest[12], rest[13:25], rest[25:37], *rest[37:]
+    origin, form, strides, depth, *rest = *rest[:2], rest[2:14], *rest[14:]
+    blocks, indices, extra = rest[:12], rest[12:24], rest[24:]
+    by_rank = [values[:rank] for values in (sizes, padded, offsets, strides)]
+    return by_rank, blocks[:depth], indices[:depth], kind, origin, form, extra

@@ -13,10 +13,12 @@ straight to the compiled kernel; whoever keeps one must key it by all that it wa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
@@ -97,10 +99,37 @@ class Launch:
         def run(*leading) -> None:
             nonlocal runner
             if runner is None:
-                runner = self.compile(arch)[self.grid]
+                runner = self._kept(arch)[self.grid]
             runner(*leading, *trailing)
 
         return run
+
+    def _kept(self, arch: int) -> CompiledKernel:
+        """The compiled kernel for the current device, the same for all launches that need it."""
+        options = (self.num_warps, self.num_stages, arch, torch.cuda.current_device())
+        key = (self.source().hash(), *options)
+        kernel = _kernels.get(key)
+        return kernel or _kernels.setdefault(key, self.compile(arch))
+
+
+# By source, options and device, for the life of the process. A compiled kernel unloads its module
+# when it is collected, and whoever keeps a launch may drop it at any time: but a recorded CUDA
+# graph launches the kernel still, and an unloading breaks a recording that is under way.
+_kernels: dict[tuple, CompiledKernel] = {}
+
+
+@functools.cache
+def driver_fault() -> str | None:
+    """Why Triton can launch nothing on this machine, or None: asked once, by loading its driver.
+
+    Triton compiles a part of it where it is first used, with the C compiler that it finds.
+    """
+    try:
+        _ = triton.runtime.driver.active
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return f"Triton's driver cannot be loaded: {type(error).__name__}: {text}"
+    return None
 
 
 # (launch, arch) -> a function of the leading arguments: `Launch.bind`, or a test's stand-in.

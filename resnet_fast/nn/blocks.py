@@ -82,9 +82,7 @@ _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictiona
 def record_of(module: nn.Module) -> Record:
     """How a block, or a model's stem, has run so far; a new record if it has not."""
     record = _records.get(module)
-    if record is None:
-        record = _records[module] = Record()
-    return record
+    return _records.setdefault(module, Record()) if record is None else record
 
 
 def forget_programs(model: nn.Module) -> None:
@@ -97,18 +95,16 @@ def forget_programs(model: nn.Module) -> None:
 def fusable(block: nn.Module) -> Fusable | None:
     """How calling `block` would try to fuse, or None if it would not.
 
-    True of a class that has a `recipe` beside its forward, and of an instance whose forward was
-    replaced by `optimize`; not of a subclass that overrides the forward.
+    True of a class that has a `recipe` beside its forward; not of a subclass that overrides the
+    forward, nor of an instance that has one of its own.
     """
-    kind, forward = type(block), block.__dict__.get("forward")
-    if forward is not None:
-        recipe = getattr(forward, "recipe", None)
-        plain = getattr(kind, "_forward_plain", kind.forward)
-        return recipe and Fusable(recipe, forward.backend, plain)
+    kind = type(block)
     recipe = getattr(kind, "recipe", None)
-    if recipe is None or "recipe" not in _owner(kind, "forward").__dict__:
+    if recipe is None or "forward" in block.__dict__:
         return None
-    return Fusable(recipe, "auto", kind._forward_plain)
+    if "recipe" not in _owner(kind, "forward").__dict__:
+        return None
+    return Fusable(recipe, getattr(kind, "backend", "auto"), kind._forward_plain)
 
 
 def _owner(kind: type, attribute: str) -> type:
@@ -117,8 +113,7 @@ def _owner(kind: type, attribute: str) -> type:
 
 def fuses_stem(model: nn.Module) -> bool:
     """Whether calling `model` runs `resnet_forward`."""
-    forward = model.__dict__.get("forward")
-    return getattr(type(model) if forward is None else forward, "fuses_stem", False)
+    return "forward" not in model.__dict__ and getattr(type(model), "fuses_stem", False)
 
 
 # ---- forwards
@@ -174,10 +169,10 @@ def resnet_forward(model: nn.Module, x: Tensor, backend: str = "auto") -> Tensor
 
 def _is_chain(stage: nn.Module) -> bool:
     """Whether calling `stage` runs its children one after the other and nothing else."""
-    if type(stage) is not nn.Sequential or fusion.has_hooks(stage):
+    kind = type(stage)
+    if not (kind is nn.Sequential or getattr(kind, "runs_chain", False)):
         return False
-    forward = stage.__dict__.get("forward")
-    return forward is None or getattr(forward, "runs_chain", False)
+    return "forward" not in stage.__dict__ and not fusion.has_hooks(stage)
 
 
 def _stem_and_pool(model: nn.Module, x: Tensor, backend: str) -> tuple[Tensor, float | None, bool]:
@@ -293,7 +288,25 @@ def parts_of(block: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
     if units[0][0].channels != x.shape[1]:  # torch's own error is the one that is expected
         return f"x has {x.shape[1]} channels, conv1 takes {units[0][0].channels}"
     projection = _projection(getattr(block, "downsample", None), x)
-    return projection if isinstance(projection, str) else Parts(units, projection, joins=True)
+    if isinstance(projection, str):
+        return projection
+    parts = Parts(units, projection, joins=True)
+    return _misfit(parts, x) or parts
+
+
+def _misfit(parts: Parts, x: Tensor) -> str | None:
+    """Why the block's maps do not fit each other, which torch's own error will say; else None."""
+    shape = x.shape
+    for unit, _ in parts.units:
+        if unit.channels != shape[1]:
+            return f"a convolution takes {unit.channels} channels, it is given {shape[1]}"
+        shape = _shape_after(unit, shape)
+    shortcut = x.shape
+    if parts.projection is not None:
+        shortcut = _shape_after(parts.projection[0], shortcut)
+    if shape != shortcut:
+        return f"the convolutions end in {list(shape)}, the shortcut in {list(shortcut)}"
+    return None
 
 
 def stem_of(model: nn.Module, x: Tensor) -> Parts | str:
@@ -410,9 +423,10 @@ def _join_step(
     """The block's end as one op, where one kernel would run it; else None."""
     if not _may_join(parts, x, backend):
         return None
-    h = x
+    shape = x.shape
     for unit, _ in parts.units[:-1]:
-        h = _shape_after(unit, h)
+        shape = _shape_after(unit, shape)
+    h = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     call = fusion.join_call(parts.units[-1][0], parts.projection[0], h, x, backend)
     try:
         plan = ops.plan_of_join(call)
@@ -421,21 +435,17 @@ def _join_step(
     if not plan.is_one_kernel:
         return None
     record = projection.record
-    record.note(plan)
-    record.merged = "conv_bn_join"
     steps[-1].record = projection.record = None  # see `Step`
-    return JoinStep(steps[-1], projection, plan)
+    return JoinStep(steps[-1], projection, plan, record)
 
 
-def _shape_after(unit: Unit, x: Tensor) -> Tensor:
-    """An empty tensor as the unit's op returns it for x."""
-    conv = unit.conv
-    sizes = zip(
-        *(x.shape[2:], unit.weight.shape[2:], conv.stride, conv.padding, conv.dilation),
-        strict=True,
+def _shape_after(unit: Unit, shape: torch.Size) -> torch.Size:
+    """The shape of what the unit's op returns for a tensor of this one; 0 where nothing is left."""
+    conv, (n, _, *sizes) = unit.conv, shape
+    each = zip(
+        *(sizes, unit.weight.shape[2:], conv.stride, conv.padding, conv.dilation), strict=True
     )
-    shape = (x.shape[0], unit.weight.shape[0], *(max(conv_output_size(*size), 0) for size in sizes))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.Size((n, unit.weight.shape[0], *(max(conv_output_size(*of), 0) for of in each)))
 
 
 def _may_join(parts: Parts, x: Tensor, backend: str) -> bool:

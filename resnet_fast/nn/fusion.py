@@ -5,7 +5,7 @@ Modules stay what and where they are; only the *call* is fused, after every cond
 the fused call could differ from the plain one has been looked at, in each call anew:
 - hooks, parametrizations, subclasses: something of the user's would be bypassed;
 - BatchNorm in training mode or without running statistics, GroupNorm: another computation;
-- a gradient is needed: the ops have none yet;
+- a gradient is needed: the ops compute theirs anew, which plain modules need not;
 - fx tracing, scripting, torch.jit.trace, torch.func: tools that need the plain graph (exporters
   that trace otherwise, as to ONNX, are for `disabled()`).
 A guard returns the reason in words, which `report` prints.
@@ -13,6 +13,7 @@ A guard returns the reason in words, which `report` prints.
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -67,11 +68,22 @@ class Record:
 class _Switch:
     """How many `disabled()` blocks are open; an attribute, so that torch.compile guards on it."""
 
-    off = 0
+    def __init__(self) -> None:
+        self.off = 0  # the instance's from the start: torch.compile guards on where it is found
+        self.lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.off += count
 
 
 _switch = _Switch()
 _disabled_by_environment = _env.disabled()
+
+# What a fused call stands for, as torch has it: whoever replaces one of them wants it called.
+_Conv2d, _BatchNorm2d, _ReLU, _functional = nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.functional
+_conv_forward, _norm_forward, _relu_forward = _Conv2d.forward, _BatchNorm2d.forward, _ReLU.forward
+_batch_norm = _functional.batch_norm
 
 
 @contextmanager
@@ -84,11 +96,11 @@ def disabled():
         >>> with resnet_fast.disabled():
         ...     expected = model(x)
     """
-    _switch.off += 1
+    _switch.add(1)
     try:
         yield
     finally:
-        _switch.off -= 1
+        _switch.add(-1)
 
 
 def context_refusal(x: Tensor) -> str | None:
@@ -109,6 +121,13 @@ def context_refusal(x: Tensor) -> str | None:
         return "inside a torch.func transform"
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
+    if (
+        _Conv2d.forward is not _conv_forward
+        or _BatchNorm2d.forward is not _norm_forward
+        or _functional.batch_norm is not _batch_norm
+        or _ReLU.forward is not _relu_forward
+    ):
+        return "torch's convolution, BatchNorm or ReLU was replaced"
     if type(x) not in _TENSOR_TYPES and not _is_traced(x):
         return f"x is a {type(x).__name__}"
     if x.device.type not in ("cpu", "cuda"):

@@ -14,7 +14,6 @@ first of them is launched: between two convolutions the caches forget the interp
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
@@ -33,7 +32,7 @@ _CONV = itemgetter("stride", "padding", "dilation", "groups", "padding_mode", *_
 _NORM = itemgetter("training", "eps", *_HOOKS)
 _OTHER = itemgetter("training", *_HOOKS)
 
-MAX_PROGRAMS = 16  # input sizes remembered per block
+MAX_PROGRAMS = 64  # input sizes remembered per block: a detector's images have dozens
 
 Launch = Callable[..., Tensor]  # see dispatch/backends.py
 Bound = tuple["Program", list[Launch]]  # of its steps, projection first
@@ -105,18 +104,19 @@ class Step:
     ) -> Tensor:
         call = fusion.call_of(self.unit, x, residual, self.activation, self.backend)
         self.plan = ops.plan_of(call)
-        self.record.note(self.plan)
+        y = self.bind()(x, residual, inplace, finite)
+        self.record.note(self.plan)  # by now it is known whether its backend can launch
         self.record = None  # it holds the program: no cycle, so that both go with their module
-        return self.bind()(x, residual, inplace, finite)
+        return y
 
 
 class JoinStep:
     """The last unit and the projection of a program as one op, `ops.conv_bn_join`."""
 
-    __slots__ = ("launch", "main", "plan", "projection")
+    __slots__ = ("launch", "main", "plan", "projection", "record")
 
-    def __init__(self, main: Step, projection: Step, plan) -> None:
-        self.main, self.projection, self.plan = main, projection, plan
+    def __init__(self, main: Step, projection: Step, plan, record: Record) -> None:
+        self.main, self.projection, self.plan, self.record = main, projection, plan, record
         self.launch = None
 
     def bind(self) -> Launch:
@@ -124,7 +124,15 @@ class JoinStep:
         self.plan.calls += 1
         if self.launch is None or not self.launch.fresh(self.main.unit.weight):
             self.launch = self.plan.bind(*self.main.unit[1:], *self.projection.unit[1:])
-        return self.launch
+        return self.launch if self.record is None else self._first_launch
+
+    def _first_launch(self, h: Tensor, x: Tensor) -> Tensor:
+        y = self.launch(h, x)
+        self.record.note(self.plan)  # by now it is known whether its backend can launch
+        if self.plan.is_one_kernel:
+            self.record.merged = "conv_bn_join"
+        self.record = None  # see `Step`
+        return y
 
 
 class Program:
@@ -143,7 +151,6 @@ class Program:
 
     __slots__ = (
         "facts",
-        "forward",
         "hooks",
         "join",
         "joins",
@@ -183,8 +190,6 @@ class Program:
         )
         self.facts = [(look, things, list(map(look, things))) for look, things in looks]
         self.owner_facts = _owner_facts(owner)
-        forward = owner.__dict__.get("forward")
-        self.forward = forward and weakref.ref(forward)  # one that `optimize` installed
         modules = [owner, *bypassed]
         # Equal facts mean the same hook dictionaries; they must be empty as well.
         self.hooks = [getattr(m, name) for m in modules for name in _HOOKS]
@@ -201,7 +206,7 @@ class Program:
             return False
         if _owner_facts(owner) != self.owner_facts:
             return False
-        if owner.__dict__.get("forward") is not (self.forward and self.forward()):
+        if "forward" in owner.__dict__:
             return False
         for look, things, before in self.facts:  # noqa: SIM110 (a generator costs a third more)
             if list(map(look, things)) != before:

@@ -34,10 +34,11 @@ class PooledStep(Step):
         self, x: Tensor, residual: Tensor | None, inplace: bool, finite: bool
     ) -> Tensor:
         self.plan = ops.stem_plan_of(stem_call(self.unit, x, self.backend))
+        y = self.bind()(x, residual, inplace, finite)
         name = WITH_POOL.format(self.plan.backend)
         self.record.backends.setdefault(name, self.plan.why_fallback())
         self.record = None  # it holds the program: no cycle, so that both go with their module
-        return self.bind()(x, residual, inplace, finite)
+        return y
 
 
 class PooledProgram(Program):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 NAMESPACE = "resnet_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -63,6 +64,7 @@ def register(
     tensors: Callable[..., Sequence[Tensor | None]],
     save: Callable | None = None,
     backward: Callable | None = None,
+    reference: Callable[..., Tensor] | None = None,
 ) -> Callable:
     """Define `resnet_fast::name` and return its overload packet.
 
@@ -71,8 +73,10 @@ def register(
         implementation: runs on real tensors, on any device.
         fake: the same checks and an output without data.
         tensors: picks the tensor arguments that could need a gradient out of the arguments.
-        save: save(ctx, inputs, output) keeps what `backward` needs; None: there is no gradient yet.
+        save: save(ctx, inputs, output) keeps what `backward` needs.
         backward: backward(ctx, gradient of the output) -> a gradient or None for each argument.
+        reference: the op's arguments -> its result by torch's own functions, whose gradient is the
+            op's where there is no `backward`. Without either, a call that needs one is refused.
     """
     LIBRARY.define(schema, tags=TAGS)
     for key in ("CPU", "CUDA"):
@@ -86,16 +90,45 @@ def register(
         torch.library.register_autograd(qualified, backward, setup_context=save, lib=LIBRARY)
         return op
 
-    def without_gradient(*args):
-        # The default would return a tensor that silently has no gradient.
-        needed = (t is not None and t.requires_grad for t in tensors(*args))
-        if torch.is_grad_enabled() and any(needed):
-            raise RuntimeError(
-                f"{NAMESPACE}::{name} has no gradient yet; call it under torch.no_grad() or "
-                "torch.inference_mode(), or use the plain torch functions to train"
-            )
+    def in_grad_mode(*args):
+        tensors_ = tensors(*args)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors_):
+            if reference is None:
+                # The default would return a tensor that silently has no gradient.
+                raise RuntimeError(
+                    f"{NAMESPACE}::{name} has no gradient; call it under torch.no_grad() or "
+                    "torch.inference_mode(), or use the plain torch functions to train"
+                )
+            return _ByReference.apply(op, reference, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
-    LIBRARY.impl(name, without_gradient, "Autograd")
+    LIBRARY.impl(name, in_grad_mode, "Autograd")
     return op
+
+
+class _ByReference(torch.autograd.Function):
+    """An op with the gradient of its reference, which the backward pass computes anew."""
+
+    @staticmethod
+    def forward(ctx, op: Callable, reference: Callable[..., Tensor], *args) -> Tensor:
+        ctx.reference = reference
+        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+        ctx.others = [None if isinstance(a, Tensor) else (a,) for a in args]
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        args = [next(saved).detach() if other is None else other[0] for other in ctx.others]
+        needed = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            for arg, needs in zip(args, needed, strict=True):
+                if needs:
+                    arg.requires_grad_()
+            y = ctx.reference(*args)
+        wanted = [arg for arg, needs in zip(args, needed, strict=True) if needs]
+        found = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
+        return None, None, *(next(found) if needs else None for needs in needed)

@@ -43,7 +43,7 @@ SCHEMA_INPLACE = f"conv_bn_act_({TENSORS}, Tensor(a!) residual, {ARGUMENTS}) -> 
 
 def reference(call: Call) -> Tensor:  # [N, P, Q, K]
     """The op step by step in torch's own functions, at the dtype of its arguments."""
-    return aten.conv_bn_act(*call[:-2])
+    return aten.conv_bn_act(*call._replace(weight=call.weight.to(call.x.dtype))[:-2])
 
 
 def new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, K]
@@ -170,6 +170,7 @@ def problem_of(call: Call) -> backends.Problem:
         spec=spec,
         device=x.device.type,
         arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
+        hardware=_hardware.gpu_of(x.device) if x.is_cuda else None,
         x=_layout(x),
         weight=_layout(weight),
         residual="" if residual is None else _layout(residual),
@@ -231,7 +232,9 @@ def _under_autocast(op, device: str):
 
 
 # The bare overloads: all arguments by position, no checks before the op's own, least overhead.
-conv_bn_act_op = _library.register(NAME, SCHEMA, _implementation, _fake, _tensors)
+conv_bn_act_op = _library.register(
+    NAME, SCHEMA, _implementation, _fake, _tensors, reference=lambda *args: reference(Call(*args))
+)
 conv_bn_act_op_ = _library.register(
     NAME + "_", SCHEMA_INPLACE, _implementation_inplace, _fake_inplace, _tensors
 )
@@ -291,7 +294,9 @@ def conv_bn_act(
 
     Raises:
         ArgumentError: a ValueError that names the argument, what was expected and what was given.
-        RuntimeError: a gradient would be needed; the op has none yet.
+
+    Its gradient is that of the same formula in torch's own functions, which the backward pass
+    computes anew: right, and no faster than torch. Second derivatives are refused by torch.
 
     Example:
         >>> x = torch.randn(1, 64, 56, 56).to(memory_format=torch.channels_last)
@@ -312,6 +317,7 @@ def conv_bn_act_(x, weight, scale, shift, residual, stride=1, padding=0, dilatio
     """`conv_bn_act` that writes y over residual and returns it, for a caller that owns residual.
 
     Args and errors are those of `conv_bn_act`; a separate output is neither allocated nor written.
+    It has no gradient, for what that needs is overwritten: a call that needs one is a RuntimeError.
     """
     conv_bn_act_op_(
         x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from resnet_fast import _hardware
 from resnet_fast.dispatch import backends, join
-from resnet_fast.kernels import aten
 from resnet_fast.ops import _library
 from resnet_fast.ops._conv_arguments import Call, Names
 from resnet_fast.ops._conv_arguments import check_args as check_conv_args
 from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
 from resnet_fast.ops.conv_bn_act import key_of, new_output, problem_of
+from resnet_fast.ops.conv_bn_act import reference as conv_reference
 from resnet_fast.spec import ConvSpec
 
 NAME = "conv_bn_join"
@@ -84,8 +84,7 @@ class JoinCall(NamedTuple):
 
 def reference(call: JoinCall) -> Tensor:  # [N, P, Q, K]
     """The op step by step in torch's own functions, at the dtype of its arguments."""
-    shortcut = aten.conv_bn_act(*call.projection()[:-2])
-    return aten.conv_bn_act(*call.main(shortcut)[:-2])
+    return conv_reference(call.main(conv_reference(call.projection())))
 
 
 def check_args(call: JoinCall) -> tuple[int, int]:
@@ -216,7 +215,10 @@ def _under_autocast(device: str):
 
 
 # The bare overload: all arguments by position, no checks before the op's own, least overhead.
-conv_bn_join_op = _library.register(NAME, SCHEMA, _implementation, _fake, _tensors)
+conv_bn_join_op = _library.register(
+    *(NAME, SCHEMA, _implementation, _fake, _tensors),
+    reference=lambda *args: reference(JoinCall(*args)),
+)
 for _device in ("cpu", "cuda"):
     _library.LIBRARY.impl(NAME, _under_autocast(_device), f"Autocast{_device.upper()}")
 
@@ -277,7 +279,8 @@ def conv_bn_join(
 
     Raises:
         ArgumentError: a ValueError that names the argument, what was expected and what was given.
-        RuntimeError: a gradient would be needed; the op has none yet.
+
+    Its gradient is computed anew by torch's own functions, as `conv_bn_act`'s is.
 
     Example:
         >>> h, x = torch.randn(1, 64, 28, 28), torch.randn(1, 256, 56, 56)

@@ -168,6 +168,7 @@ def _make_plan(call: StemCall) -> backends.Plan:
         spec=spec,
         device=x.device.type,
         arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
+        hardware=_hardware.gpu_of(x.device) if x.is_cuda else None,
         x=_layout(x),
         weight=_layout(weight),
         residual="",
@@ -203,7 +204,10 @@ def _tensors(*args) -> tuple[Tensor | None, ...]:
     return (*call[:6], call.image_mean, call.image_std)
 
 
-stem_pool_op = _library.register(NAME, SCHEMA, _implementation, _fake, _tensors)
+stem_pool_op = _library.register(
+    *(NAME, SCHEMA, _implementation, _fake, _tensors),
+    reference=lambda *args: reference(*StemCall(*args)[:-1]),
+)
 
 
 def _under_autocast(device: str):
@@ -267,7 +271,8 @@ def stem_pool(
 
     Raises:
         ArgumentError: a ValueError that names the argument, what was expected and what was given.
-        RuntimeError: a gradient would be needed; the op has none.
+
+    Its gradient is computed anew by torch's own functions, as `conv_bn_act`'s is.
 
     Example:
         >>> image = torch.randint(256, (1, 3, 224, 224), dtype=torch.uint8)

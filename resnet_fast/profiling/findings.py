@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from resnet_fast.comparison import steadiness
 from resnet_fast.profiling import rows as _rows
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.profiling.rows import Row
@@ -20,16 +21,21 @@ class Findings:
         machine: versions and processor.
         roofline: what the device can do; None where that is not known.
         rows: per layer in execution order, then the gaps: they add up to `seconds`.
-        seconds: median of the marked runs; on a GPU of the unmarked ones, from call to completion.
+        seconds: median of the marked runs; on a GPU of the unmarked ones, from call to completion;
+            the sum of the layers' medians where noise makes that larger.
         unmarked: median of the runs that were not marked.
+        spread: of those, from p20 to p80, as a part of the median.
         overhead: what marking costs: the quickest marked run over the quickest unmarked one, less
             one; of the device's time where that is apart, else of the CPU's time in the calling
             thread, in which other processes count only as far as it spins for its own threads.
+        overhead_noise: how far from nothing that may be without meaning anything.
+        busy: the share of the CPU time that others took meanwhile; None where it is not known.
         rounds: how many there were.
         interrupted: whether Ctrl-C ended them early.
         device_apart: whether host and device have times of their own.
         peer: who is compared with; "" for nobody.
-        peer_seconds: median of its unmarked runs.
+        peer_seconds, peer_spread: median of its unmarked runs, and their spread.
+        peer_whole: what `seconds` is of ours.
         unoptimized: whether `resnet_fast.optimize` would fuse what is not fused.
         contiguous_weights: how many convolutions' weights are not channels_last.
     """
@@ -46,10 +52,15 @@ class Findings:
     unmarked: float
     overhead: float
     rounds: int
+    spread: float = 0.0
+    overhead_noise: float = 0.0
+    busy: float | None = None
     interrupted: bool = False
     device_apart: bool = False
     peer: str = ""
     peer_seconds: float | None = None
+    peer_spread: float = 0.0
+    peer_whole: float | None = None
     unoptimized: bool = False
     contiguous_weights: int = 0
     suggestions: list[str] = field(default_factory=list)
@@ -75,5 +86,38 @@ class Findings:
 
     @property
     def total(self) -> Row:
-        """The sum of all rows; its peer time is that of the whole model compared with."""
-        return replace(_rows.total(self.rows, "total", self.seconds), peer=self.peer_seconds)
+        """The sum of all rows, and of all of the peer's, measured as they were."""
+        total = _rows.total(self.rows, "total", self.seconds)
+        spreads = {"spread": self.spread, "peer_spread": self.peer_spread}
+        return replace(total, peer=self.peer_whole, **spreads)
+
+    @property
+    def run(self) -> Row:
+        """A run that was not marked, of both models: what a user waits for."""
+        total, slower = self.total, self.unmarked / self.seconds if self.seconds > 0 else 1.0
+        return replace(
+            total, name="unmarked run", seconds=self.unmarked, host=None, share=slower,
+            roof=total.roof / slower if slower else 0.0, peer=self.peer_seconds,
+        )  # fmt: skip
+
+    @property
+    def sums(self) -> list[Row]:
+        """What stands below a table: on a GPU the rows add up to a run that was not marked."""
+        return [self.total] if self.device_apart else [self.total, self.run]
+
+    @property
+    def marking(self) -> str:
+        """What marking the layers costs, if that can be told from the noise."""
+        if self.overhead <= self.overhead_noise:
+            return "less than the noise"
+        return f"{self.overhead:+.1%}"
+
+    def stable(self, row: Row) -> bool:
+        """Whether the row's time may be taken as a fact."""
+        return steadiness.is_stable(row.spread, self.busy)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know before the times are taken as facts; nothing where all of them may be."""
+        times = [*self.layers, self.run]
+        return steadiness.warnings(sum(not self.stable(t) for t in times), len(times), self.busy)

@@ -8,49 +8,46 @@ from html import escape
 from itertools import groupby
 from string import Template
 
+from resnet_fast.comparison.steadiness import is_stable, marked
 from resnet_fast.profiling import picture, text
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row
+from resnet_fast.profiling.style import STYLE
 
 PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; max-width: 1200px;
-       margin: 2em auto; padding: 0 20px }
-h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.15em; margin-top: 2em }
-.facts { color: #566; white-space: pre-wrap; font-size: .9em }
-.big { display: flex; gap: 2.5em; flex-wrap: wrap; margin: 1.2em 0 }
+<style>$style
+.facts { white-space: pre-wrap }
+.big { display: flex; gap: 1em 2.5em; flex-wrap: wrap; margin: 1.2em 0 }
 .big b { display: block; font-size: 1.7em; font-weight: 600 }
-.flame { width: 100%; border: 1px solid #e2e6ea; background: #fff }
-.flame text { font: 11px system-ui, sans-serif; pointer-events: none }
-.flame rect:hover { stroke: #1d2733 }
-.scale { display: flex; align-items: center; gap: .6em; font-size: .85em; color: #566 }
+.flame { width: 100%; min-width: 1000px; display: block }
+.flame text { font: 11px system-ui, sans-serif; fill: #1d2733; pointer-events: none }
+.flame a:is(:hover, :focus) rect { stroke: var(--text); stroke-width: 1.5 }
+.scale { display: flex; align-items: center; gap: .6em; flex-wrap: wrap }
 .scale i { width: 160px; height: 12px; display: inline-block; background: $gradient }
 .scale i.none { width: 26px; background: $grey }
-.wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .86em; font-variant-numeric: tabular-nums }
-th, td { padding: .25em .7em; text-align: right; white-space: nowrap }
-th { border-bottom: 2px solid #1d2733 }
-th.how { border-bottom: 1px solid #c6ccd2; color: #566; font-weight: 400; text-align: center }
+th { border-bottom: 2px solid var(--rule) }
+th.how { border-bottom-width: 1px; color: var(--quiet); font-weight: 400; text-align: center }
 thead tr:first-child th:first-child { border: 0 }
-td { border-bottom: 1px solid #eceff2 }
 td.name, th.name, td.word, th.word { text-align: left }
-tr.gap td { color: #7a8590; font-style: italic } tr.total td { font-weight: 600 }
-td.roof { position: relative } td.roof i { position: absolute; left: 0; bottom: 0; height: 3px }
+td.name { position: sticky; left: 0; z-index: 1; background: var(--page) }
+tr.gap td { color: var(--quiet); font-style: italic } tr.total td { font-weight: 600 }
+td.roof { position: relative; z-index: 0; min-width: 5em }
+td.roof i { position: absolute; left: 0; top: 1px; bottom: 1px; opacity: .5; z-index: -1 }
 </style></head><body>
 <h1>$title</h1>
-<div class="facts">$facts</div>
+<div class="facts quiet">$facts</div>$warnings
 <div class="big">$figures</div>
 $try
 <h2>Where the time goes</h2>
 <p>Width is time, in execution order from left to right: the model, its stages, their blocks, their
-layers. Point at a box for its figures.</p>
-$flame
-<p class="scale">far from its roofline <i></i> at its roofline &nbsp; <i class="none"></i>
+layers. A box tells its figures when pointed at, and leads to its row in the tables below.</p>
+<div class="wide">$flame</div>
+<p class="scale quiet">far from its roofline <i></i> at its roofline &nbsp; <i class="none"></i>
 nothing computed</p>
-<h2>Stages</h2><div class="wide">$stages</div>
+<h2 id="stages">Stages</h2><div class="wide">$stages</div>
 <h2>Layers, in execution order</h2><div class="wide">$layers</div>
 <h2>How to read this</h2>
 <p>All times are measured, medians. FLOPs (two for a multiply-add) and bytes (each tensor once) are
@@ -60,7 +57,8 @@ counted from the layers' shapes; rates are what was counted over what was measur
 a GPU can is specified by its maker. A layer is <em>bound by launch</em> where starting it takes
 longer than its work. Rows in italics are the time between layers, so that the rows add up to the
 whole; <em>interruptions</em> are what a whole run takes beyond the sum of its layers' medians:
-pauses that hit other layers in each run.</p>
+pauses that hit other layers in each run, or no more than noise. The figures at the top are those of
+an unmarked run, as its row has them.</p>
 </body></html>
 """)
 WORDS = ("bound by", "backend", "tile")
@@ -74,29 +72,32 @@ def render(profile: Findings) -> str:
     )
     return PAGE.substitute(
         title=escape(title),
+        style=STYLE,
         facts=escape(text.heading(profile)),
+        warnings="".join(f"<p class=warning>{escape(line)}.</p>" for line in profile.warnings),
         figures=_figures(profile),
         gradient=f"linear-gradient(90deg, {colours})",
         grey="rgb({},{},{})".format(*picture.GREY),
         **{"try": _suggestions(profile)},
         flame=picture.svg(profile),
-        stages=_table("stage", [*profile.stages, profile.total], profile),
-        layers=_table("layer", [*profile.rows, profile.total], profile),
+        stages=_table("stage", [*profile.stages, *profile.sums], profile),
+        layers=_table("layer", [*profile.rows, *profile.sums], profile),
     )
 
 
 def _figures(profile: Findings) -> str:
-    total = profile.total
+    run, stable = profile.run, profile.stable(profile.run)
     figures = [
-        (f"{profile.unmarked * 1e3:.2f} ms", f"a run of {profile.batch}"),
-        (f"{profile.batch / profile.unmarked:.1f}", "images a second"),
-        (f"{total.tflops:.3g}", "TFLOP/s"),
+        (f"{run.seconds * 1e3:.2f} ms", f"a run of {profile.batch}"),
+        (f"{profile.batch / run.seconds:.1f}", "images a second"),
+        (f"{run.tflops:.3g}", "TFLOP/s"),
     ]
     if profile.roofline is not None:
-        figures.append((f"{total.roof:.0%}", "of its roofline"))
-    if profile.peer_seconds:
-        ratio = profile.peer_seconds / profile.unmarked
-        figures.append((f"{ratio:.2f}x", f"as fast as {profile.peer}"))
+        figures.append((f"{run.roof:.0%}", "of its roofline"))
+    figures = [(marked(big, stable), small) for big, small in figures]
+    if run.ratio is not None:
+        both = stable and is_stable(run.peer_spread, profile.busy)
+        figures.append((marked(f"{run.ratio:.2f}", both), f"of {profile.peer}'s time"))
     return "".join(f"<span><b>{escape(big)}</b>{escape(small)}</span>" for big, small in figures)
 
 
@@ -108,18 +109,19 @@ def _suggestions(profile: Findings) -> str:
 
 
 def _table(first: str, rows: Sequence[Row], profile: Findings) -> str:
-    names = text.columns(profile)
+    names, anchors = text.columns(profile), picture.anchors(first, rows)
     lines = [(row, text.cells(row, profile)) for row in rows]
     used = [i for i in range(len(names)) if any(cells[i] for _, cells in lines)]
     heads = "".join(f'<th class="{_class(names[i])}">{escape(names[i])}</th>' for i in used)
-    body = []
+    body, sums = [], {row.name for row in profile.sums}
     for row, cells in lines:
-        kind = {"gap": "gap"}.get(row.kind, "total" if row.name == "total" else "")
+        kind = "gap" if row.kind == "gap" else "total" if row.name in sums else ""
         found = [f'<td class="name">{escape(row.name)}</td>']
         for i in used:
             bar = _bar(row) if names[i] == "of roof" and cells[i] else ""
             found.append(f'<td class="{_class(names[i])}">{escape(cells[i])}{bar}</td>')
-        body.append(f'<tr class="{kind}">{"".join(found)}</tr>')
+        anchor = f' id="{anchors[id(row)]}"' if id(row) in anchors else ""
+        body.append(f'<tr class="{kind}"{anchor}>{"".join(found)}</tr>')
     head = f'<tr><th class="name">{escape(first)}</th>{heads}</tr>'
     above = "".join(
         f'<th class="how" colspan="{len(list(group))}">{how}</th>'

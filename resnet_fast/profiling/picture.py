@@ -11,11 +11,13 @@ Laid out once (`boxes`), drawn twice: as SVG for the page, and as PNG by matplot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
+from resnet_fast.comparison.steadiness import marked
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row, total
 from resnet_fast.profiling.trace import block_of
@@ -33,13 +35,22 @@ WIDTH, ROW, LETTER = 1160.0, 34.0, 6.6  # of the SVG, in pixels; a letter is abo
 
 
 class Box(NamedTuple):
-    """One rectangle: `begin` and `width` as parts of the whole, `level` from the top."""
+    """One rectangle: `begin` and `width` as parts of the whole, `level` from the top.
+
+    `anchor` is the id of the table's row with its figures; a block's is that of its first layer.
+    """
 
     name: str
     level: int
     begin: float
     width: float
     row: Row
+    anchor: str
+
+
+def anchors(table: str, rows: Sequence[Row]) -> dict[int, str]:
+    """The ids of a table's rows, the table being that of "stage" or "layer", by the rows' own."""
+    return {id(row): f"{table}-{number}" for number, row in enumerate(rows)}
 
 
 def boxes(profile: Findings) -> list[Box]:
@@ -50,16 +61,20 @@ def boxes(profile: Findings) -> list[Box]:
     for row in rows:
         starts[id(row)] = at
         at += row.seconds / whole
-    found = [Box(profile.model, 0, 0.0, 1.0, profile.total)]
+    found = [Box(profile.model, 0, 0.0, 1.0, profile.total, "stages")]
+    of_layer = anchors("layer", profile.rows)
+    of_stage = {row.name: f"stage-{number}" for number, row in enumerate(profile.stages)}
     for level, group in ((1, _stage), (2, block_of)):
         for name, members in groupby(rows, group):
             members = list(members)
             if name:
                 summed = replace(total(members, name, profile.seconds), stage=members[0].stage)
                 begin, width = starts[id(members[0])], summed.seconds / whole
-                found.append(Box(name, level, begin, width, summed))
+                anchor = of_stage[name] if level == 1 else of_layer[id(members[0])]
+                found.append(Box(name, level, begin, width, summed, anchor))
     for row in rows:
-        found.append(Box(row.name, 3, starts[id(row)], row.seconds / whole, row))
+        begin, width = starts[id(row)], row.seconds / whole
+        found.append(Box(row.name, 3, begin, width, row, of_layer[id(row)]))
     return found
 
 
@@ -76,7 +91,7 @@ def colour_of(row: Row) -> tuple[int, int, int]:
 
 
 def svg(profile: Findings) -> str:
-    """The picture as SVG; each rectangle tells its figures when pointed at."""
+    """The picture as SVG; a rectangle tells its figures when pointed at, and leads to its row."""
     height = ROW * len(LEVELS)
     parts = [
         f'<svg class="flame" viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" '
@@ -92,9 +107,9 @@ def svg(profile: Findings) -> str:
             else ""
         )
         parts.append(
-            f'<g><title>{escape(told(box, profile))}</title><rect x="{x:.2f}" '
+            f'<a href="#{box.anchor}"><title>{escape(told(box, profile))}</title><rect x="{x:.2f}" '
             f'y="{box.level * ROW:.1f}" width="{width:.2f}" height="{ROW - 1:.1f}" '
-            f'fill="{fill}"/>{text}</g>'
+            f'fill="{fill}"/>{text}</a>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -102,7 +117,8 @@ def svg(profile: Findings) -> str:
 def told(box: Box, profile: Findings) -> str:
     """What a rectangle tells: name, time, share, and what binds it."""
     row = box.row
-    text = f"{box.name}: {row.seconds * 1e3:.3f} ms, {row.share:.1%} of the time"
+    time = marked(f"{row.seconds * 1e3:.3f} ms", profile.stable(row))
+    text = f"{box.name}: {time}, {row.share:.1%} of the time"
     if row.bytes and profile.roofline is not None:
         text += f", {row.roof:.0%} of its roofline, bound by {row.bound}"
     return f"{text}, {row.backend}" if row.backend else text

@@ -18,6 +18,7 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
+from resnet_fast.comparison import steadiness
 from resnet_fast.comparison.measure import describe_machine
 from resnet_fast.conversion import recipes
 from resnet_fast.nn.program import Step
@@ -56,7 +57,8 @@ class Profile(Findings):
         data["shape"] = list(self.shape)
         for name in ("rows", "stages"):
             data[name] = [_plain(row) for row in getattr(self, name)]
-        data["total"] = _plain(self.total)
+        data["total"], data["run"] = _plain(self.total), _plain(self.run)
+        data["warnings"] = self.warnings
         return data
 
     def table(self, layers: bool = False, top: int = 12) -> str:
@@ -130,14 +132,17 @@ def profile(
     with clock.current():
         for who, subject in subjects.items():
             subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
-        interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
+        with steadiness.Others(1 if clock.device_apart else torch.get_num_threads()) as rest:
+            interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
     ours, *others = subjects.values()
     found = _profile(ours, example, roofline, clock)
-    found.interrupted = interrupted
+    found.interrupted, found.busy = interrupted, rest.busy
     if others:
+        theirs = others[0].rows(clock)
         found.peer, found.peer_seconds = peer, statistics.median(others[0].walls)
-        times = _rows.peer_seconds(others[0].rows(clock))
-        found.rows = [replace(row, peer=times.get(row.name)) for row in found.rows]
+        found.peer_spread = steadiness.spread_of(others[0].walls)
+        found.peer_whole = others[0].whole(theirs, clock)
+        found.rows = [_beside(row, _rows.peer_rows(theirs).get(row.name)) for row in found.rows]
     found.suggestions = suggestions(found)
     return found
 
@@ -166,6 +171,12 @@ class _Subject:
         common = Counter(replay.names for replay in self.replays).most_common(1)[0][0]
         alike = [replay for replay in self.replays if replay.names == common]
         return _rows.rows_of(as_run(self.model, self.x), alike, clock.device_apart)
+
+    def whole(self, rows: list[Row], clock: Clock) -> float:
+        """Seconds of a run as the rows were measured: no less than these together."""
+        marked = [replay.whole.device for replay in self.replays]
+        whole = statistics.median(self.walls if clock.device_apart else marked)
+        return max(whole, sum(row.seconds for row in rows))
 
 
 @torch.inference_mode()
@@ -227,9 +238,7 @@ def _profile(
     subject: _Subject, example: Tensor, roofline: Roofline | None, clock: Clock
 ) -> Profile:
     rows = subject.rows(clock)
-    unmarked = statistics.median(subject.walls)
-    marked = statistics.median(replay.whole.device for replay in subject.replays)
-    whole = unmarked if clock.device_apart else marked
+    whole = subject.whole(rows, clock)
     rest = whole - sum(row.seconds for row in rows)
     rows.append(Row(LAUNCHES if clock.device_apart else REMAINDER, "", "gap", rest))
     if roofline is not None:
@@ -237,6 +246,7 @@ def _profile(
     rows = [_rows.against(row, roofline, whole, clock.device_apart) for row in rows]
     rows = [_served(row, subject.timeline.steps.get(row.name)) for row in rows]
     quickest = {marked: min(times) for marked, times in subject.busy.items()}
+    spreads = map(steadiness.spread_of, subject.busy.values())
     modules = list(subject.model.modules())
     return Profile(
         model=type(subject.model).__name__,
@@ -248,15 +258,21 @@ def _profile(
         roofline=roofline,
         rows=rows,
         seconds=whole,
-        unmarked=unmarked,
+        unmarked=statistics.median(subject.walls),
+        spread=steadiness.spread_of(subject.walls),
         overhead=quickest[True] / quickest[False] - 1 if quickest[False] else 0.0,
+        overhead_noise=steadiness.noise(
+            steadiness.scatter(spread, len(subject.replays)) for spread in spreads
+        ),
         rounds=len(subject.replays),
         device_apart=clock.device_apart,
-        unoptimized=any(
-            recipes.recipe_for(m) is not None and "forward" not in m.__dict__ for m in modules
-        ),
+        unoptimized=any(map(recipes.awaits_optimize, modules)),
         contiguous_weights=sum(map(_is_contiguous, modules)),
     )
+
+
+def _beside(row: Row, peer: Row | None) -> Row:
+    return row if peer is None else replace(row, peer=peer.seconds, peer_spread=peer.spread)
 
 
 def _served(row: Row, step: Step | None) -> Row:
@@ -279,7 +295,8 @@ def _is_contiguous(module: nn.Module) -> bool:
 
 
 def _plain(row: Row) -> dict:
-    return {**asdict(row), "tflops": row.tflops, "bandwidth_gbs": row.bandwidth_gbs}
+    derived = ("tflops", "bandwidth_gbs", "ratio")
+    return {**asdict(row), **{name: getattr(row, name) for name in derived}}
 
 
 def _roofline(example: Tensor, progress: Callable[[str], None]) -> Roofline | None:

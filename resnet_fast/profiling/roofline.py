@@ -30,9 +30,6 @@ COPY_SIZES = (1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26)
 SECONDS_PER_CEILING = 0.05
 # On a GPU, from one kernel's start to the next one's in a full queue (order of magnitude).
 GPU_LAUNCH_SECONDS = 2e-6
-# Data sheets: float32 on CUDA cores, TFLOP/s; the tensor cores' TF32 is half of fp16.
-TFLOPS_FP32 = {80: 19.5, 86: 31.2, 89: 30.3, 90: 66.9, 100: 75.0, 120: 104.8}
-TFLOPS_FP64 = {80: 19.5, 86: 0.49, 89: 0.47, 90: 66.9, 100: 37.0, 120: 1.64}
 DTYPES = ("float32", "tf32", "float16", "bfloat16", "float64")
 
 
@@ -57,7 +54,7 @@ class Roofline:
         source: "specified" or "measured".
         caches: (bytes, GB/s) for layers of up to so many bytes, ascending; empty for a GPU.
         launch_seconds: what starting a layer takes.
-        notes: what raised a ceiling, in words.
+        notes: what raised a ceiling, or whose it is where it is not the device's own; in words.
     """
 
     name: str
@@ -139,47 +136,33 @@ def roofline_of(
         return _of_cpu(name.replace("tf32", "float32"), torch.get_num_threads(), progress)
     if device.type != "cuda":
         raise ValueError(f"no roofline is known for the {device.type} device; known: cpu, cuda")
-    capability = _hardware.capability_of(device)
-    arch = _hardware.nearest_architecture(capability)
-    if arch is None:
-        known = ", ".join(str(a / 10) for a in _hardware.GPUS)
-        raise ValueError(f"no roofline for compute capability {capability / 10}; known: {known}")
+    gpu = _hardware.gpu_of(device)
+    if gpu is None:
+        known = ", ".join(str(arch / 10) for arch in _hardware.GPUS)
+        capability = _hardware.capability_of(device) / 10
+        raise ValueError(f"no roofline for compute capability {capability}; known: {known}")
     if name == "float32" and ops.precision() == "tf32":
         name = "tf32"
-    return _scaled(roofline_of_gpu(_hardware.GPUS[arch], name), device, _hardware.GPUS[arch])
+    return roofline_of_gpu(gpu, name)
 
 
 def roofline_of_gpu(gpu: _hardware.Gpu, dtype: str) -> Roofline:
-    """The specified roofline of a GPU that need not be here: one of `_hardware.GPUS`."""
+    """The specified roofline of a GPU that need not be here, as those of `_hardware.PRODUCTS`."""
     _check_dtype(dtype)
     tflops = {
-        "float32": TFLOPS_FP32.get(gpu.capability, math.nan),
-        "float64": TFLOPS_FP64.get(gpu.capability, math.nan),
+        "float32": gpu.tflops_fp32,
+        "float64": gpu.tflops_fp64,
         "tf32": gpu.tflops_fp16 / 2,
     }.get(dtype, gpu.tflops_fp16)
-    name = f"{gpu.name}, {dtype}"
-    launch = GPU_LAUNCH_SECONDS
-    return Roofline(name, tflops, gpu.bandwidth_gbs, "specified", launch_seconds=launch)
+    return Roofline(
+        f"{gpu.name}, {dtype}", tflops, gpu.bandwidth_gbs, "specified",
+        launch_seconds=GPU_LAUNCH_SECONDS, notes=(gpu.note,) if gpu.note else (),
+    )  # fmt: skip
 
 
 def _check_dtype(name: str) -> None:
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; known are {', '.join(DTYPES)}")
-
-
-def _scaled(roofline: Roofline, device: torch.device, gpu: _hardware.Gpu) -> Roofline:
-    """For a GPU that shares `gpu`'s architecture but not its size, by what its driver tells."""
-    facts = torch.cuda.get_device_properties(device)
-    if facts.multi_processor_count == gpu.sms:
-        return roofline
-    clock, width = (getattr(facts, a, 0) for a in ("memory_clock_rate", "memory_bus_width"))
-    bandwidth = 2 * clock * width / 8 / 1e6 or roofline.bandwidth_gbs  # kHz, bits, two a clock
-    share = facts.multi_processor_count / gpu.sms
-    note = f"{gpu.name}'s data sheet, by the number of SMs and the memory's clock"
-    return replace(
-        roofline, name=roofline.name.replace(gpu.name, facts.name), tflops=roofline.tflops * share,
-        bandwidth_gbs=bandwidth, notes=(note,),
-    )  # fmt: skip
 
 
 # ---- a CPU, measured

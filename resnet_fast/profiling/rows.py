@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from resnet_fast.comparison import steadiness
 from resnet_fast.profiling.layers import Layer
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.profiling.timeline import POOL, RANGE_CHECK, Edge, Replay
 
 GAP = "between layers"  # the host, and on a GPU the launches that the device waits for
-# The whole's median less the sum of the layers' medians. What hits a few layers of every run, other
-# ones each time, is in the median of no layer: other processes, as a rule.
+# The whole's median less the sum of the layers' medians; nothing where noise makes that the larger.
+# What hits a few layers of every run, other ones each time, is in the median of no layer: other
+# processes, as a rule.
 REMAINDER = "interruptions"
+ROUNDS = 7  # at the least, behind each median, unless fewer are asked for
 LAUNCHES = "host and launches"  # of a GPU's wall time, what the device's layers are not
 
 
@@ -39,6 +42,7 @@ class Row:
         backend: what ran it: a backend's name, or "torch".
         tile: the kernel's tile, where the backend tells it.
         peer: seconds of the same layer in the model compared with; None where there is none.
+        spread, peer_spread: of the two, from p20 to p80 as a part of the median.
         why: why no fused kernel took it, if none did.
     """
 
@@ -56,7 +60,17 @@ class Row:
     backend: str = ""
     tile: str = ""
     peer: float | None = None
+    spread: float = 0.0
+    peer_spread: float = 0.0
     why: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """The time over the peer's; None where there is none, or where it would say nothing."""
+        if self.peer is None:
+            return None
+        ours, theirs = (steadiness.scatter(s, ROUNDS) for s in (self.spread, self.peer_spread))
+        return steadiness.ratio(self.seconds, ours, self.peer, theirs)
 
     @property
     def tflops(self) -> float:
@@ -136,19 +150,24 @@ def rows_of(layers: Sequence[Layer], replays: Sequence[Replay], device_apart: bo
         edge = 2 * place.index + (0 if place.before else 1)
         taken.add(edge)
         edges = [replay.edges[edge] for replay in replays]
-        row = _row(place, *_medians(edges, device_apart), found)
+        row = replace(_row(place, *_medians(edges, device_apart), found), spread=_spread(edges))
         ours = not place.before and replays[0].names[place.index] in (POOL, RANGE_CHECK)
         found.append(replace(row, backend="cpu") if ours else row)
     rest = [
         Edge(*map(sum, zip(*(e for n, e in enumerate(r.edges) if n not in taken), strict=True)))
         for r in replays
     ]
-    return [*found, Row(GAP, "", "gap", *_medians(rest, device_apart))]
+    gap = Row(GAP, "", "gap", *_medians(rest, device_apart), spread=_spread(rest))
+    return [*found, gap]
 
 
 def _medians(edges: Sequence[Edge], device_apart: bool) -> tuple[float, float | None]:
     host = statistics.median(edge.host for edge in edges) if device_apart else None
     return statistics.median(edge.device for edge in edges), host
+
+
+def _spread(edges: Sequence[Edge]) -> float:
+    return steadiness.spread_of([edge.device for edge in edges])
 
 
 def _row(place: Place, device: float, host: float | None, before: list[Row]) -> Row:
@@ -184,7 +203,11 @@ def total(rows: Sequence[Row], name: str, whole: float) -> Row:
         bounds[row.bound] = bounds.get(row.bound, 0.0) + row.seconds
     bounds.pop("", None)
     hosts = [row.host for row in rows if row.host is not None]
-    peers = [row.peer for row in rows if row.peer is not None]
+    peers = [row for row in rows if row.peer is not None]
+    peer = sum(row.peer for row in peers)
+    # As if all layers became slower together: what hits one of them alone evens out.
+    width = sum(row.spread * row.seconds for row in rows)
+    peer_width = sum(row.peer_spread * row.peer for row in peers)
     return Row(
         name, name, "sum", seconds, sum(hosts) if hosts else None,
         sum(row.flops for row in rows), sum(row.bytes for row in rows),
@@ -192,17 +215,19 @@ def total(rows: Sequence[Row], name: str, whole: float) -> Row:
         share=seconds / whole if whole > 0 else 0.0,
         roof=floor / seconds if seconds > 0 else 0.0,
         bound=max(bounds, key=bounds.get) if bounds else "",
-        peer=sum(peers) if peers else None,
+        peer=peer if peers else None,
+        spread=width / seconds if seconds > 0 else 0.0,
+        peer_spread=peer_width / peer if peer > 0 else 0.0,
     )  # fmt: skip
 
 
-def peer_seconds(rows: Sequence[Row]) -> dict[str, float]:
-    """Seconds of an unfused model by the names that its layers have where they run fused.
+def peer_rows(rows: Sequence[Row]) -> dict[str, Row]:
+    """An unfused model's rows, summed by the names that its layers have where they run fused.
 
     Norms and ReLUs count as the convolution before them, an addition as the last convolution of its
     block; the ReLU behind it follows it there.
     """
-    found: dict[str, float] = {}
+    found: dict[str, list[Row]] = {}
     last_of_block: dict[str, str] = {}
     current = ""
     for row in rows:
@@ -213,7 +238,7 @@ def peer_seconds(rows: Sequence[Row]) -> dict[str, float]:
             current = last_of_block.get(block, row.name)
         elif row.kind not in ("norm", "relu") or not current:
             current = ""
-            found[row.name] = found.get(row.name, 0.0) + row.seconds
+            found.setdefault(row.name, []).append(row)
             continue
-        found[current] = found.get(current, 0.0) + row.seconds
-    return found
+        found.setdefault(current, []).append(row)
+    return {name: total(parts, name, 0.0) for name, parts in found.items()}

@@ -70,7 +70,8 @@ def _channels_last(p: Findings) -> Iterator[str]:
     share = sum(row.share for row in p.rows if row.kind == "copy")
     if share > CONVERTING:
         yield f"{share:.0%} of the time in changes of layout; give x in channels_last"
-    if p.contiguous_weights and p.unoptimized:
+    # The CPU's fused convolutions pack their own copies, whatever the layout.
+    if p.contiguous_weights and (p.unoptimized or p.device.startswith("cuda")):
         yield (
             f"{p.contiguous_weights} convolutions have contiguous weights; "
             "try model.to(memory_format=torch.channels_last)"
@@ -106,7 +107,8 @@ def _tune(p: Findings) -> Iterator[str]:
 
 
 def _fallback(p: Findings) -> Iterator[str]:
-    for row in [row for row in p.rows if row.why and row.share > LARGE][:MOST]:
+    loose = [row for row in p.rows if row.why and row.backend == "aten" and row.share > LARGE]
+    for row in loose[:MOST]:
         yield f"{row.name}: runs unfused ({row.why})"
 
 

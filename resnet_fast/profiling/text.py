@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from resnet_fast.comparison.steadiness import is_stable, marked, ratio_text
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import REMAINDER, Row
 
@@ -13,10 +14,10 @@ PAUSED = 0.05  # of the whole: more than a machine to itself shows
 
 def render(profile: Findings, layers: bool, top: int) -> str:
     """The stages, the layers (all in order, or the slowest), and what to try."""
-    parts = [heading(profile)]
-    parts.append(_table("stage", [*profile.stages, profile.total], profile))
+    parts = ["\n".join([heading(profile), *profile.warnings])]
+    parts.append(_table("stage", [*profile.stages, *profile.sums], profile))
     if layers:
-        parts.append(_table("layer", [*profile.rows, profile.total], profile))
+        parts.append(_table("layer", [*profile.rows, *profile.sums], profile))
     else:
         slowest = sorted(profile.layers, key=lambda row: -row.seconds)[:top]
         parts.append(_table(f"slowest {len(slowest)} of {len(profile.layers)}", slowest, profile))
@@ -33,7 +34,7 @@ def heading(profile: Findings) -> str:
         f"{profile.model}, {profile.dtype}, {'x'.join(map(str, profile.shape))}, {profile.device}",
         f"on {machine}",
         f"measured: {kind}, medians of {profile.rounds} runs; marking the layers costs "
-        f"{profile.overhead:+.1%}; unmarked runs take {profile.unmarked * 1e3:.2f} ms",
+        f"{profile.marking}; unmarked runs take {profile.unmarked * 1e3:.2f} ms",
     ]
     if profile.roofline is None:
         lines.append("roofline: none is known for this device and dtype")
@@ -77,15 +78,22 @@ def cells(row: Row, profile: Findings) -> tuple[str, ...]:
     host = (_or("{:.3f}", row.host and row.host * 1e3),) if profile.device_apart else ()
     peer: tuple[str, ...] = ()
     if profile.peer:
-        ratio = row.seconds / row.peer if row.peer else None
-        peer = (_or("{:.3f}", row.peer and row.peer * 1e3), _or("{:.2f}", ratio))
+        stable = is_stable(row.peer_spread, profile.busy)
+        theirs = marked(_or("{:.3f}", row.peer and row.peer * 1e3), stable)
+        peer = (theirs, ratio_text(row.ratio, stable and profile.stable(row)) if row.peer else "")
     return (
-        f"{row.seconds * 1e3:.3f}", *host, f"{row.share:.1%}",
+        _time(row, profile), *host, f"{row.share:.1%}",
         _or("{:.1f}", row.flops / 1e6 or None), _or("{:.2f}", row.bytes / 1e6 if worked else None),
         _or("{:.3f}", row.tflops or None), _or("{:.1f}", row.bandwidth_gbs if worked else None),
         _or("{:.0%}", row.roof if worked and profile.roofline else None),
         row.bound, row.backend, row.tile, *peer,
     )  # fmt: skip
+
+
+def _time(row: Row, profile: Findings) -> str:
+    if row.kind == "gap" and not row.seconds:  # less than nothing: the sum's noise
+        return "noise"
+    return marked(f"{row.seconds * 1e3:.3f}", profile.stable(row))
 
 
 def _or(form: str, value: float | None) -> str:

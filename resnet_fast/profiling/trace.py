@@ -31,17 +31,16 @@ def trace_of(profile: Findings) -> dict:
     starts, at, host_at = [], 0.0, 0.0
     for row in profile.rows:
         starts.append(at)
-        seconds = max(row.seconds, 0.0)
-        events.append(_slice(row.name, LAYERS, at, seconds, _facts(row)))
+        events.append(_slice(row.name, LAYERS, at, row.seconds, _facts(row)))
         if row.host is not None:
             events.append(_slice(row.name, HOST, host_at, row.host, {}))
             host_at += row.host
-        at += seconds
+        at += row.seconds
     placed = list(zip(profile.rows, starts, strict=True))
     for track, group in ((STAGES, lambda pair: pair[0].stage), (BLOCKS, _block)):
         for name, pairs in groupby(placed, group):
             pairs = list(pairs)
-            seconds = sum(max(row.seconds, 0.0) for row, _ in pairs)
+            seconds = sum(row.seconds for row, _ in pairs)
             if name:
                 events.append(_slice(name, track, pairs[0][1], seconds, {}))
     facts = {"device": profile.device, "dtype": profile.dtype, "shape": list(profile.shape)}

@@ -7,6 +7,7 @@ size where a slow interpreter runs them, and odd ones that each break a habit of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -261,12 +262,29 @@ def conv_tensors(
     gain = (2 / spec.k_gemm) ** 0.5
     weight = guarded(normal(spec.k, spec.r, spec.s, spec.c) * gain)
     residual = guarded(normal(spec.n, spec.p, spec.q, spec.k)) if spec.residual else None
-    scale, shift = normal(spec.k).abs() + 0.5, normal(spec.k)
-    mean, var = (normal(spec.k), normal(spec.k).abs() + 0.5) if spec.norm else (None, None)
+    vectors = channel_vectors(spec.k, normal, spec.norm)
     out = guarded(torch.full((spec.n, spec.p, spec.q, spec.k), float("nan")))
     memory = out.as_strided((out.numel() + 2 * start,), (1,), 0)
-    vectors = (t if t is None else t.to(params) for t in (scale, shift, mean, var))
+    vectors = (t if t is None else t.to(params) for t in vectors)
     return ConvTensors(spec, x, weight, *vectors, residual, out, (memory[:start], memory[-start:]))
+
+
+def channel_vectors(k: int, normal: Callable[[int], torch.Tensor], norm: bool) -> tuple:
+    """(scale, shift, mean, var), each [K] of fp32; without `norm` the last two are None.
+
+    A third of the scales are negative. A quarter of the variances are zero or about as small as
+    eps, so that it shows where eps is another or left out; the scales there are as small, so that
+    all channels weigh the same. Powers of two: no dtype rounds them.
+    """
+    scale, shift = normal(k).abs() + 0.5, normal(k)
+    scale[1::3] *= -1
+    if not norm:
+        return scale, shift, None, None
+    mean, var = normal(k), normal(k).abs() + 0.5
+    tiny = torch.arange(k)[2::4]
+    var[tiny] = torch.tensor([0.0, 2.0**-20, 2.0**-17, 2.0**-14])[tiny // 4 % 4]
+    scale[tiny] *= (var[tiny] + 1e-5).sqrt()
+    return scale, shift, mean, var
 
 
 def with_dtype(specs: dict[str, ConvSpec], dtype: str, precision: str = "tf32") -> dict:

@@ -5,7 +5,7 @@ A `CompiledKernel` is one launch: PTX, machine code, shape and arguments. It is 
 `build` that the package calls: where a GPU would be given the kernel, `recorder` compiles it and
 keeps the arguments. So a test of it is a test of what a user's GPU gets.
 
-    source (Triton today)  ->  CompiledKernel  ->  resources(), main_loop()   what the compiler made
+    source (Triton, CUDA)  ->  CompiledKernel  ->  resources(), main_loop()   what the compiler made
                                                ->  run()                      what it computes
 
 A source is a function that returns `CompiledKernel`s; nothing behind it knows the source.
@@ -14,7 +14,7 @@ A source is a function that returns `CompiledKernel`s; nothing behind it knows t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -190,16 +190,25 @@ def add_relu_kernels(
     return kernels
 
 
-def cases(archs: tuple[int, ...] = MACHINE_ARCHS) -> Iterator[CompiledKernel]:
+def cases(
+    archs: Iterable[int] = MACHINE_ARCHS, families: Iterable[str] = ()
+) -> Iterator[CompiledKernel]:
     """Every op, tile and architecture that the PTX machine runs, at shapes small enough to run.
 
+    Args:
+        archs: compute capabilities times ten.
+        families: names of `families.FAMILIES`; all of them if empty.
+
+    Raises:
+        RuntimeError: a family of the CUDA C++ kernels, where nvcc is missing.
+
     Example:
-        >>> [kernel.resources().registers for kernel in cases((80,))]
+        >>> kernels = cases((80,), ("triton conv_bn_act", "triton conv_bn_join"))
+        >>> [kernel.resources().registers for kernel in kernels]
     """
+    from resnet_fast.testing.families import FAMILIES
+
     for arch in archs:
-        for kind in problems.KINDS:
-            for spec, tile in problems.tile_cases(arch, *kind):
-                yield from conv_kernels(problems.conv_tensors(spec), tile, arch)
-        for dtype in problems.DTYPES:
-            tensors = (torch.randn(5000).to(dtype) for _ in range(3))
-            yield from add_relu_kernels(*tensors, arch)
+        for name in families or FAMILIES:
+            for work in FAMILIES[name](arch):
+                yield from work.compile()

@@ -8,6 +8,8 @@ addresses stand in it may be touched.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from resnet_fast.dispatch.heuristics import CUDA_TILES
@@ -17,6 +19,7 @@ from resnet_fast.testing.cases import ConvTensors
 from resnet_fast.testing.compiled import WARP, CompiledKernel
 from resnet_fast.testing.join_cases import JoinTensors
 
+ADD_RELU, ADD_RELU_THREADS = "cuda/device/add_relu.cuh", 256
 CONV, JOIN = "cuda/device/conv_implicit_gemm.cuh", "cuda/device/conv_bn_join.cuh"
 WARPS_M = 2  # of every tile: two rows of warps
 TILES = CUDA_TILES
@@ -60,6 +63,30 @@ def join_kernels(tensors: JoinTensors, tile: TileConfig, arch: int) -> list[Comp
             *(shared_bytes(tile, spec.dtype), problem, JOIN),
         )
     ]
+
+
+class ElementwiseProblem(ctypes.Structure):
+    """Mirror of struct ElementwiseProblem."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "out")),
+        ("numel", ctypes.c_int64),
+    )
+
+
+def add_relu_kernels(
+    x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, arch: int, formula: str = "AddRelu"
+) -> list[CompiledKernel]:
+    """What `add_relu`, or with "ReluGradient" its gradient, launches on these tensors."""
+    aligned = len({tensor.data_ptr() % 16 for tensor in (x, y, out)}) == 1
+    element = nvcc.CPP_TYPE[str(x.dtype).removeprefix("torch.")]
+    instance = f"elementwise<{formula}, {element}, {str(aligned).lower()}>(ElementwiseProblem)"
+    text, cubin = nvcc.compile_unit(nvcc.unit(ADD_RELU, instance, ElementwiseProblem), arch)
+    per_block = ADD_RELU_THREADS * (2 * 16 // x.itemsize if aligned else 8)
+    problem = ElementwiseProblem(*map(ptx.address_of, (x, y, out)), x.numel())
+    grid, block = (-(-x.numel() // per_block), 1, 1), (ADD_RELU_THREADS, 1, 1)
+    name = nvcc.entry_name(text)
+    return [CompiledKernel(name, arch, text, cubin, grid, block, 0, (bytes(problem),))]
 
 
 def cpp_tile(tile: TileConfig, dtype: str) -> str:

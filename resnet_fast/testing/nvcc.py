@@ -114,8 +114,10 @@ def compile_unit(text: str, arch: int) -> tuple[str, bytes]:
     The cubin is made from that very PTX. Compiled once per process, or once per `cache_folder`.
 
     Raises:
-        RuntimeError: with the compiler's messages.
+        RuntimeError: with the compiler's messages, or nvcc is missing.
     """
+    if reason := missing():
+        raise RuntimeError(f"a CUDA C++ kernel cannot be compiled: {reason}")
     key = hashlib.sha256(f"sm_{arch}\n{text}".encode()).hexdigest()
     kept = cache_folder and cache_folder / key
     if kept and kept.exists():

@@ -52,11 +52,12 @@ def of_gemm(spec: ConvSpec, tile: TileConfig, readers: int) -> Sectors:
     return Sectors(loads, y, unique + residual + (vectors(spec) if readers else 0))
 
 
-def of_reduction(spec: ConvSpec, tile: TileConfig, blocks: int) -> Sectors:
-    """The same of the sum of the splits: the shares, the residual, and once a block the vectors."""
+def of_reduction(spec: ConvSpec, tile: TileConfig, readers: int) -> Sectors:
+    """The same of the sum of the splits: the shares, the residual, and the vectors of all columns
+    `readers` times over."""
     y = spec.m * spec.k * ELEMENT_SIZE[spec.dtype] // SECTOR
     read = tile.SPLIT_K * spec.m * spec.k * 4 // SECTOR + (y if spec.residual else 0)
-    return Sectors(read + blocks * vectors(spec), y, read + vectors(spec))
+    return Sectors(read + readers * vectors(spec), y, read + vectors(spec))
 
 
 def vectors(spec: ConvSpec) -> int:

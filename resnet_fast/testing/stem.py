@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from resnet_fast.spec import ELEMENT_SIZE, conv_output_size
 from resnet_fast.testing import nvcc, ptx
+from resnet_fast.testing.cases import channel_vectors
 from resnet_fast.testing.compiled import CompiledKernel
 from resnet_fast.testing.nvcc import ChannelVector, Divisor, Norm
 from resnet_fast.testing.tolerance import round_to_tf32
@@ -166,12 +167,11 @@ def stem_tensors(
     if layout != "nchw":
         x = x.permute(0, 3, 1, 2)
     weight = guarded(normal(k, 7, 7, 3) * (2 / K_GEMM) ** 0.5).permute(0, 3, 1, 2)
-    scale, shift = normal(k).abs() + 0.5, normal(k)
-    mean, var = (normal(k), normal(k).abs() + 0.5) if norm else (None, None)
+    vectors = channel_vectors(k, normal, norm)
     p, q = (conv_output_size(conv_output_size(size, 7, 2, 3, 1), 3, 2, 1, 1) for size in (h, w))
     out = guarded(torch.full((n, p, q, k), float("nan"))).permute(0, 3, 1, 2)
     memory = out.as_strided((out.numel() + 2 * GUARD,), (1,), 0)
-    vectors = (t if t is None else t.to(params) for t in (scale, shift, mean, var))
+    vectors = (t if t is None else t.to(params) for t in vectors)
     photograph = (torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)) if image else (None, None)
     return StemTensors(x, weight, *vectors, *photograph, out, (memory[:GUARD], memory[-GUARD:]))
 

@@ -10,6 +10,7 @@ import torch
 from resnet_fast.benchmarking.clocks import Clock
 from resnet_fast.benchmarking.protocol import Candidate, Case
 from resnet_fast.benchmarking.rows import MEASURED, Environment, Row
+from resnet_fast.comparison.steadiness import Others
 
 ENVIRONMENT = Environment(
     device="Test Processor", kind="cpu", threads=2, clocks="2000 MHz", driver="", python="3.12",
@@ -23,6 +24,11 @@ class FakeClock(Clock):
     def __init__(self) -> None:
         self.seconds = 0.0
         super().__init__(lambda: self.seconds)
+
+    @property
+    def others(self) -> Others:
+        """Nobody else is on this machine."""
+        return Others(1, self.now, self.now, lambda: (self.seconds, 1))
 
     def peak_memory_mb(self, call: Callable[[], object]) -> float | None:
         call()
@@ -56,6 +62,6 @@ def row(provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, *
         "wall_p20_ms": ms * (1 - spread), "wall_p80_ms": ms * (1 + spread), "wall_p99_ms": ms * 1.2,
         "rounds": 20, "error": 1e-6, "eager_error": 1e-6, "error_limit": 1e-5, "first_ms": 30.0,
         "flops": 10**9, "bytes": 10**7, "images_per_s": 1e3 / ms, "tflops": 0.1, "gbs": 1.0,
-        "environment": ENVIRONMENT,
+        "stable": True, "environment": ENVIRONMENT,
     }  # fmt: skip
     return Row(**(given | changes))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resnet_fast.benchmarking import protocol, rows
-from resnet_fast.benchmarking.clocks import CudaClock, Lap
+from resnet_fast.benchmarking.clocks import CudaClock
 from resnet_fast.benchmarking.protocol import Candidate, LeftOut, Missing, Statistics, warm_up
 from tests.benchmarking.fakes import FakeClock, case, right
 
@@ -189,17 +189,16 @@ def test_the_inputs_are_prepared_once_and_untimed():
 
 def test_warm_up_ends_when_times_settle():
     falling = iter([80, 40, 20, 10, 9, 10.1, 9.9, 10, 10, 10])
-    count, stable = warm_up(lambda: next(falling), 1e6)
-    assert stable and 7 <= count <= 9
+    assert 7 <= warm_up(lambda: next(falling), 1e6) <= 9
 
 
-def test_warm_up_that_never_settles_ends_and_says_so():
+def test_warm_up_that_never_settles_ends():
     times = iter(2.0**i for i in range(100))
-    assert warm_up(lambda: next(times), 1e30) == (protocol.WARM_UP_LIMIT, False)
+    assert warm_up(lambda: next(times), 1e30) == protocol.WARM_UP_LIMIT
 
 
 def test_warm_up_keeps_to_its_time_but_makes_three_calls():
-    assert warm_up(lambda: 1000.0, 10) == (3, False)
+    assert warm_up(lambda: 1000.0, 10) == 3
 
 
 def test_the_deadline_begins_nothing_new():
@@ -259,19 +258,51 @@ def test_statistics_by_hand():
     assert skewed.median == 1 and 1 <= skewed.p80 <= 9
 
 
-class _Event:
-    """A CUDA event whose time is the fake clock's."""
+class _Device:
+    """A GPU's stream: what is queued begins when what was queued before it has ended."""
 
-    clock: FakeClock
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock, self.free, self.log = clock, 0.0, []
 
-    def __init__(self, enable_timing):
+    def launch(self, host: float, device: float, name: str = "work") -> None:
+        """The host needs so many seconds to queue what takes the device so many."""
+        self.clock.seconds += host
+        self.free = self.now() + device
+        self.log.append(name)
+
+    def now(self) -> float:
+        """When the device gets to what is queued now."""
+        return max(self.clock.seconds, self.free)
+
+    def synchronize(self, device) -> None:
+        self.clock.seconds = self.now()
+        self.log.append("synchronize")
+
+    def event(self, enable_timing):
         assert enable_timing
+        return _Event(self)
+
+
+class _Event:
+    def __init__(self, device: _Device) -> None:
+        self.device = device
 
     def record(self):
-        self.at = self.clock.seconds
+        self.at = self.device.now()
+        self.device.log.append("event")
 
     def elapsed_time(self, other):
         return (other.at - self.at) * 1e3
+
+
+class _Buffer:
+    """What is written to push everything else out of the cache: 20 microseconds' work."""
+
+    def __init__(self, device: _Device) -> None:
+        self.device = device
+
+    def zero_(self) -> None:
+        self.device.launch(5e-6, 20e-6, "flush")
 
 
 class _Graph:
@@ -287,56 +318,71 @@ class _Graph:
 def gpu(monkeypatch):
     """What `CudaClock` asks of torch.cuda, played by the fake clock."""
     clock = FakeClock()
-    _Event.clock = clock
-    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    device = _Device(clock)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: device.launch(5e-6, cycles / 2e9, "sleep")
+    )
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"a stream of {device}")
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", device.synchronize)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_000_000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     timer = CudaClock.__new__(CudaClock)
     timer.now, timer.device = clock.now, torch.device("cuda:1")
-    timer._buffer = torch.ones(8)
-    return clock, timer, monkeypatch
+    timer._buffer = _Buffer(device)
+    return device, timer, monkeypatch
 
 
-def test_events_time_the_device_and_wall_time_stays_apart(gpu):
-    clock, timer, monkeypatch = gpu
-    wait = [0.002]
-    monkeypatch.setattr(
-        torch.cuda, "synchronize", lambda device: setattr(clock, "seconds", clock.seconds + wait[0])
-    )
+def launching(device: _Device, host: float = 40e-6, work: float = 3e-6):
+    """Builds a provider that needs 40 microseconds to launch what takes 3."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        device.launch(host, work)
+        return x.clone()
+
+    return lambda: Candidate(call)
+
+
+def test_the_devices_time_has_no_launch_in_it_and_the_wall_time_has(gpu):
+    device, timer, _ = gpu
 
     def call():
-        clock.seconds += 0.003
+        device.launch(40e-6, 3e-6)
 
-    lap = timer.lap(call)
-    assert lap.device_ms == pytest.approx(3) and lap.wall_ms == pytest.approx(5)
+    assert timer.lap(call) == pytest.approx(0.043)
+    for cold in (False, True):
+        assert timer.device_lap(call, cold, ahead_ms=0.043) == pytest.approx(0.003)
+        flush = ["flush"] if cold else []
+        queued = ["synchronize", "sleep", *flush, "event", "work", "event", "synchronize"]
+        assert device.log[-len(queued) :] == queued
     assert timer.peak_memory_mb(call) == pytest.approx(7)
-    timer.flush()
-    assert not timer._buffer.any()
+
+
+def test_a_long_call_is_not_waited_for_as_long_again(gpu):
+    device, timer, _ = gpu
+    before = device.clock.seconds
+    timer.device_lap(lambda: device.launch(1e-3, 0.4), False, ahead_ms=401)
+    assert device.clock.seconds - before < 0.46
 
 
 def test_a_replay_gives_the_device_time_and_its_absence_leaves_events(gpu):
-    clock, timer, monkeypatch = gpu
-
-    def replay():
-        clock.seconds += 0.0005
-
-    monkeypatch.setattr(timer, "capture", lambda call: replay, raising=False)
-    outcomes, _ = measure({"x": right(clock)}, timer)
+    device, timer, monkeypatch = gpu
+    graph = [lambda: device.launch(10e-6, 2e-6)]
+    monkeypatch.setattr(timer, "capture", lambda call: graph[0], raising=False)
+    outcomes, _ = measure({"x": launching(device)}, timer)
     assert outcomes["x"].device_how == "graph replay"
-    assert outcomes["x"].device.median == pytest.approx(0.5)
-    assert outcomes["x"].wall.median == pytest.approx(1)
-    monkeypatch.setattr(timer, "capture", lambda call: None)
-    outcomes, _ = measure({"x": right(clock)}, timer)
+    assert outcomes["x"].device.median == pytest.approx(0.002)
+    assert outcomes["x"].wall.median == pytest.approx(0.043)
+    graph[0] = None
+    outcomes, _ = measure({"x": launching(device)}, timer)
     assert outcomes["x"].device_how == "events"
-    assert outcomes["x"].device.median == pytest.approx(1)
+    assert outcomes["x"].device.median == pytest.approx(0.003)
     assert outcomes["x"].peak_memory_mb == pytest.approx(7)
-    graph = right(clock)()
-    graph.graphable = False  # its memory is the graph's, and is held before the call
-    outcomes, _ = measure({"x": lambda: graph}, timer)
+    held = launching(device)()
+    held.graphable = False  # its memory is the graph's, and is held before the call
+    outcomes, _ = measure({"x": lambda: held}, timer)
     assert outcomes["x"].wall and outcomes["x"].peak_memory_mb is None
 
 
@@ -355,7 +401,7 @@ def test_what_cannot_be_captured_is_timed_by_events(gpu):
 
 def test_the_clocks_device_is_the_one_that_is_timed(gpu):
     """With several GPUs, events and graphs of another would see none of the work."""
-    clock, timer, monkeypatch = gpu
+    gpu_device, timer, monkeypatch = gpu
     streams, inside, calls = [], [], []
 
     @contextlib.contextmanager
@@ -372,7 +418,7 @@ def test_the_clocks_device_is_the_one_that_is_timed(gpu):
 
     def call(x):
         calls.append(list(inside))
-        clock.seconds += 1e-3
+        gpu_device.launch(1e-3, 1e-3)
         return x.clone()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
@@ -385,4 +431,6 @@ def test_the_clocks_device_is_the_one_that_is_timed(gpu):
 
 
 def test_a_lap_of_the_host_has_no_device_time():
-    assert FakeClock().lap(lambda: None) == Lap(0.0, None)
+    clock = FakeClock()
+    assert clock.lap(lambda: None) == 0.0
+    assert clock.device_lap(lambda: pytest.fail("called"), cold=True, ahead_ms=1.0) is None

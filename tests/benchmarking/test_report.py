@@ -12,9 +12,11 @@ import zlib
 from dataclasses import replace
 
 import pytest
+from matplotlib.collections import PathCollection
 
 from resnet_fast.benchmarking import report, rows, tables
 from resnet_fast.benchmarking.rows import Results
+from resnet_fast.comparison.steadiness import NOTE
 from resnet_fast.profiling.roofline import Roofline
 from tests.benchmarking.fakes import row
 from tests.benchmarking.test_rows import EAGER, MODELLED
@@ -80,6 +82,13 @@ def test_nothing_comes_from_elsewhere_and_text_is_text(folder):
     assert "&lt;script&gt;" in page and "boom &amp; &lt;b&gt;bang" in page
 
 
+def test_the_page_follows_the_reader_into_the_dark_and_onto_a_phone(folder):
+    page = (folder / "report.html").read_text()
+    assert "prefers-color-scheme: dark" in page and "color-scheme: light dark" in page
+    assert page.count("<div class=picture><img") == 4  # each scrolls where it is too wide
+    assert 'content="width=device-width' in page
+
+
 def test_a_run_that_measured_nothing_has_a_page_too(tmp_path):
     lost = replace(row(), status=rows.THREW, reason="gone", wall_ms=None)
     report.write(Results(rows=[lost], complete=False), {}, tmp_path)
@@ -113,6 +122,74 @@ def test_the_readmes_table_has_what_was_measured_and_nothing_else():
     del found.rows[1]
     assert "| resnet18 | float32 | 1 | 20.0 | 0.65 | - |" in tables.markdown(found)
     assert tables.markdown(Results()) == "No model was measured."
+
+
+def unstable() -> Results:
+    """A run on a busy machine: ours scatters, the peer says nothing, eager is as it should be."""
+    ours = row("resnet_fast", 13.0, spread=0.2, stable=False, busy=0.6)
+    wild = row("compile", 1602.4, spread=0.9, stable=False, rounds=7)
+    return Results(rows=[row(EAGER, 20.0), ours, wild])
+
+
+def test_the_terminals_table_marks_what_is_not_stable_and_gives_it_no_prize():
+    _, table, _, busy, told = tables.render(unstable())
+    column = {c.header: list(c.cells) for c in table.columns}
+    assert column["wall ms"] == ["20", "~13", "~1602"]
+    assert column["ratio"] == ["1.00", "~0.65", "?"]
+    assert [line.style for line in table.rows] == [None, None, None]
+    assert "2 of 3 times" in told and "60%" in busy and "--seconds" in told
+    stable = next(part for part in tables.render(results()) if not isinstance(part, str))
+    assert "bold" in [line.style for line in stable.rows]
+
+
+def test_the_page_and_the_readme_mark_it_too():
+    page = report.page(unstable(), {})
+    assert page.count("<td>~13</td>") == 1 and "<td>?</td>" in page and "~1602" in page
+    assert "too busy" in page and "2 of 3 times" in page and 'class="ours' not in page
+    markdown = tables.markdown(unstable())
+    assert "| 20.0 | ~0.65 | ? |" in markdown and NOTE in markdown
+    assert NOTE not in tables.markdown(results())
+
+
+def test_the_pictures_show_it_too():
+    from resnet_fast.benchmarking import plots
+
+    axes = plots.throughput(unstable().rows).axes[0]
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert [list(line.get_ydata()) for line in hollow if len(line.get_xdata())] == [
+        [pytest.approx(1e3 / 13)], [pytest.approx(1e3 / 1602.4)],
+    ]  # fmt: skip
+    ops = [replace(r, **OP) for r in unstable().rows]
+    ops[0] = replace(ops[0], provider="aten")
+    bars = [bar for bar in plots.speedups(ops).axes[0].patches if bar.get_width()]
+    assert [bar.get_hatch() for bar in bars] == ["////"]  # and the peer has no bar
+    ops[1] = replace(ops[1], wall_p20_ms=1.0, wall_p80_ms=99.0)
+    assert plots.speedups(ops) is None
+
+
+def test_no_point_of_the_roofline_is_where_it_is_by_construction():
+    """Of a GPU that nothing ran on there are shapes to show, and no speeds."""
+    from resnet_fast.benchmarking import plots
+
+    ops = [row("resnet_fast", 0.45, **OP)]
+    left, right = plots.rooflines(ops, ROOFS).axes
+    assert len(left.collections) == 1 and not any(
+        isinstance(c, PathCollection) for c in right.collections
+    )
+    labels = [text.get_text() for text in right.get_legend().get_texts()]
+    assert len(labels) == 2 and all("left of the bend" in label for label in labels)
+    for axes in (left, right):  # the legend lies below the axes: no roof is behind it
+        anchor = axes.get_legend().get_bbox_to_anchor()
+        assert anchor.transformed(axes.transAxes.inverted()).y1 < 0
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(1, "way 0"), (2, "way 0; another way is in the rows"),
+     (3, "way 0; 2 other ways are in the rows")],
+)  # fmt: skip
+def test_the_ways_of_inputs_are_counted_in_grammar(count, text):
+    assert tables.inputs_of([row(inputs=f"way {i}") for i in range(count)]) == text
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
+import re
 import sys
 import types
 from dataclasses import replace
@@ -22,6 +24,7 @@ from resnet_fast.benchmarking import (
     counted,
     cudnn,
     formulas,
+    plan,
     protocol,
     providers,
     rows,
@@ -32,6 +35,7 @@ from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.benchmarking.providers import Provider
 from resnet_fast.benchmarking.suite import Request
 from resnet_fast.comparison import providers as peers
+from resnet_fast.comparison.steadiness import Others
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.benchmarking.fakes import ENVIRONMENT, FakeClock
@@ -198,11 +202,15 @@ def test_the_real_providers_of_models_agree_and_are_timed(monkeypatch):
 
 def test_who_was_not_asked_is_told_with_the_reason():
     case = ModelCase("resnet18", 1, "float32")
-    asked, left_out = providers.choose(case, "cpu", (), quick=True)
+    asked, left_out = providers.choose(case, "cpu", (), cases.QUICK)
     names = {provider.name for provider in asked}
     assert "resnet_fast" in names and "torchvision-cudnn-benchmark" not in names
     assert left_out["torchvision-cudnn-benchmark"] == "runs on cuda, this is cpu"
-    assert "--quick" in left_out["compile-max-autotune"]
+    assert "without --quick" in left_out["onnxruntime"]
+    assert "--full" in left_out["compile-max-autotune"]
+    assert "onnxruntime" not in providers.choose(case, "cpu", (), cases.USUAL)[1]
+    assert "--full" in providers.choose(case, "cpu", (), cases.USUAL)[1]["compile-max-autotune"]
+    assert "compile-max-autotune" not in providers.choose(case, "cpu", (), cases.FULL)[1]
     assert names.isdisjoint(left_out)
     assert names | set(left_out) == {p.name for p in providers.providers_of("models", "cpu")}
 
@@ -260,12 +268,104 @@ def test_quick_keeps_to_its_time_and_says_what_it_left_out(monkeypatch):
         return protocol.Candidate(call)
 
     box["clock"] = fake_suite(monkeypatch, Provider("slow", "", build))
-    results = suite.run(Request(suites=("models",), device="cpu", quick=True, models=["resnet18"]))
+    request = Request(suites=("models",), device="cpu", extent="quick", models=["resnet18"])
+    results = suite.run(request)
     assert len(results.rows) == 4 and results.complete
     assert {row.status for row in results.rows} <= {rows.LEFT_OUT, rows.MEASURED}
     assert results.rows[-1].status == rows.LEFT_OUT
     assert protocol.TIME_IS_UP in results.rows[-1].reason
     assert box["clock"].seconds < suite.QUICK_SECONDS["models"] + 100
+    told = command.untimed(results, request)
+    late = sum(row.status == rows.LEFT_OUT for row in results.rows)
+    assert told[0].startswith(f"{late} of 4 rows have no time") and "without --quick" in told[-1]
+
+
+SKIPS = {
+    "threw": (RuntimeError("no such library"), (), cli.SKIPPED, "1 threw: RuntimeError: no such"),
+    "memory": (MemoryError("not enough memory"), (), cli.SKIPPED, "too little memory"),
+    "not installed": (protocol.Missing("pip install it"), (), cli.AGREES, ""),
+    "named": (
+        protocol.Missing("get it[all]"),
+        ("openvino",),
+        cli.SKIPPED,
+        "1 missing: get it[all]",
+    ),
+    "by rule": (protocol.LeftOut("takes too long"), ("openvino",), cli.AGREES, ""),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_rows_that_lost_their_time_are_told_by_text_and_status(name, monkeypatch, tmp_path, capsys):
+    error, named, status, text = SKIPS[name]
+    box = {}
+
+    def broken(work):
+        raise error
+
+    good = Provider("resnet_fast", "", identity(lambda: box["clock"]))
+    box["clock"] = fake_suite(monkeypatch, good, Provider("openvino", "", broken))
+    wanted = ["--providers", "resnet_fast", *named] if named else []
+    arguments = ["bench", "models", "--device", "cpu", "--models", "resnet18", "--batch", "1",
+                 "--dtype", "float32", "--seconds", "0.01", "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main([*arguments, *wanted]) == status
+    said = capsys.readouterr().err
+    assert ("1 of 2 rows have no time" in said) == bool(text) and text in said
+
+
+def on(device: str, **asked) -> Request:
+    """A request of a device that need not be there."""
+    request = Request(device="cpu", **asked)
+    object.__setattr__(request, "place", torch.device(device))
+    return request
+
+
+def test_a_full_run_is_asked_for_and_the_usual_one_takes_minutes():
+    usual, full = on("cuda"), on("cuda", extent="full")
+    assert len(full.cases("models")) >= 10 * 5 * 4 and len(full.cases("ops")) > 800
+    assert 5 * 60 < plan.estimate(usual) < 45 * 60 < 86400 < plan.estimate(full)
+    assert plan.estimate(on("cpu", extent="quick")) <= plan.QUICK_SECONDS["ops"]
+    assert re.fullmatch(
+        r"\d+ cases, \d+ rows: about \d+ min; all by --full", plan.announced(usual)[0]
+    )
+    assert re.search(r"about [\d.]+ days$", plan.announced(full)[0])
+    assert list(plan.QUICK_SECONDS) == list(cases.SUITES)  # each begins after the one before
+    with pytest.raises(ValueError, match="unknown extent 'half'; known are quick, usual, full"):
+        Request(device="cpu", extent="half")
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0.2, "1 s"), (80, "80 s"), (750, "12 min"), (5400, "1.5 h"), (200000, "2.3 days")],
+)
+def test_times_are_told_as_people_do(seconds, text):
+    assert plan.duration(seconds) == text
+
+
+def test_what_is_left_follows_from_what_is_done():
+    clock = FakeClock()
+    one = {"suites": ("models",), "models": ["resnet18"], "dtypes": ["float32"]}
+    (case,) = on("cpu", batches=[1], **one).cases("models")
+    whole = plan.estimate(on("cpu", batches=[1], **one))
+    left = plan.TimeLeft(on("cpu", batches=[1, 1, 1], **one), clock.now)
+    assert left.said() == f"about {plan.duration(3 * whole)} left"
+    clock.seconds += 4 * whole  # four times as slow as was thought
+    left.done(case)
+    assert left.said() == f"about {plan.duration(8 * whole)} left"
+
+
+def test_bench_tells_before_it_starts_how_long_it_takes(monkeypatch, tmp_path, capsys):
+    def measure(request, folder, progress):
+        assert "about" in capsys.readouterr().err
+        return rows.Results(), []
+
+    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(plan.steadiness, "busy_now", lambda threads: 0.9)
+    assert "too busy to time on" in plan.announced(Request(device="cpu"))[1]
+    for words in ([], ["--quick"], ["--full"]):
+        assert cli.main(["bench", "--out", str(tmp_path), "--device", "cpu", *words]) == cli.AGREES
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--quick", "--full"])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_rows_and_writes_them(monkeypatch, tmp_path, capsys):
@@ -444,6 +544,7 @@ def play_cudnn(monkeypatch):
     import torch.nn.functional as F
 
     def relu(x, w, b, *geometry):
+        assert x.shape[1] > 3, "the stem, which cuDNN's fused call makes 17 times slower"
         return F.relu(F.conv2d(x, w, b, *geometry))
 
     def add_relu(x, w, z, alpha, b, *geometry):
@@ -642,6 +743,32 @@ def test_a_row_has_the_clocks_of_its_own_rounds(monkeypatch):
     request = Request(device="cpu", seconds=0.01, providers=["aten"])
     (row,), *_ = suite.measure_case(SMALL_CASES["add"], request, clocks.Clock(), ENVIRONMENT)
     assert row.environment == replace(ENVIRONMENT, clocks="warm")
+
+
+def test_a_row_says_whether_its_time_may_be_taken_as_a_fact(monkeypatch):
+    """By its rounds, and by what others took of the CPU meanwhile."""
+    box = {}
+
+    def scattering(work):
+        times = itertools.cycle([1e-3, 2e-3])
+
+        def call(x):
+            box["clock"].seconds += next(times) if x[0, 0] == 1 else 1e-3
+            return x
+
+        return protocol.Candidate(call)
+
+    fakes = (Provider("good", "", identity(lambda: box["clock"])), Provider("wild", "", scattering))
+    box["clock"] = fake_suite(monkeypatch, *fakes)
+    request = Request(suites=("models",), device="cpu", models=["resnet18"], batches=[1],
+                      dtypes=["float32"], seconds=1.0)  # fmt: skip
+    good, wild = suite.run(request).rows
+    assert (good.stable, good.busy) == (True, 0.0) and not wild.stable and wild.spread > 1 / 3
+    crowd = Others(1, box["clock"].now, lambda: 0.0, lambda: (box["clock"].seconds / 2, 1))
+    monkeypatch.setattr(FakeClock, "others", crowd)
+    results = suite.run(request)
+    assert results.rows[0].busy == pytest.approx(0.5) and not results.rows[0].stable
+    assert "too busy" in results.warnings[0]
 
 
 def test_machine_names_have_no_host():

@@ -46,9 +46,15 @@ def cache(monkeypatch, tmp_path, extension):
 
 
 @pytest.fixture
-def built(monkeypatch, extension):
-    """The extension is there, and so is a GPU as far as the backends ask."""
-    monkeypatch.setattr(extension, "missing", lambda: None)
+def gpu_is_here(monkeypatch):
+    """As far as the backends ask, Triton's driver included."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("resnet_fast.kernels.launch.driver_fault", lambda: None)
+
+
+@pytest.fixture
+def built(monkeypatch, extension, gpu_is_here):
+    """The extension is there, and so is a GPU."""
+    monkeypatch.setattr(extension, "missing", lambda: None)
     tuning.versions.cache_clear()
     return extension

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,42 @@ def test_why_fallback_speaks_of_the_problems_own_device():
     elsewhere = backends.plan(replace(ON_CPU, device="xpu"))
     assert elsewhere.backend == "aten"
     assert elsewhere.why_fallback() == "no fused kernel for xpu"
+
+
+@pytest.fixture
+def layout_warnings(built):
+    """layout_warnings(problem) -> what is warned of when it is planned on a GPU."""
+
+    def said(problem, backend="auto"):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert backends.plan(problem, backend).backend == "aten"
+        return [str(warning.message) for warning in found]
+
+    backends._warn_of_contiguous_weights.cache_clear()
+    yield said
+    backends._warn_of_contiguous_weights.cache_clear()
+
+
+def test_contiguous_weights_on_a_gpu_are_warned_of_once(layout_warnings):
+    (text,) = layout_warnings(replace(ON_CUDA, weight="contiguous"))
+    assert "contiguous weights" in text
+    assert "model.to(memory_format=torch.channels_last)" in text
+    assert layout_warnings(replace(ON_CUDA, weight="contiguous", arch=80)) == []
+
+
+QUIET = {
+    "asked": (replace(ON_CUDA, weight="contiguous"), "aten"),
+    "strided": (replace(ON_CUDA, weight="strided"), "auto"),
+    "of-no-use": (replace(ON_CUDA, weight="contiguous", x="contiguous"), "auto"),
+    "old-gpu": (replace(ON_CUDA, weight="contiguous", arch=75), "auto"),
+    "groups": (replace(ON_CUDA, weight="contiguous", spec=replace(SPEC, groups=4)), "auto"),
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_what_channels_last_would_not_help_is_not_warned_of(layout_warnings, name):
+    assert layout_warnings(*QUIET[name]) == []
 
 
 # ---- what the op tells of its tensors

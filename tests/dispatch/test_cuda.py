@@ -93,8 +93,7 @@ def test_float32_strides_count_as_bytes(built):
     assert "multiples of 16 bytes" in cuda.refusal(problem(**strides))
 
 
-def test_a_missing_extension_is_one_reason_and_the_next_backend_runs(extension, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+def test_a_missing_extension_is_one_reason_and_the_next_backend_runs(extension, gpu_is_here):
     chosen, others = backends.explain(problem())
     assert chosen == "triton"
     assert others["cuda"] == extension.missing()

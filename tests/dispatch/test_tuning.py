@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from resnet_fast import _env
 from resnet_fast.dispatch import backends, heuristics, tuning
@@ -74,6 +78,29 @@ def test_storing_adds_and_replaces(cache):
     tuning.store(GPU, {SPEC: CHOICES[1:]})
     assert tuning.measured(GPU, SPEC) == CHOICES[1:]
     assert tuning.measured(GPU, other) == CHOICES[:1]
+
+
+def test_two_that_store_at_the_same_time_keep_each_others_choices(monkeypatch, cache):
+    read, both = tuning._read, threading.Barrier(2)
+
+    def read_together(path, gpu):
+        kept = read(path, gpu)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.5)  # until the other has read as well, if nothing keeps it from it
+        return kept
+
+    specs = [replace(SPEC, n=n) for n in (1, 2)]
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(tuning, "_read", read_together)
+        list(pool.map(lambda spec: tuning.store(GPU, {spec: CHOICES}), specs))
+    assert [tuning.measured(GPU, spec) for spec in specs] == [CHOICES, CHOICES]
+
+
+def test_a_folder_that_stays_locked_is_an_error_and_not_a_hang(monkeypatch, cache):
+    tuning.store(GPU, {SPEC: CHOICES})
+    monkeypatch.setattr(tuning, "LOCK_SECONDS", 0.01)
+    with FileLock(cache / tuning.LOCK), pytest.raises(OSError, match="lock"):
+        tuning.store(GPU, {SPEC: CHOICES})
 
 
 def test_precision_makes_no_difference_to_half(cache):
@@ -158,7 +185,7 @@ def test_a_write_that_fails_leaves_what_was(cache, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         tuning.store(GPU, {SPEC: CHOICES[:1]})
     assert tuning.measured(GPU, SPEC) == CHOICES
-    assert [file.name for file in cache.iterdir()] == [tuning.path_of(GPU).name]
+    assert {file.name for file in cache.iterdir()} == {tuning.path_of(GPU).name, tuning.LOCK}
 
 
 def test_clear_removes_the_files_and_nothing_else(cache):
@@ -166,7 +193,7 @@ def test_clear_removes_the_files_and_nothing_else(cache):
     (cache / "notes.json").write_text("{}")
     assert [file.name for file in tuning.clear()] == ["nvidia-a100-sxm4-80gb.tuned.json"]
     assert tuning.measured(GPU, SPEC) == () and tuning.clear() == []
-    assert [file.name for file in cache.iterdir()] == ["notes.json"]
+    assert {file.name for file in cache.iterdir()} == {"notes.json", tuning.LOCK}
 
 
 # ---- the folder

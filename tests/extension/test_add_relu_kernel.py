@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import pytest
 import torch
 
-from resnet_fast.testing import nvcc, ptx
+from resnet_fast.testing import cuda_kernels, nvcc, ptx
 from resnet_fast.testing.compiled import CompiledKernel
 
 pytest.importorskip("triton", reason="Triton's wheel carries the tools that read machine code")
@@ -18,33 +17,13 @@ if nvcc.missing():
 
 DTYPES = ("float16", "bfloat16", "float32")
 FORMULAS = ("AddRelu", "ReluGradient")
-THREADS, SECTOR = 256, 32
-
-
-class ElementwiseProblem(ctypes.Structure):
-    """Mirror of struct ElementwiseProblem."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "y", "out")),
-        ("numel", ctypes.c_int64),
-    )
+THREADS, SECTOR = cuda_kernels.ADD_RELU_THREADS, 32
 
 
 def build(formula: str, x, y, out, arch: int = 80) -> CompiledKernel:
     """The launch that the extension makes of these tensors."""
-    aligned = len({tensor.data_ptr() % 16 for tensor in (x, y, out)}) == 1
-    dtype = str(x.dtype).removeprefix("torch.")
-    element = nvcc.CPP_TYPE[dtype]
-    instance = f"elementwise<{formula}, {element}, {str(aligned).lower()}>(ElementwiseProblem)"
-    text = nvcc.unit("cuda/device/add_relu.cuh", instance, ElementwiseProblem)
-    code, cubin = nvcc.compile_unit(text, arch)
-    per_block = THREADS * (2 * 16 // x.itemsize if aligned else 8)
-    problem = ElementwiseProblem(*map(ptx.address_of, (x, y, out)), x.numel())
-    grid = (-(-x.numel() // per_block), 1, 1)
-    block = (THREADS, 1, 1)
-    return CompiledKernel(
-        nvcc.entry_name(code), arch, code, cubin, grid, block, 0, (bytes(problem),)
-    )
+    (kernel,) = cuda_kernels.add_relu_kernels(x, y, out, arch, formula)
+    return kernel
 
 
 def eager(formula: str, x, y):

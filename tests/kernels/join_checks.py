@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
 from resnet_fast.testing import join_cases, ptx
 from resnet_fast.testing.join_cases import JoinTensors, join_tensors
 from resnet_fast.testing.tolerance import assert_within
+from tests.kernels import machine
 
 SECTOR = 32  # bytes
 ARCH = 80  # only a compiled kernel is of an architecture
@@ -116,10 +117,24 @@ def nan_faults(job: Job) -> list[str]:
     return [] if same else [f"{job}: NaN was moved or lost"]
 
 
+def norm_faults(job: Job) -> list[str]:
+    """The operands tell every wrong norm, of either convolution, from the right one."""
+    tensors = join_tensors(job.spec, **dict(job.options))
+
+    def unseen(name: str) -> list[str]:
+        def launch(wrong):
+            (kernel,) = job.source(replace(tensors, **{name: wrong}), job.tile, job.arch)
+            kernel.run()
+
+        part = replace(getattr(tensors, name), out=tensors.out)
+        return machine.unseen_norms(part, launch, lambda _: check(tensors, ""))
+
+    faults = [f"{name}: {fault}" for name in ("main", "projection") for fault in unseen(name)]
+    return [f"{job}: {fault}" for fault in faults]
+
+
 def beyond_32_bits_faults(arch: int, source: Callable = join_cases.join_kernels) -> list[str]:
     """The last tiles where x, h and y pass 2^31 elements; the other images take no memory."""
-    from dataclasses import replace
-
     images, n = 2, 2**19 + 2
     spec = join_cases.join(n, 8, 8, 64, 32, 64, stride=(2, 2))
     near = join_tensors(join_cases.join(images, 8, 8, 64, 32, 64, stride=(2, 2)))
@@ -144,7 +159,6 @@ def compiled_faults(job: tuple[JoinSpec, TileConfig, int]) -> list[str]:
     """What is wrong with the machine code of one tile; runs in a worker process."""
     from resnet_fast import _hardware
     from resnet_fast.testing import sass
-    from tests.kernels.machine import spills
     from tests.kernels.test_compiled import divides
 
     spec, tile, arch = job
@@ -153,7 +167,7 @@ def compiled_faults(job: tuple[JoinSpec, TileConfig, int]) -> list[str]:
     used, loops = kernel.resources(), sass.tensor_loops(kernel.sass())
     ieee = spec.main.precision == "ieee" and spec.main.dtype == "float32"
     faults = {
-        f"spills {used.spill_bytes} bytes": spills(kernel),
+        f"spills {used.spill_bytes} bytes": machine.spills(kernel),
         "does not fit an SM": used.blocks_per_sm(_hardware.GPUS[arch]) < 1,
         f"{len(loops)} tensor loops, not one for each product": not ieee and len(loops) != 2,
         "divides in a main loop": any(divides(loop.opcodes) for loop in loops),

@@ -113,7 +113,11 @@ def traffic_faults(job: Job, kernels, runs) -> list[str]:
     ours = job.source is cuda_kernels.conv_kernels
     readers = 1 if ours else job.tile.NUM_WARPS  # of each vector along channels, in a tile
     minima = [sectors.of_gemm(job.spec, job.tile, readers)]
-    minima += [sectors.of_reduction(job.spec, job.tile, kernel.grid[0]) for kernel in kernels[1:]]
+    for reduction in kernels[1:]:
+        # A Triton block reads the vectors of its columns once; a warp of ours, those of 128 sums,
+        # which lie in one or two rows, or in several where these are shorter.
+        times = job.spec.m * min(job.spec.k, 128) // 128 if ours else reduction.grid[0]
+        minima.append(sectors.of_reduction(job.spec, job.tile, times))
     faults = []
     for kernel, done, minimum in zip(kernels, runs, minima, strict=True):
         counters = done.counters
@@ -152,6 +156,42 @@ def in_place_faults(job: Job) -> list[str]:
     tensors.residual = kept
     check(tensors)
     return []
+
+
+# Another norm than the one that the result is checked for, by what is wrong with it.
+WRONG_NORMS = {
+    "eps is left out": lambda t: {"eps": 0.0},
+    "eps is another": lambda t: {"eps": 2 * t.eps},
+    "the scale's sign is lost": lambda t: {"scale": t.scale.abs()},
+    "shift is left out": lambda t: {"shift": 0 * t.shift},
+    "mean is left out": lambda t: {"mean": 0 * t.mean},
+}
+
+
+def unseen_norms(tensors, launch: Callable, check: Callable) -> list[str]:
+    """What `check`, which raises AssertionError, does not see though the norm of `launch` is wrong.
+
+    Args:
+        launch: runs the kernels on a copy of `tensors` whose norm is wrong; `out` is the same.
+        check: judges `tensors`.
+    """
+    unseen = []
+    for fault, wrong in WRONG_NORMS.items():
+        tensors.out.fill_(float("nan"))
+        launch(replace(tensors, **wrong(tensors)))
+        assert not tensors.out.isnan().all()
+        try:
+            check(tensors)
+        except AssertionError:
+            continue
+        unseen.append(f"{fault}, and nobody sees it")
+    return unseen
+
+
+def norm_faults(job: Job) -> list[str]:
+    """The operands tell every wrong norm from the right one."""
+    faults = unseen_norms(conv_tensors(job.spec), lambda wrong: run(wrong, job), check)
+    return [f"{job}: {fault}" for fault in faults]
 
 
 def far_images(job: Job, images: int) -> ConvTensors:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import heuristics
+from resnet_fast.dispatch import heuristics, join
 from resnet_fast.kernels import add_relu, conv_bn_act
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import cases, compiled, sass
+from resnet_fast.testing import cases, compiled, families, nvcc, sass, stem
 
 FP32_PARAMS = (torch.float32,) * 4
 
@@ -146,6 +147,73 @@ def test_other_forms_compile(compile_pool, form, arch):
     """Split products, 64-bit offsets, half-precision parameters at unaligned addresses."""
     for used in compile_pool.submit(form, arch).result():
         assert used.spill_bytes == 0
+
+
+def families_here() -> list[str]:
+    """The names of those that can be compiled on this machine."""
+    return [name for name in families.FAMILIES if name.startswith("triton") or not nvcc.missing()]
+
+
+KERNELS = {
+    "triton conv_bn_act": "conv_bn_act_kernel",
+    "triton conv_bn_join": "conv_bn_join_kernel",
+    "triton stem_pool": "max_pool_3x3_2_kernel",
+    "triton add_relu": "add_relu_kernel",
+    "cuda conv_bn_act": "conv_bn_act",
+    "cuda conv_bn_join": "conv_bn_join",
+    "cuda stem_pool": "stem_pool",
+    "cuda add_relu": "elementwise",
+}
+
+
+def first_of(family: str, arch: int) -> tuple:
+    kernel = next(compiled.cases((arch,), (family,)))
+    used = kernel.resources()
+    return kernel.name, kernel.arch, len(kernel.args), used.registers, used.spill_bytes
+
+
+@pytest.mark.parametrize("arch", compiled.MACHINE_ARCHS)
+def test_cases_have_every_family(compile_pool, arch):
+    assert families.FAMILIES.keys() == KERNELS.keys()
+    found = compile_pool.map(first_of, families_here(), [arch] * len(KERNELS))
+    for family, (name, compiled_for, args, registers, spills) in zip(
+        families_here(), found, strict=True
+    ):
+        assert KERNELS[family] in name and compiled_for == arch
+        assert args > 0 and registers > 0 and spills == 0, family
+
+
+def test_cases_are_all_families_unless_some_are_named(monkeypatch):
+    def family(name, arch):
+        return [families.Work(name, None, "", lambda: [(name, arch)])]
+
+    made = {name: partial(family, name) for name in families.FAMILIES}
+    monkeypatch.setattr(families, "FAMILIES", made)
+    everything = [(name, arch) for arch in compiled.MACHINE_ARCHS for name in made]
+    assert list(compiled.cases()) == everything
+    assert list(compiled.cases((90,), ("cuda stem_pool",))) == [("cuda stem_pool", 90)]
+
+
+@pytest.mark.parametrize("arch", compiled.MACHINE_ARCHS)
+def test_cases_have_every_tile_of_every_table(arch):
+    tables = {
+        "triton conv_bn_act": heuristics.TILES[arch],
+        "triton conv_bn_join": join.TILES[arch],
+        "cuda conv_bn_act": heuristics.CUDA_TILES,
+        "cuda conv_bn_join": join.CUDA_TILES,
+        "cuda stem_pool": stem.TILES[2] + stem.TILES[4],
+    }
+    for family, table in tables.items():
+        works = list(families.FAMILIES[family](arch))
+        found = {work.tile for work in works}
+        assert found.issuperset(table), family
+        assert {work.dtype for work in works} == {"float16", "bfloat16", "float32"}, family
+
+
+@pytest.mark.skipif(not nvcc.missing(), reason="nvcc is installed")
+def test_without_nvcc_the_reason_is_given():
+    with pytest.raises(RuntimeError, match="nvcc is not installed"):
+        next(compiled.cases((80,), ("cuda conv_bn_act",)))
 
 
 def add_relu_kernel(arch: int, dtype: torch.dtype) -> compiled.CompiledKernel:

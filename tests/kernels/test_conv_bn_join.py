@@ -180,6 +180,12 @@ def test_scales_on_the_machine(compile_pool, arch):
 
 
 @ARCHITECTURES
+def test_a_wrong_norm_is_seen_on_the_machine(compile_pool, arch):
+    jobs = [Job(SMALL, MACHINE_TILES[arch], arch)]
+    assert_no_faults(compile_pool, join_checks.norm_faults, jobs)
+
+
+@ARCHITECTURES
 def test_beyond_32_bits_on_the_machine(compile_pool, arch):
     faults = compile_pool.submit(join_checks.beyond_32_bits_faults, arch).result()
     assert not faults, "\n".join(faults)

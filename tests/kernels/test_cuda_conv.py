@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import cases, cuda_kernels, nvcc
+from resnet_fast.spec import ConvSpec, TileConfig
+from resnet_fast.testing import cases, cuda_kernels, families, nvcc
 from tests.kernels import machine
 from tests.kernels.machine import Job
 
@@ -29,7 +29,7 @@ ODD = {name: spec for name, spec in cases.ODD.items() if spec.c % 8 == spec.k % 
 
 
 def job(spec: ConvSpec, tile: TileConfig = TILE, arch: int = 80, **options) -> Job:
-    tile = replace(tile, BLOCK_K=tile.BLOCK_K * 2 // ELEMENT_SIZE[spec.dtype])
+    tile = families.in_elements(tile, spec.dtype)
     return Job(spec, tile, arch, tuple(options.items()), cuda_kernels.conv_kernels)
 
 
@@ -42,12 +42,8 @@ def assert_no_faults(pool, check, jobs) -> None:
 
 
 def forms(tile: TileConfig, dtype: str) -> list[ConvSpec]:
-    """The two kernels of a tile: of any filter, and of a pointwise one; whole tiles, 3 steps."""
-    filters = ConvSpec(
-        1, tile.BLOCK_M // 8, 8, 2 * tile.BLOCK_K, 2 * tile.BLOCK_N, 3, 3, (1, 1), (1, 1),
-        dtype=dtype, residual=True, norm=True,
-    )  # fmt: skip
-    return [filters, replace(filters, r=1, s=1, padding=(0, 0))]
+    """The two kernels of a tile: of any filter, and of a pointwise one."""
+    return [families.whole_conv(tile, dtype, r) for r in (3, 1)]
 
 
 def per_mma_at_most(tile: TileConfig, spec: ConvSpec, arch: int) -> float:
@@ -135,6 +131,16 @@ def test_every_tile(compile_pool, dtype):
     assert_no_faults(compile_pool, machine.conv_faults, tile_jobs((80,), (dtype,)))
 
 
+def test_whole_tiles_with_a_split(compile_pool):
+    """Sectors of the shares and of their sum, where the columns are fewer than a warp's sums, and
+    more."""
+    spec = ConvSpec(1, 8, 8, 160, 64, 1, 1, residual=True, norm=True)
+    specs = (spec, replace(spec, k=192, norm=False), replace(spec, dtype="bfloat16"))
+    jobs = [job(s, replace(TILE, SPLIT_K=2)) for s in (*specs, replace(spec, dtype="float32"))]
+    assert all(machine.is_whole(j.spec, j.tile) for j in jobs)
+    assert_no_faults(compile_pool, machine.conv_faults, jobs)
+
+
 def test_every_tile_cut(compile_pool):
     """Tiles that are cut in M and N, a last step that is cut in K, and split sums."""
     jobs = []
@@ -193,10 +199,18 @@ def test_residual_may_be_out(compile_pool):
     assert_no_faults(compile_pool, machine.in_place_faults, jobs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_wrong_norm_is_seen(compile_pool, dtype):
+    jobs = [job(replace(CONV3X3, dtype=dtype), tile) for tile in SPLITS]
+    assert_no_faults(compile_pool, machine.norm_faults, jobs)
+
+
 def test_beyond_32_bits(compile_pool):
-    """x, residual and y pass 2^31 elements; with a split the workspace; images lie 2^30 apart."""
+    """x, residual and y pass 2^31 elements, the last share of a split begins beyond 2^32, signed
+    and unsigned 32 bits; images lie 2^30 apart."""
     spec = ConvSpec(2**17 + 2, 16, 16, 64, 64, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
-    split = job(replace(spec, n=2**15 + 2), replace(TILE, SPLIT_K=4))
+    split = job(replace(spec, n=2**15 + 2), replace(TILE, SPLIT_K=9))
+    assert 8 * split.spec.m * split.spec.k > 2**32
     assert_no_faults(compile_pool, machine.beyond_32_bits_faults, [job(spec), split])
     apart = ConvSpec(3, 5, 5, 32, 32, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
     pointwise = replace(apart, r=1, s=1, padding=(0, 0))

@@ -10,8 +10,9 @@ import torch
 
 from resnet_fast import _hardware
 from resnet_fast.dispatch.join import CUDA_TILES
-from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
+from resnet_fast.spec import JoinSpec, TileConfig
 from resnet_fast.testing import cuda_kernels, join_cases, nvcc, sass
+from resnet_fast.testing.families import in_elements, whole_join
 from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
 
@@ -28,14 +29,8 @@ ODD = {
 
 def job(spec: JoinSpec, tile: TileConfig, dtype: str = "float16", arch: int = 80, **options) -> Job:
     parts = (replace(part, dtype=dtype) for part in join_checks.parts(spec))
-    tile = replace(tile, BLOCK_K=tile.BLOCK_K * 2 // ELEMENT_SIZE[dtype])
+    tile = in_elements(tile, dtype)
     return Job(JoinSpec(*parts), tile, arch, tuple(options.items()), cuda_kernels.join_kernels)
-
-
-def whole(tile: TileConfig, r: int = 1) -> JoinSpec:
-    """Two tiles each way, steps enough to fill the pipeline."""
-    c = 2 * tile.BLOCK_K
-    return join_cases.join(2, tile.BLOCK_M // 8, 8, c, c, 2 * tile.BLOCK_N, r=r, s=r, stride=(2, 2))
 
 
 def assert_no_faults(pool, check, jobs) -> None:
@@ -67,14 +62,14 @@ def compiled_faults(arguments: Job) -> list[str]:
 @pytest.mark.parametrize("arch", _hardware.GPUS, ids="sm_{}".format)
 def test_machine_code(compile_pool, arch):
     dtypes = ("float16", "float32") if arch == 80 else ("float16",)
-    jobs = [job(whole(t, 3), t, dtype, arch) for t in CUDA_TILES for dtype in dtypes]
+    jobs = [job(whole_join(t, 3), t, dtype, arch) for t in CUDA_TILES for dtype in dtypes]
     assert_no_faults(compile_pool, compiled_faults, jobs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_tile(compile_pool, dtype):
     """Results, guards, conflicts, spills; the distinct sectors are those of inputs and output."""
-    jobs = [job(whole(tile, r), tile, dtype) for tile in CUDA_TILES for r in (1, 3)]
+    jobs = [job(whole_join(tile, r), tile, dtype) for tile in CUDA_TILES for r in (1, 3)]
     assert_no_faults(compile_pool, join_checks.machine_faults, jobs)
 
 
@@ -106,6 +101,12 @@ def test_nan_passes(compile_pool):
     spec = join_cases.join(2, 7, 9, 64, 96, 48, r=3, s=3, stride=(2, 2), odd=(1, 0))
     jobs = [job(spec, SMALL, dtype) for dtype in DTYPES]
     assert_no_faults(compile_pool, join_checks.nan_faults, jobs)
+
+
+def test_a_wrong_norm_is_seen(compile_pool):
+    spec = join_cases.join(2, 3, 5, 64, 96, 48, stride=(2, 2), odd=(1, 0))
+    jobs = [job(spec, SMALL, dtype) for dtype in DTYPES]
+    assert_no_faults(compile_pool, join_checks.norm_faults, jobs)
 
 
 def test_beyond_32_bits(compile_pool):

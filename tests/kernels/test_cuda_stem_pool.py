@@ -18,7 +18,7 @@ from resnet_fast.dispatch import stem as dispatch
 from resnet_fast.testing import compiled, nvcc, ptx
 from resnet_fast.testing.stem import K_GEMM, TILES, StemTensors, StemTile, stem_kernel, stem_tensors
 from resnet_fast.testing.tolerance import assert_within
-from tests.kernels.machine import SECTOR, spills
+from tests.kernels.machine import SECTOR, spills, unseen_norms
 from tests.ptx.ptx_mutants import hunt
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
@@ -104,6 +104,16 @@ def test_special_values_reach_what_they_reach_in_torch(value, layout, dtype):
     assert 0 < (~reference.isfinite()).sum() < reference.numel()
     assert torch.equal(tensors.out.isnan(), reference.isnan())
     assert torch.equal(tensors.out.isinf(), reference.isinf())
+
+
+@DTYPES
+def test_a_wrong_norm_is_seen(dtype):
+    tensors = stem_tensors(1, 19, 22, 72, dtype)
+
+    def launch(wrong):
+        stem_kernel(wrong, TILES[dtype.itemsize][0], 80, BLOCKS).run()
+
+    assert not unseen_norms(tensors, launch, check)
 
 
 def row_sectors(tensors: StemTensors, tile: StemTile) -> int:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
 
 from resnet_fast.kernels import add_relu, conv_bn_act
+from resnet_fast.kernels import launch as launch_module
 from resnet_fast.kernels.launch import Launch
 from resnet_fast.spec import ConvSpec, TileConfig
 
@@ -18,23 +20,75 @@ STRIDES = (7 * 7 * 64, 7 * 64, 64)
 OPERANDS = conv_bn_act.Operands(STRIDES, (torch.float32, torch.float16, None, None), True)
 
 
-def test_a_bound_launch_compiles_once_and_passes_all_arguments(monkeypatch):
+LEADING = ("x", "weight", "y", "residual", "scale", "shift", None, None, 1e-5)
+
+
+class Gpu:
+    """A device that is not there: which is current, what was compiled, unloaded and run."""
+
+    def __init__(self):
+        self.current, self.compiled, self.unloaded, self.calls = 0, [], [], []
+
+    def compile(self, launch, arch):
+        gpu, name = self, (launch.num_warps, arch)
+        gpu.compiled.append(name)
+
+        class Compiled:
+            def __getitem__(self, grid):
+                return lambda *args: gpu.calls.append(args)
+
+            def __del__(self):
+                gpu.unloaded.append(name)
+
+        return Compiled()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(Launch, "compile", lambda launch, arch: gpu.compile(launch, arch))
+    monkeypatch.setattr(launch_module, "_kernels", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpu.current)
+    return gpu
+
+
+def test_a_bound_launch_compiles_once_and_passes_all_arguments(gpu):
     (launch,) = conv_bn_act.launches(SPEC, TILE, OPERANDS)
-    compiled, calls = [], []
-
-    def fake_compile(self, arch):
-        compiled.append(arch)
-        return {self.grid: lambda *args: calls.append(args)}
-
-    monkeypatch.setattr(Launch, "compile", fake_compile)
     run = launch.bind(90)
-    leading = ("x", "weight", "y", "residual", "scale", "shift", None, None, 1e-5)
-    run(*leading)
-    run(*leading)
-    assert compiled == [90]
-    assert calls == [leading + launch.trailing] * 2
+    run(*LEADING)
+    run(*LEADING)
+    assert gpu.compiled == [(4, 90)]
+    assert gpu.calls == [LEADING + launch.trailing] * 2
+    calls = gpu.calls
     passed = dict(zip(launch.kernel.arg_names, calls[0], strict=True))
     assert (passed["eps"], passed["c"], passed["stride_h"], passed["R"]) == (1e-5, 64, 448, 3)
+
+
+def test_kernels_stay_loaded_whoever_drops_their_launches(gpu):
+    """As plans do that are forgotten: recorded graphs launch their kernels still."""
+    wide = replace(TILE, NUM_WARPS=8)
+    for tile in (TILE, wide, TILE, wide, TILE):
+        (launch,) = conv_bn_act.launches(SPEC, tile, OPERANDS)
+        launch.bind(90)(*LEADING)
+        del launch
+    gc.collect()
+    assert gpu.compiled == [(4, 90), (8, 90)] and gpu.unloaded == []
+    assert len(gpu.calls) == 5
+
+
+def test_other_sizes_of_one_variant_share_its_kernel(gpu):
+    for n in (2, 4):
+        (launch,) = conv_bn_act.launches(replace(SPEC, n=n), TILE, OPERANDS)
+        launch.bind(90)(*LEADING)
+    assert gpu.compiled == [(4, 90)]
+    assert [args != gpu.calls[0] for args in gpu.calls] == [False, True]
+
+
+def test_each_device_has_its_own(gpu):
+    (launch,) = conv_bn_act.launches(SPEC, TILE, OPERANDS)
+    for gpu.current in (0, 1, 0):
+        launch.bind(90)(*LEADING)
+    assert len(gpu.compiled) == 2
 
 
 def test_source_states_types_constants_and_divisors():

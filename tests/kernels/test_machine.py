@@ -86,14 +86,18 @@ def test_residual_may_be_out(compile_pool, arch):
 
 
 @ARCHITECTURES
+def test_a_wrong_norm_is_seen(compile_pool, arch):
+    assert_no_faults(compile_pool, machine.norm_faults, forms(arch))
+
+
+@ARCHITECTURES
 def test_beyond_32_bits(compile_pool, arch):
-    """x, residual and y pass 2^31 elements; then, with a split, the workspace does."""
+    """x, residual and y pass 2^31 elements; the last share of a split begins beyond 2^32."""
     spec = ConvSpec(2**17 + 2, 16, 16, 64, 64, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
     tile = TileConfig(64, 64, 64, 3, 4)
-    jobs = [
-        Job(spec, tile, arch),
-        Job(replace(spec, n=2**15 + 2), replace(tile, SPLIT_K=4), arch),
-    ]
+    split = replace(spec, n=2**15 + 2)
+    assert 8 * split.m * split.k > 2**32
+    jobs = [Job(spec, tile, arch), Job(split, replace(tile, SPLIT_K=9), arch)]
     assert_no_faults(compile_pool, machine.beyond_32_bits_faults, jobs)
 
 
@@ -116,7 +120,7 @@ def test_add_relu_beyond_32_bits(compile_pool, arch):
 
 
 def first_case(arch: int) -> tuple:
-    kernel = next(compiled.cases((arch,)))
+    kernel = next(compiled.cases((arch,), ("triton conv_bn_act",)))
     return kernel.name, len(kernel.args), kernel.resources(), kernel.main_loop()
 
 

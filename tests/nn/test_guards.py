@@ -527,3 +527,34 @@ def test_a_wrong_number_of_channels_is_torchs_own_error(channels):
             with pytest.raises(RuntimeError) as raised:
                 model(x)
             assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+@torch.no_grad()
+def test_a_stride_that_no_longer_fits_is_torchs_own_error(warm, pair, image):
+    fused, plain = pair()
+    x = image(2, 3, 40, 40)
+    if warm:
+        fused(x)
+    for model in (fused, plain):
+        model.layer1[0].conv2.stride = (2, 2)
+    with pytest.raises(RuntimeError) as expected:
+        plain(x)
+    with pytest.raises(RuntimeError) as raised:
+        fused(x)
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("name", ["Conv2d", "BatchNorm2d", "ReLU", "batch_norm"])
+@torch.no_grad()
+def test_what_is_replaced_in_torch_is_called(name, pair, image, assert_agrees, monkeypatch):
+    """As libraries do that instrument or emulate a layer for all models at once."""
+    fused, plain = pair()
+    x = image(2, 3, 40, 40)
+    before = fused(x)
+    where, attribute = (F, name) if name == "batch_norm" else (getattr(nn, name), "forward")
+    original = getattr(where, attribute)
+    monkeypatch.setattr(where, attribute, lambda *args, **kwargs: original(*args, **kwargs) * 2)
+    y = assert_agrees(fused, plain, x)
+    assert (y - before).abs().max() > 1e-3 * before.abs().max()
+    assert "replaced" in resnet_fast.report(fused).rows[0].reason

@@ -45,18 +45,6 @@ def test_torchscript_holds_the_plain_model(tool, warmed, image):
     close(torch.jit.load(file)(x), plain(x))
 
 
-@pytest.mark.xfail(
-    reason="torch.jit.script asks inspect for the source of module.forward, which has to be a "
-    "function and not an object; resnet_fast.restore(model) first",
-    raises=TypeError,
-    strict=True,
-)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ["optimized"], indirect=True)
-def test_an_optimized_model_can_be_scripted_as_it_is(pair):
-    torch.jit.script(pair()[0])
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @torch.no_grad()
 def test_compiles_as_one_graph(backend, kind, pair, image):
@@ -88,7 +76,8 @@ def test_a_compiled_model_sees_disabled(pair, image):
     with resnet_fast.disabled():
         close(compiled(x), plain(x))
     close(compiled(x), plain(x))
-    assert ["conv_bn_act" in g for g in graphs][:2] == [True, False]
+    close(compiled(x), plain(x))
+    assert ["conv_bn_act" in g for g in graphs] == [True, False], "compiled once for each"
 
 
 @torch.no_grad()

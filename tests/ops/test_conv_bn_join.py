@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fast.ops import ArgumentError, JoinCall, conv_bn_join, conv_bn_join_op, last_join_plan
+from resnet_fast.ops.conv_bn_join import reference
 from resnet_fast.spec import JoinSpec
 from resnet_fast.testing import join_cases
 from resnet_fast.testing.here import cpu_backend
@@ -212,11 +213,14 @@ def test_another_device_is_named(call):
 # ---- torch's modes
 
 
-@pytest.mark.parametrize("name", ["h", "weight", "scale", "x", "proj_weight", "proj_var"])
-def test_a_needed_gradient_is_an_error(name, call):
+@pytest.mark.parametrize("name", ["h", "weight", "scale", "x", "proj_weight", "proj_shift"])
+def test_a_gradient_is_that_of_torchs_own_functions(name, call):
     call = call._replace(**{name: getattr(call, name).detach().requires_grad_()})
-    with torch.enable_grad(), pytest.raises(RuntimeError, match=r"conv_bn_join has no gradient"):
-        conv_bn_join_op(*call)
+    wanted = getattr(call, name)
+    with torch.enable_grad():
+        (ours,) = torch.autograd.grad(conv_bn_join_op(*call).sum(), wanted)
+        (theirs,) = torch.autograd.grad(reference(call).sum(), wanted)
+    assert torch.equal(ours, theirs)
     with torch.inference_mode():
         conv_bn_join_op(*call)
 

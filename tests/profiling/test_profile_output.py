@@ -108,9 +108,23 @@ def _colours(file: Path) -> int:
 
 def test_the_page_needs_nothing_else(found):
     page = found.html()
-    assert not re.findall(r"(?:src|href)=[\"'](?!data:)", page) and "url(" not in page
+    assert not re.findall(r"(?:src|href)=[\"'](?!data:|#)", page) and "url(" not in page
     for text in ("layer2.0.conv1", "torchvision ms", "of roof", "between layers", "<svg"):
         assert text in page
+    assert "prefers-color-scheme: dark" in page and "color-scheme: light dark" in page
+    # On a phone it scrolls: the picture keeps its height, and its names their size.
+    assert '<div class="wide"><svg class="flame"' in page and "min-width: 1000px" in page
+
+
+def test_each_box_leads_to_the_row_with_its_figures(found):
+    """Who has no mouse to point with reads them there."""
+    page = found.html()
+    rows = dict(re.findall(r'<tr class="[^"]*" id="([^"]+)"><td class="name">(.*?)</td>', page))
+    boxes = re.findall(r'<a href="#([^"]+)"><title>(.*?): ', page)
+    assert len(boxes) > 30 and len(set(re.findall(r' id="([^"]+)"', page))) == page.count(' id="')
+    for anchor, name in boxes[1:]:
+        assert rows[anchor] == name or rows[anchor].startswith(f"{name}."), name
+    assert boxes[0][0] == "stages" and 'id="stages"' in page
 
 
 def test_the_page_says_of_each_column_how_it_was_obtained(found):
@@ -123,6 +137,17 @@ def test_the_page_says_of_each_column_how_it_was_obtained(found):
         how = dict(zip(names, told, strict=True))
         assert how["ms"] == how["torchvision ms"] == "measured" and how["bound by"] == ""
         assert how["MB"] == "counted" and how["GB/s"] == how["of roof"] == "counted / measured"
+
+
+def test_the_pages_headline_is_the_unmarked_runs(found):
+    calm = replace(found, busy=None, spread=0.02, peer_spread=0.02)
+    run, page = calm.run, calm.html()
+    (row,) = re.findall(r"<tr[^>]*><td class=\"name\">unmarked run</td>.*?</tr>", page)[:1]
+    for text in (f"{run.seconds * 1e3:.2f} ms", f"<b>{run.ratio:.2f}</b>of torchvision's time"):
+        assert text.replace("'", "&#x27;") in page
+    assert f"{run.ratio:.2f}" in row and f"{run.seconds * 1e3:.3f}" in row
+    wild = replace(calm, spread=0.5).html()
+    assert f"<b>~{run.seconds * 1e3:.2f} ms</b>" in wild
 
 
 def test_names_are_escaped(found):

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ordinary CUDA C++, for what nvcc makes of it: reductions, local arrays, library functions,
-// asynchronous copies, barriers, packed bfloat16.
+// asynchronous copies, barriers, packed bfloat16, cooperative groups.
+#include <cooperative_groups.h>
+#include <cooperative_groups/reduce.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_pipeline.h>
@@ -81,4 +83,30 @@ extern "C" __global__ void barrier(const int* x, int* y) {
 extern "C" __global__ void packed(const __nv_bfloat162* x, __nv_bfloat162* y) {
   __nv_bfloat162 v = x[threadIdx.x];
   y[threadIdx.x] = __hmax2(__hfma2(v, v, __float2bfloat162_rn(0.5f)), __float2bfloat162_rn(1.0f));
+}
+
+extern "C" __global__ void compact(const int* x, int* y, int* count, int n) {
+  int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n || x[i] <= 0) return;
+  auto together = cooperative_groups::coalesced_threads();
+  int first;
+  if (together.thread_rank() == 0) first = atomicAdd(count, together.size());
+  y[together.shfl(first, 0) + together.thread_rank()] = x[i];
+}
+
+extern "C" __global__ void tiles(const int* x, int4* y) {
+  namespace cg = cooperative_groups;
+  auto tile = cg::tiled_partition<16>(cg::this_thread_block());
+  int v = x[threadIdx.x];
+  auto same = cg::labeled_partition(tile, v & 3);
+  y[threadIdx.x] = {tile.any(v == 1) + 2 * tile.all(v < 30), int(tile.ballot(v == 1)),
+                    cg::reduce(tile, v, cg::plus<int>()), int(same.size())};
+}
+
+extern "C" __global__ void reverse(const int* x, int* y, int n) {
+  __shared__ int part[128];
+  if (threadIdx.x >= n) return;
+  part[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = part[n - 1 - threadIdx.x];
 }

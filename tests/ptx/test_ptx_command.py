@@ -49,7 +49,7 @@ def test_scopes_have_their_own_registers_and_labels():
     text = f"""{HEAD}.visible .entry k(.param .u64 out) {{
     .reg .b32 %r<4>; .reg .b64 %rd<2>; .reg .pred %p;
     ld.param.u64 %rd0, [out]; mov.u32 %r0, 0; mov.u32 %r1, 7;
-    {{ .reg .b32 %r1; mov.u32 %r1, 100; again: add.u32 %r0, %r0, 1;
+    {{.reg.b32     %r1; mov.u32 %r1, 100; again: add.u32 %r0, %r0, 1;
        setp.lt.u32 %p, %r0, 3; @%p bra again; }}
     {{ again: add.u32 %r0, %r0, 10; setp.lt.u32 %p, %r0, 30; @%p bra again; }}
     add.u32 %r0, %r0, %r1; st.global.u32 [%rd0], %r0; ret; }}"""
@@ -100,3 +100,41 @@ def test_tensors_are_passed_by_address():
     assert whole.tolist() == [*range(4), *(2.0 * i for i in range(4, 24)), *range(24, 40)]
     with pytest.raises(ptx.PtxError, match="out-of-bounds"):
         kernel.launch(1, 32, [whole[4:24], 2.0, 21])
+
+
+LIMITS = {
+    "requires blocks of": (".reqntid 32", "sm_90", 1, 64, 0),
+    "at most .64, 1, 1. threads .*got .96": (".maxntid 64, 1, 1", "sm_90", 1, 96, 0),
+    "at most 1024 threads": ("", "sm_90", 1, (32, 33), 0),
+    "at most .1024, 1024, 64. threads": ("", "sm_90", 1, (1, 1, 65), 0),
+    "blocks along x, y, z, got .1, 70000, 1": ("", "sm_90", (1, 70000), 32, 0),
+    "blocks along x, y, z, got .1, 1, 65536": ("", "sm_90", (1, 1, 65536), 32, 0),
+    "blocks along x, y, z, got .0": ("", "sm_90", 0, 32, 0),
+    "at most 232448 bytes of shared memory on sm_90a": ("", "sm_90a", 1, 32, 232449),
+    "at most 166912 bytes of shared memory on sm_80": ("", "sm_80", 1, 32, 166913),
+    "at most 101376 bytes of shared memory on sm_86": ("", "sm_86", 1, 32, 101377),
+    "at most 101376 bytes of shared memory on sm_89": ("", "sm_89", 1, 32, 101377),
+    "at most 232448 bytes of shared memory on sm_103a": ("", "sm_103a", 1, 32, 232449),
+    "at most 101376 bytes of shared memory on sm_120": ("", "sm_120", 1, 32, 101377),
+}
+
+
+@pytest.mark.parametrize("match", LIMITS)
+def test_launches_that_a_gpu_refuses(match):
+    directives, target, grid, block, shared = LIMITS[match]
+    text = HEAD.replace("sm_90a", target) + f".visible .entry k() {directives} {{ ret; }}"
+    kernel = ptx.Module(text).kernel("k")
+    with pytest.raises(ValueError, match=f"^k: .*{match}"):
+        kernel.launch(grid, block, [], shared)
+    if shared:
+        kernel.launch(grid, block, [], shared - 1)
+
+
+def test_clusters_of_several_blocks_are_refused(tmp_path, capsys):
+    text = HEAD + ".visible .entry k() .explicitcluster .reqnctapercluster {} {{ ret; }}"
+    ptx.Module(text.format("1, 1, 1")).kernel("k").launch(2, 32, [])
+    status, out = run(tmp_path, capsys, text.format("2, 1, 1"))
+    assert status == 1 and "clusters of (2, 1, 1) blocks are not supported" in out
+    kernel = ptx.Module(text.format(2), strict=False).kernel("k")
+    with pytest.raises(ptx.PtxError, match="clusters of"):
+        kernel.launch(2, 32, [])

@@ -78,3 +78,30 @@ def test_packed_bfloat16(module, rng):
     wide = bf16_to_f32(x).astype(np.float64)
     rounded = bf16_to_f32(f32_to_bf16((wide * wide + 0.5).astype(np.float32)))
     np.testing.assert_array_equal(bf16_to_f32(y), np.maximum(rounded, 1))
+
+
+def test_one_lane_adds_for_all_that_are_together(module, rng):
+    x, y = rng.integers(-9, 9, 200).astype(np.int32), np.zeros(200, np.int32)
+    count = np.zeros(1, np.int32)
+    module.kernel("compact").launch(2, 128, [x, y, count, 200])
+    positive = np.sort(x[x > 0])
+    assert count[0] == len(positive)
+    np.testing.assert_array_equal(np.sort(y[: count[0]]), positive)
+
+
+def test_half_warps_vote_and_reduce_by_themselves(module):
+    x, y = np.arange(64, dtype=np.int32) % 33, np.zeros((64, 4), np.int32)
+    module.kernel("tiles").launch(1, 64, [x, y])
+    for rows, got in zip(x.reshape(4, 16), y.reshape(4, 16, 4), strict=True):
+        votes = (rows == 1).any() + 2 * (rows < 30).all()
+        ballot = sum(1 << i for i in range(16) if rows[i] == 1)
+        labels = [(rows & 3 == row & 3).sum() for row in rows]
+        np.testing.assert_array_equal(got[:, :3], [[votes, ballot, rows.sum()]] * 16)
+        np.testing.assert_array_equal(got[:, 3], labels)
+
+
+@pytest.mark.parametrize("n", [100, 64])
+def test_threads_leave_before_a_barrier(module, n):
+    x, y = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
+    module.kernel("reverse").launch(1, 128, [x, y, n])
+    np.testing.assert_array_equal(y, x[::-1])

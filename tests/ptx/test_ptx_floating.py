@@ -132,6 +132,10 @@ def test_packed_conversion_puts_the_first_operand_high():
     np.testing.assert_array_equal(
         out.view(np.float16).reshape(-1, 2), [[3, 1], [-4, 2], [1, np.inf]]
     )
+    for target in ("%a", "%b"):  # a target that is a source too is read before it is written
+        text = f"cvt.rn.f16x2.f32 {target}, %a, %b; mov.b32 %d, {target};"
+        again = elementwise(text, [a, b], np.uint32, ["b32"] * 2, "b32")
+        np.testing.assert_array_equal(again, out)
     out = elementwise("cvt.rn.satfinite.relu.f16x2.f32 %d, %a, %b;", [a, b], np.uint32,
                       ["b32"] * 2, "b32")  # fmt: skip
     np.testing.assert_array_equal(out.view(np.float16).reshape(-1, 2), [[3, 1], [0, 2], [1, 65504]])

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from ptx_helpers import kernel
+from ptx_helpers import HEAD, kernel
 
 from resnet_fast.testing import ptx
 
@@ -35,6 +35,39 @@ def test_global_bounds():
     assert error.thread == (62, 0, 0) and error.block == (0, 0, 0)
     fails("out-of-bounds global store.*1 bytes before", "st.global.u8 [%rd0+-1], %r0;")
     fails("read-only", "st.global.u8 [%rd0], %r0;", np.frombuffer(b"abcd", np.uint8))
+
+
+CONSTANT = """
+mad.wide.u32 %rd2, %r0, 4, %rd0; mad.wide.u32 %rd3, %r0, 4, %rd1;
+ld.global.nc.u32 %r1, [%rd3]; st.global.u32 [%rd2], %r1; bar.sync 0;
+ld.global.nc.u32 %r2, [%rd3]; add.u32 %r2, %r2, %r1; ATOMIC st.global.u32 [%rd2], %r2;
+"""
+
+
+def test_what_nc_loads_read_stays_constant():
+    """The same kernel with its input as output, as a residual that is the output would be."""
+    x, out, text = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32), CONSTANT
+    run(text.replace("ATOMIC", ""), out, x)
+    np.testing.assert_array_equal(out, 2 * np.arange(64))
+    fails("global store over bytes that this launch has read by ld.global.nc",
+          text.replace("ATOMIC", ""), x, x)  # fmt: skip
+    fails("global atomic over bytes that this launch has read by ld.global.nc",
+          text.replace("ATOMIC", "red.global.add.u32 [%rd3], 1;"), out, x)  # fmt: skip
+    run(text.replace("ATOMIC", "").replace(".nc", ""), x, x)
+    stored = "st.global.u32 [%rd2], %r0; ld.global.nc.u8 %r1, [%rd2+3];"
+    fails("ld.global.nc of bytes that this launch has stored", text[: text.index("ld")] + stored,
+          out, x)  # fmt: skip
+    # blocks that run one after the other, each storing what the next one reads
+    later = "mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd2, %r1, 4, %rd0;"
+    later += "ld.global.nc.u32 %r2, [%rd2]; st.global.u32 [%rd2+4], %r2;"
+    with pytest.raises(ptx.PtxError, match="has stored"):
+        kernel(later).launch(64, 1024, [np.zeros(65, np.uint32)])
+
+
+def test_atomics_need_a_writable_array():
+    readable = np.frombuffer(bytes(4), np.uint32)
+    fails("global atomic into a read-only array", "red.global.add.u32 [%rd0], 1;", readable)
+    fails("global atomic into a read-only array", "atom.global.add.u32 %r1, [%rd0], 1;", readable)
 
 
 def test_a_slice_is_bounded_by_itself():
@@ -97,15 +130,43 @@ def test_races(match, body):
     fails(match, MINE + body.replace("BARRIER", ""))
 
 
-def test_two_warps_write_one_word_at_once():
-    fails("two warps write the same shared bytes at once", "st.shared.u32 [tile], %r0;")
-    run("and.b32 %r1, %r0, 1; shl.b32 %r1, %r1, 1; st.shared.u32 [tile], %r0;", threads=32)
+def test_one_word_is_written_at_once():
+    """The same value may be: by two warps, and by lanes of a warp."""
+    fails("two warps write different values to the same shared bytes at once",
+          "st.shared.u32 [tile], %r0;")  # fmt: skip
+    fails("lanes of a warp write different values to the same shared bytes at once",
+          "st.shared.u32 [tile], %r0;", threads=32)  # fmt: skip
+    run("st.shared.u32 [tile], 7; bar.sync 0; ld.shared.u32 %r1, [tile];")
+    fails("race: shared store over bytes that warp 1 wrote",
+          "st.shared.u32 [tile], 7; st.shared.u32 [tile], %r0;")  # fmt: skip
+
+
+TURNS = """
+setp.lt.u32 %p1, %r0, 32; @!%p1 bra later;
+st.shared.u32 [tile], 7; bra both;
+later: st.shared.u32 [tile], 7; LATER both: bar.sync 0; ld.shared.u32 %r1, [tile];
+"""
+
+
+def test_one_value_is_written_in_turns():
+    """Nobody sees which warp wrote it; but another value must not meet the first one's store."""
+    run(TURNS.replace("LATER", ""))
+    other = TURNS.replace(
+        "later: st.shared.u32 [tile], 7; LATER", "later: st.shared.u32 [tile], 8;"
+    )
+    fails("race: shared store over bytes that warp . wrote", other)
+    fails("race: shared store over bytes that warp . may still read",
+          TURNS.replace("LATER", "st.shared.u32 [tile], 8;"))  # fmt: skip
+    fails(
+        "race: shared load of bytes that warp . wrote",
+        TURNS.replace("LATER", "").replace("bar.sync 0;", ""),
+    )
 
 
 def test_halves_of_a_word_do_not_race():
     run(
         "shr.u32 %r1, %r0, 5; shl.b32 %r1, %r1, 1; mov.u32 %r2, tile; add.u32 %r1, %r1, %r2;"
-        "cvt.u16.u32 %h0, %r0; st.shared.u16 [%r1], %h0;"
+        "cvt.u16.u32 %h0, %r1; st.shared.u16 [%r1], %h0;"
     )
 
 
@@ -158,6 +219,24 @@ def test_cp_async(match, body):
     fault = body[body.index("FAULT{") : body.index("}") + 1]
     run(COPY + body.replace(fault, fault[6:-1]))
     fails(match, COPY + body.replace(fault, ""))
+
+
+def test_the_source_of_an_asynchronous_copy_is_overwritten():
+    """By anyone, before the wait; what lies beside it may be written."""
+    store, wait = "xor.b32 %r5, %r0, 32; mad.wide.u32 %rd2, %r5, 4, %rd0;", "cp.async.wait_all;"
+    store += "st.global.u32 [%rd2], %r0;"
+    match = "over bytes that an asynchronous copy still reads: its wait is missing"
+    run(COPY + wait + "bar.sync 0;" + store)
+    fails("global store " + match, COPY + store + wait)
+    run(COPY + store.replace("[%rd2]", "[%rd2+256]") + wait)
+    atomic = "red.global.add.u32 [%rd1], 1;"
+    run(COPY + wait + atomic)
+    fails("global atomic " + match, COPY + atomic + wait)
+    nothing = COPY.replace("[%rd1], 4;", "[%rd1], 4, 0;")  # bytes of the source
+    run(nothing + store + wait)
+    x, out = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
+    fails("global store " + match, bulk(WAIT="@%p1 st.global.u32 [%rd0+252], %r0;" + WAIT), x, out)
+    run(bulk(AGAIN="@%p1 st.global.u32 [%rd0+252], %r0;"), x, out)
 
 
 BULK = """
@@ -310,9 +389,11 @@ def test_a_warpgroup_beside_another_warp_in_several_blocks():
     ("match", "body"),
     [
         ("wait at a barrier that the others do not reach",
-         "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0;"),
+         "setp.lt.u32 %p1, %r0, 32; @%p1 bra end; bar.sync 0; end: bar.sync 1;"),
+        ("32 wait at a barrier.*32 have exited",
+         "setp.lt.u32 %p1, %r0, 32; @%p1 ret; bar.sync 0, 64;"),
         ("bar.sync.*by a partial warp: 16 lanes",
-         "setp.lt.u32 %p1, %r0, 16; @%p1 bra skip; bar.sync 0; skip:"),
+         "setp.lt.u32 %p1, %r0, 16; @%p1 bra skip; bar.sync 0; skip: bar.sync 1;"),
         ("0 wait at a barrier.*64 wait for an mbarrier",
          "setp.eq.u32 %p1, %r0, 0; @%p1 mbarrier.init.shared.b64 [tile], 2; bar.sync 0;"
          "@%p1 mbarrier.arrive.shared.b64 _, [tile];"
@@ -323,7 +404,13 @@ def test_a_warpgroup_beside_another_warp_in_several_blocks():
          "mbarrier.arrive.shared.b64 _, [tile], 2;"),
         ("shfl.sync.*partial warp",
          "setp.eq.u32 %p1, %r0, 3; @%p1 bra skip;"
-         "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xffffffff; skip:"),
+         "shfl.sync.bfly.b32 %r1, %r0, 1, 31, 0xffffffff; skip: bar.sync 0;"),
+        ("vote.sync.*1 lanes wait for others",
+         "setp.lt.u32 %p1, %r0, 2; @!%p1 bra skip; setp.eq.u32 %p2, %r0, 0;"
+         "selp.b32 %r2, 3, 2, %p2; vote.sync.any.pred %p3, 1, %r2; skip: bar.sync 0;"),
+        ("shfl.sync.*reads a lane that takes no part",
+         "and.b32 %r2, %r0, 16; mov.u32 %r3, 0xffff; shl.b32 %r3, %r3, %r2;"
+         "shfl.sync.bfly.b32 %r1, %r0, 16, 31, %r3;"),
         ("its own member mask leaves out", "vote.sync.any.pred %p1, 1, 0xffff;"),
         ("reads a lane that takes no part",
          "setp.ge.u32 %p1, %r0, 16; @%p1 bra skip;"
@@ -343,10 +430,38 @@ def test_a_warpgroup_beside_another_warp_in_several_blocks():
 )  # fmt: skip
 def test_barriers_and_collectives(match, body):
     if "no end" in match:
-        with pytest.raises(ptx.PtxError, match=match):
-            kernel(body).launch(1, 32, [np.zeros(1, np.uint32)], max_steps=100_000)
+        with pytest.raises(ptx.PtxError, match=r"no end after \d+ instructions \(max_steps\)"):
+            kernel(body).launch(3, 1024, [np.zeros(1, np.uint32)], max_steps=300_000)
         return
     fails(match, body)
+
+
+EXITS = """
+setp.ge.u32 %p1, %r0, 40; setp.lt.u32 %p2, %r0, 88; and.pred %p1, %p1, %p2; FIRST
+mov.u32 %r2, tile; mad.lo.u32 %r2, %r0, 4, %r2; st.shared.u32 [%r2], %r0; BARRIER
+xor.b32 %r3, %r0, 127; mov.u32 %r2, tile; mad.lo.u32 %r2, %r3, 4, %r2; ld.shared.u32 %r4, [%r2];
+mad.wide.u32 %rd1, %r0, 4, %rd0; st.global.u32 [%rd1], %r4; end:
+"""
+
+
+@pytest.mark.parametrize("leave", ["@!%p1 ret;", "@!%p1 bra end;"], ids=["early", "late"])
+def test_a_barrier_does_not_wait_for_those_who_exited(leave):
+    """Threads 40 to 87 exchange, two warps of them in part; the others exit before these come, or
+    while they wait."""
+    text = EXITS.replace("FIRST", leave)
+    out = np.zeros(128, np.uint32)
+    run(text.replace("BARRIER", "bar.sync 0;"), out, threads=128)
+    inside = (np.arange(128) >= 40) & (np.arange(128) < 88)
+    np.testing.assert_array_equal(out, np.where(inside, 127 - np.arange(128), 0))
+    vote = "bar.red.popc.u32 %r5, 0, %p1; bar.red.and.pred %p3, 0, %p1; @!%p3 trap;"
+    vote += "setp.eq.u32 %p3, %r5, 48; @!%p3 trap;"
+    run(text.replace("BARRIER", vote), out, threads=128)
+
+
+def test_who_exits_orders_nothing():
+    """Warp 0 stores and exits without a barrier; that the others pass theirs tells them nothing."""
+    body = "setp.lt.u32 %p1, %r0, 32; @%p1 st.shared.u32 [tile], 5; @%p1 ret; bar.sync 0;"
+    fails("race: shared load of bytes that warp 0 wrote", body + "ld.shared.u32 %r1, [tile];")
 
 
 def test_unknown_text_is_named_with_its_line():
@@ -354,6 +469,9 @@ def test_unknown_text_is_named_with_its_line():
         ptx.PtxError, match=r"line \d+: unknown instruction frobnicate\.u32"
     ) as first:
         kernel("frobnicate.u32 %r1, %r0;")
+    loose = ptx.Module(f"{HEAD}.entry k() {{ .reg .b32 %r; frob.u32 %r; }}", strict=False)
+    with pytest.raises(ptx.PtxError, match=r"line \d+: unknown instruction frob\.u32"):
+        loose.kernel("k").launch(1, 1, [])
     with pytest.raises(ptx.PtxError, match=r"unknown modifier \.wrong") as second:
         kernel("\n\nadd.wrong.u32 %r1, %r0, %r0;")
     assert second.value.line == first.value.line + 2

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from ptx_helpers import kernel
 
+from resnet_fast.testing import ptx
+
 pytestmark = pytest.mark.usefixtures("place")
 
 STORE = "mad.wide.u32 %rd10, %r0, 4, %rd0; st.global.u32 [%rd10], %r1;"
@@ -70,6 +72,59 @@ def test_match_redux_elect_activemask():
     assert elected.sum() == 1  # which lane it is, the ISA leaves open
     text = "setp.lt.u32 %p1, %r0, 5; mov.u32 %r1, 0; @%p1 activemask.b32 %r1;"
     np.testing.assert_array_equal(run(text + STORE), np.where(LANE < 5, 31, 0))
+
+
+HALF = "and.b32 %r4, %r0, 16; mov.u32 %r5, 0xffff; shl.b32 %r5, %r5, %r4;"  # own half's mask
+TOGETHER = HALF + "{0}"
+APART = HALF + "setp.ge.u32 %p4, %r0, 16; @%p4 bra upper; {0} bra both; upper: {0} both:"
+
+
+@pytest.mark.parametrize("flow", [TOGETHER, APART], ids=["together", "apart"])
+@pytest.mark.parametrize(
+    ("text", "want"),
+    {
+        "vote.sync.ballot.b32 %r1, %p1, %r5;": np.where(LANE < 16, 1 << 3, 0),
+        "vote.sync.any.pred %p2, %p1, %r5; selp.u32 %r1, 1, 0, %p2;": LANE < 16,
+        "vote.sync.all.pred %p2, %p3, %r5; selp.u32 %r1, 1, 0, %p2;": LANE >= 16,
+        "vote.sync.uni.pred %p2, %p1, %r5; selp.u32 %r1, 1, 0, %p2;": LANE >= 16,
+        "match.any.sync.b32 %r1, %r2, %r5;": 0x1111 << (LANE & 3) << (LANE & 16),
+        "match.all.sync.b32 %r1|%p2, %r4, %r5;": 0xFFFF << (LANE & 16),
+        "redux.sync.add.u32 %r1, %r0, %r5;": np.where(LANE < 16, 120, 376),
+        "redux.sync.max.u32 %r1, %r0, %r5;": LANE | 15,
+        "elect.sync %r1|%p2, %r5; selp.u32 %r1, 1, 0, %p2;": LANE % 16 == 0,
+        "shfl.sync.bfly.b32 %r1, %r0, 15, 31, %r5;": LANE ^ 15,
+    }.items(),
+)
+def test_each_half_warp_by_its_own_mask(text, want, flow):
+    """Lanes that name different masks do not mix, whether they execute at once or in turn."""
+    start = "setp.eq.u32 %p1, %r0, 3; setp.ge.u32 %p3, %r0, 16; and.b32 %r2, %r0, 3;"
+    out = run(start + flow.format(text) + STORE)
+    if "elect" in text:  # which lane it is, the ISA leaves open
+        out, want = out.reshape(2, 16).sum(axis=1), [1, 1]
+    np.testing.assert_array_equal(out, want)
+
+
+def test_a_lane_that_exits_is_not_waited_for():
+    """Lanes 8 to 15 wait for the others of their mask, which exit late, or have exited early."""
+    vote = "vote.sync.ballot.b32 %r1, 1, 0xffff;" + STORE
+    late = "setp.ge.u32 %p1, %r0, 8; setp.lt.u32 %p2, %r0, 16; @!%p1 bra end; @!%p2 bra end;"
+    want = np.where((LANE >= 8) & (LANE < 16), 0xFF00, 0)
+    np.testing.assert_array_equal(run(late + vote + "end:"), want)
+    early = "setp.ge.u32 %p1, %r0, 8; @!%p1 ret; setp.ge.u32 %p2, %r0, 16; @%p2 ret;"
+    np.testing.assert_array_equal(run(early + vote), want)
+
+
+def test_a_leader_alone_has_a_value():
+    """As where one lane of those that are together adds for all of them, and tells the others."""
+    body = """
+    setp.eq.u32 %p1, %r0, 5; setp.ge.u32 %p2, %r0, 5; @!%p2 ret; activemask.b32 %r5;
+    @%p1 mov.u32 %r2, 40;
+    shfl.sync.idx.b32 %r1, %r2, LEADER, 31, %r5;
+    """
+    np.testing.assert_array_equal(run(body.replace("LEADER", "5") + STORE), 40 * (LANE >= 5))
+    with pytest.raises(ptx.PtxError, match="register %r2 is read but nothing wrote it") as error:
+        run(body.replace("LEADER", "6") + STORE)
+    assert error.value.thread == (6, 0, 0)
 
 
 ATOMICS = {  # operation, operand -> result of 32 threads on 100
@@ -199,3 +254,20 @@ def test_a_spinning_thread_does_not_starve_the_one_it_waits_for():
     """
     out = run(body + STORE, threads=64, out=np.zeros(65, np.uint32))
     assert (out == 5).all()
+
+
+@pytest.mark.parametrize("waits_for", [1, -1], ids=["a later block", "an earlier block"])
+def test_blocks_wait_for_each_other(waits_for):
+    """Blocks of 1024 threads, each of which waits for its neighbour's number and adds to it."""
+    first = 0 if waits_for < 0 else 2
+    body = f"""
+    mov.u32 %r1, %ctaid.x; mad.wide.u32 %rd1, %r1, 4, %rd0; mov.u32 %r2, 1;
+    setp.ne.u32 %p1, %r0, 0; @%p1 ret; setp.eq.u32 %p1, %r1, {first}; @%p1 bra tell;
+    spin: ld.volatile.global.u32 %r2, [%rd1+{4 * waits_for}];
+    setp.eq.u32 %p2, %r2, 0; @%p2 bra spin;
+    add.u32 %r2, %r2, %r2;
+    tell: st.volatile.global.u32 [%rd1], %r2;
+    """
+    out = np.zeros(3, np.uint32)
+    kernel(body).launch(3, 1024, [out])
+    assert out.tolist() == [1, 2, 4][::-waits_for]

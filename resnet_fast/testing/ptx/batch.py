@@ -241,6 +241,13 @@ class Batch:
     def indices(self, m) -> np.ndarray:
         return self.all if m is None else m
 
+    def wake_collectives(self, threads) -> None:
+        """Who waits in these threads' blocks for lanes to come looks again: they exit."""
+        waiting = np.flatnonzero(self.state == AT_COLLECTIVE)
+        if len(waiting):
+            inside = np.isin(self.block_of[waiting], self.block_of[threads])
+            self.state[waiting[inside]] = RUNNING
+
     def whole_warps(self, m, what: str) -> np.ndarray:
         """[warps, 32] thread indices; a fault where a warp is not complete."""
         if m is None:

@@ -24,7 +24,7 @@ from .batch import (
 )
 from .errors import Fault, PtxError
 from .isa import compile_instruction
-from .isa.registry import SPLIT, find, reads_and_writes
+from .isa.registry import SPLIT, reads_and_writes
 from .parser import resolve_labels
 from .syntax import registers_of
 
@@ -56,11 +56,9 @@ class Executor:
         reads, writes = reads_and_writes(ins)
         number = self.batch.register_index
         guard = [number(r) for r in registers_of(ins.guard)]
-        if find(ins.opcode).kind == "wgmma":  # the family itself watches its accumulators
-            reads = [r for o in ins.operands[1:] for r in registers_of(o)]
         reads = [number(r) for r in reads]
         writes = [number(r) for r in writes]
-        for register in {*reads, *writes, *guard}:
+        for register in {number(r) for o in (*ins.operands, ins.guard) for r in registers_of(o)}:
             self.touching.setdefault(register, []).append(index)
         return guard, reads, writes
 
@@ -78,10 +76,11 @@ class Executor:
 
     # --- run ----------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, instructions: int) -> bool:
+        """Run to the end, which gives True, or for about so many instructions, to be resumed."""
         try:
             with np.errstate(all="ignore"):
-                self._schedule()
+                return self._schedule(self.steps + instructions)
         except Fault as fault:
             raise self._located(fault) from None
 
@@ -96,14 +95,14 @@ class Executor:
         message = f"{ins.opcode}: {fault.message}"
         return PtxError(message, ins.line, batch.function.name, block, thread)
 
-    def _schedule(self) -> None:
+    def _schedule(self, until: int) -> bool:
         batch = self.batch
         turn = 0
-        while True:
+        while self.steps < until:
             runnable = np.flatnonzero(batch.state == RUNNING)
             if not len(runnable):
                 if (batch.state == EXITED).all():
-                    return
+                    return True
                 self._unblock()
                 continue
             counters = batch.pc[runnable]
@@ -119,12 +118,13 @@ class Executor:
                 limit = END
             m = None if len(runnable) == batch.size and chosen.all() else runnable[chosen]
             turn = turn + 1 if self._group(low, m, limit) else 0
+        return False
 
     def _group(self, pc: int, m, limit: int) -> bool:
         """Run one group; True when it was stopped for running long."""
         batch, code, ok, issued = self.batch, self.code, self.ok, self.issued
         warps = batch.size // 32 if m is None else len(np.unique(m >> 5))
-        alone, steps = limit == END and m is None, 0
+        steps = 0
         while pc < limit:
             self.at = pc
             if not ok[pc]:
@@ -141,10 +141,8 @@ class Executor:
                 pc = target
                 if steps > PATIENCE:
                     self._charge(steps)
-                    steps = 0
-                    if not alone:
-                        batch.pc[batch.indices(m)] = pc
-                        return True
+                    batch.pc[batch.indices(m)] = pc
+                    return True
         self._charge(steps)
         batch.pc[batch.indices(m)] = pc
         return False
@@ -162,12 +160,12 @@ class Executor:
         threads = batch.indices(m)
         complete = True
         if guard:
-            complete &= self._readable(guard[0], pc, threads)
+            complete &= self.readable(guard[0], pc, threads)
             take = batch.predicate(self.body[pc].guard)(m)
             threads = threads[take]
         for register in reads:
             if not full[register]:
-                complete &= self._readable(register, pc, threads)
+                complete &= self.readable(register, pc, threads)
         for register in writes:
             if not full[register]:
                 row = valid[register]
@@ -180,7 +178,8 @@ class Executor:
                     complete = False
         self.ok[pc] = complete
 
-    def _readable(self, register: int, pc: int, threads) -> bool:
+    def readable(self, register: int, pc: int, threads) -> bool:
+        """Whether every thread of the batch has the value; a fault unless `threads` have it."""
         row = self.batch.valid[register]
         state = row[threads]
         if ((state == WRITTEN) | (state == BEING_READ)).all():
@@ -226,7 +225,7 @@ class Executor:
         if len(partial):
             thread = int(partial[0])
             self.at = int(batch.pc[thread])
-            mates = partial[partial // 32 == thread // 32]
+            mates = partial[(partial // 32 == thread // 32) & (batch.pc[partial] == self.at)]
             raise Fault(
                 f"by a partial warp: {len(mates)} lanes wait for others that do not come",
                 thread,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from . import limits
 from .batch import Batch
 from .counters import Counters
 from .errors import PtxError
@@ -23,6 +24,9 @@ from .tensor_map import TensorMap
 
 BATCH_THREADS = 1024  # NumPy is at its best with rows of about this length
 MAX_STEPS = 50_000_000
+# Batches run one after the other; one that runs long, as where it waits for a later block, goes on
+# in turns of so many instructions with at most so many others.
+TURN, RESIDENT = 50_000, 64
 
 
 @dataclass
@@ -72,8 +76,10 @@ class Module:
         return {f.name: f for f in self.functions.values() if f.entry and f.defined}
 
     def problems(self):
-        """(instruction, PtxError) of everything in the kernels that the machine does not know."""
+        """(instruction or None, PtxError) of everything in the kernels that is not supported."""
         for function in self.kernels.values():
+            if reason := limits.clusters(function):
+                yield None, PtxError(reason, function.line)
             known = [ins for ins in function.body if find(ins.opcode)]
             for ins in function.body:
                 if not find(ins.opcode):
@@ -193,33 +199,42 @@ class Kernel:
                 in place), ints, floats, None (a null pointer), TensorMap, bytes for a struct, or
                 Struct where it holds addresses.
                 Trailing 8-byte parameters may be left out and are null: Triton's scratch pointers.
-            shared_bytes: dynamic shared memory.
+            shared_bytes: dynamic shared memory of a block.
             blocks: block indices (x, y, z), or x, to run instead of the whole grid.
-            max_steps: instructions after which a run is taken for endless.
+            max_steps: instructions of one batch of blocks after which it is taken for endless.
         Returns: Run, with exact counters.
         Raises: PtxError at the first fault, with kernel, line, block and thread; ValueError for
-            arguments that do not fit the parameters.
+            arguments that do not fit the parameters, and where a GPU would refuse the launch.
         """
         grid, block = _extents(grid), _extents(block)
+        layout = self._layout(shared_bytes)
+        limits.check_launch(self.function, self.module.target, grid, block, layout.shared)
+        if reason := limits.clusters(self.function):
+            raise PtxError(reason, self.function.line, self.name)
         arrays = [a for a in args if _is_array(a)]
         arrays += [a.array for a in args if isinstance(a, TensorMap)]
         arrays += [array for a in args if isinstance(a, Struct) for array in a.arrays]
         used = {s for ins in self.function.body for s in _symbols(ins.operands)}
         arrays += [a for name, a in self.module._storage.items() if name in used]
         counters = Counters()
-        memory = GlobalMemory(arrays, counters)
+        memory = GlobalMemory(arrays, counters, [self.function])
         params = np.frombuffer(self._pack(args), np.uint8)
-        layout = self._layout(shared_bytes)
         todo = _block_list(grid, blocks)
         threads = -(-int(np.prod(block)) // 32) * 32
-        self._check_block(block)
         step = max(1, BATCH_THREADS // threads)
+        chunks = iter([todo[i : i + step] for i in range(0, len(todo), step)])
         issued = np.zeros(len(self.function.body), np.int64)
-        for i in range(0, len(todo), step):
-            batch = self._batch(todo[i : i + step], block, grid, params, layout, memory, counters)
-            executor = Executor(batch, max_steps)
-            executor.run()
-            issued += executor.issued
+        resident: list[Executor] = []
+        while True:
+            if len(resident) < RESIDENT and (chunk := next(chunks, None)) is not None:
+                batch = self._batch(chunk, block, grid, params, layout, memory, counters)
+                resident.append(Executor(batch, max_steps))
+            if not resident:
+                break
+            for executor in [e for e in resident if e.run(TURN)]:
+                issued += executor.issued
+                memory.aliases.forget(executor.batch)
+                resident.remove(executor)
         memory.finish()
         self._classify(issued, counters)
         lines: dict[int, int] = {}
@@ -227,13 +242,6 @@ class Kernel:
             if n:
                 lines[ins.line] = lines.get(ins.line, 0) + int(n)
         return Run(counters, len(todo), lines)
-
-    def _check_block(self, block) -> None:
-        required = self.function.directives.get(".reqntid")
-        if required:
-            wanted = [int(x) for x in required.split(",")]
-            if tuple(wanted + [1] * (3 - len(wanted))) != block:
-                raise ValueError(f"{self.name} requires blocks of {wanted} threads, got {block}")
 
     def _classify(self, issued, counters) -> None:
         for ins, count in zip(self.function.body, issued, strict=True):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .aliases import Aliases
 from .errors import Fault
 from .shared import turns
 
@@ -124,7 +125,7 @@ def sparse_array(shape, dtype) -> np.ndarray:
 class GlobalMemory:
     """What one launch may touch: its array arguments, published arrays, the module's variables."""
 
-    def __init__(self, arrays, counters):
+    def __init__(self, arrays, counters, functions=()):
         found = [interval(a) for a in arrays] + list(_published.values())
         found = [i for i in found if i.high > i.low]
         found.sort(key=lambda i: i.low)
@@ -138,6 +139,7 @@ class GlobalMemory:
         self.low = np.array([i.low for i in self.intervals], np.int64)
         self.high = np.array([i.high for i in self.intervals], np.int64)
         self.counters = counters
+        self.aliases = Aliases(functions, lambda size: sparse_array((size,), np.uint8))
         self._views: dict[tuple, np.ndarray] = {}
         self._sectors: dict[tuple[str, int], np.ndarray] = {}
         self._recent = 0
@@ -194,20 +196,25 @@ class GlobalMemory:
             self._views[key] = np.frombuffer(raw, f"u{unit}").reshape(count, lanes)
         return self._views[key], buffer.base
 
-    def load(self, address, threads, unit: int, lanes: int = 1, what="global load") -> np.ndarray:
-        """Gather [n, lanes] elements; counts bytes, requests, sectors."""
+    def load(
+        self, address, threads, unit: int, lanes: int = 1, what="global load", constant=False
+    ) -> np.ndarray:
+        """Gather [n, lanes] elements; counts bytes, requests, sectors. constant: ld.global.nc."""
         size = unit * lanes
         where = self._locate(address, size, threads, what)
         self.count("load", address, threads, size)
+        if constant:
+            for buffer, pick, _ in self._by_interval(where, address):
+                mine = threads if threads is None else threads[pick]
+                self.aliases.load_constant(buffer, address[pick], size, mine)
         if isinstance(where, int):
             view, base = (
                 self.view(where, unit, lanes) if address.size else (np.zeros((1, lanes)), 0)
             )
             return view[(address - base) // size]
         out = np.empty((len(address), lanes), f"u{unit}")
-        for one in np.unique(where):
-            pick = where == one
-            view, base = self.view(int(one), unit, lanes)
+        for _, pick, one in self._by_interval(where, address):
+            view, base = self.view(one, unit, lanes)
             out[pick] = view[(address[pick] - base) // size]
         return out
 
@@ -217,15 +224,27 @@ class GlobalMemory:
         size = unit * lanes
         where = self._locate(address, size, threads, what)
         self.count("store", address, threads, size)
-        every = (
-            np.unique(where) if not isinstance(where, int) else ([where] if address.size else [])
-        )
-        for one in every:
-            if not self.intervals[int(one)].writable:
-                raise Fault(f"{what} into a read-only array", _thread(threads, 0))
-            pick = slice(None) if isinstance(where, int) else where == one
-            view, base = self.view(int(one), unit, lanes)
+        self.claim(where, address, size, threads, what)
+        for _, pick, one in self._by_interval(where, address):
+            view, base = self.view(one, unit, lanes)
             view[(address[pick] - base) // size] = data[pick]
+
+    def claim(self, where, address, size: int, threads, what: str) -> None:
+        """A fault unless the launch may write here, now."""
+        for buffer, pick, one in self._by_interval(where, address):
+            mine = threads if threads is None else threads[pick]
+            if not self.intervals[one].writable:
+                raise Fault(f"{what} into a read-only array", _thread(mine, 0))
+            self.aliases.store(buffer, address[pick], size, mine, what)
+
+    def _by_interval(self, where, address):
+        """(buffer, selection of the addresses, interval index) of every interval they lie in."""
+        if isinstance(where, int):
+            if address.size:
+                yield self.intervals[where].buffer, slice(None), where
+            return
+        for one in np.unique(where):
+            yield self.intervals[one].buffer, where == one, int(one)
 
     def atomic(self, address, threads, unit: int, lanes: int, returns: bool):
         """(get(pick), put(pick, data), turns) of one atomic instruction; counted once."""
@@ -233,6 +252,7 @@ class GlobalMemory:
         where = self._locate(address, size, threads, "global atomic")
         if not isinstance(where, int):
             raise Fault("one atomic on several arrays is not supported", _thread(threads, 0))
+        self.claim(where, address, size, threads, "global atomic")
         if returns:
             self.count("load", address, threads, size)
         self.count("store", address, threads, size)

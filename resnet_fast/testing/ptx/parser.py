@@ -129,11 +129,10 @@ class Parser:
             raise PtxError(f"unknown directive {word}", self.line(start))
 
     def _registers(self, text: str, start: int) -> None:
-        words = text.split(None, 2)
-        kind = words[1].lstrip(".")
+        _, kind, names_text = re.split(r"\s*\.\s*|(?<=\w)\s+", text.strip()[1:], maxsplit=2)
         if kind not in SIZES:
             raise PtxError(f"unknown register type .{kind}", self.line(start))
-        for name in words[2].split(","):
+        for name in names_text.split(","):
             name = name.strip()
             many = re.match(r"(.+)<(\d+)>$", name)
             names = [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]

@@ -82,11 +82,26 @@ class SharedMemory:
     def store(self, address, threads, data: np.ndarray, what="shared store") -> None:
         size = data.dtype.itemsize * data.shape[1]
         at = self.locate(address, threads, size, what)
-        pieces = self.check_write(at, threads, size, what)
-        self.record_write(pieces, threads)
+        view, index = self.view(data.dtype.itemsize, data.shape[1]), at // size
+        pieces = self.check_write(at, threads, size, what, same=(view[index] == data).all(axis=1))
+        view[index] = data
+        lost = (view[index] != data).any(axis=1)
+        if lost.any():
+            self._raise_lost(at, threads, int(np.flatnonzero(lost)[0]))
+        self.record_write(pieces, threads, agreed=True)
         self.wavefronts("store", at, threads, size)
-        self.view(data.dtype.itemsize, data.shape[1])[at // size] = data
         self.mark_written(at, size)
+
+    def _raise_lost(self, at, threads, i: int):
+        """Thread i's value is gone: another thread stored to its address at once."""
+        rivals = threads[at == at[i]] >> 5
+        raise Fault(
+            "race: two warps write different values to the same shared bytes at once"
+            if (rivals != rivals[0]).any()
+            else "lanes of a warp write different values to the same shared bytes at once "
+            f"(shared offset {int(at[i]) % self.stride})",
+            int(threads[i]),
+        )
 
     def mark_written(self, at: np.ndarray, size: int) -> None:
         unit = min(size, 8)
@@ -134,8 +149,14 @@ class SharedMemory:
         warp = (threads >> 5)[:, None]
         self.reads[pieces, warp % self.warps] = self.clocks.now[warp]
 
-    def check_write(self, at, threads, size: int, what: str, view: int = GENERIC) -> np.ndarray:
-        """A write must happen after every read and write of its bytes; returns its granules."""
+    def check_write(
+        self, at, threads, size: int, what: str, view: int = GENERIC, same=None
+    ) -> np.ndarray:
+        """A write must happen after every read and write of its bytes; returns its granules.
+
+        same: whose bytes hold already what the thread writes. Such a write need not happen after
+        another warp's; the other then counts as a reader, whom no other value may overtake.
+        """
         pieces = self.granules(at, size)
         if self.landing[pieces].any():
             self._raise(
@@ -156,6 +177,8 @@ class SharedMemory:
         known = self.clocks.known
         writer, time = self.writer[pieces], self.write_time[pieces]
         unseen = time > known[warp, GENERIC, writer]
+        harmless = unseen & (writer < self.warps) & (False if same is None else same[:, None])
+        unseen &= ~harmless
         if unseen.any():
             self._raise(unseen, threads, at, f"race: {what} over bytes that {{}} wrote", writer)
         if view == ASYNC and (unseen := time > known[warp, ASYNC, writer]).any():
@@ -179,16 +202,23 @@ class SharedMemory:
                 f"race: {what} over bytes that {{}} may still read",
                 reader,
             )
+        if harmless.any():
+            rivals = pieces[harmless], writer[harmless]
+            self.reads[rivals] = np.maximum(self.reads[rivals], time[harmless])
         return pieces
 
-    def record_write(self, pieces, threads, slot=None, time=None) -> None:
-        """Remember the writer; two warps that write one granule at once are a race."""
+    def record_write(self, pieces, threads, slot=None, time=None, agreed=False) -> None:
+        """Remember the writer; two warps that write one granule at once are a race, unless they
+        agree on the value: then all but one count as readers of it."""
         warp = (threads >> 5)[:, None]
         self.writer[pieces] = warp % self.warps if slot is None else slot
         self.write_time[pieces] = self.clocks.now[warp] if time is None else time
         if slot is None:
             other = self.writer[pieces] != warp % self.warps
-            if other.any():
+            if agreed and other.any():
+                rivals = np.broadcast_to(warp, pieces.shape)[other]
+                self.reads[pieces[other], rivals % self.warps] = self.clocks.now[rivals]
+            elif other.any():
                 i = int(np.flatnonzero(other.any(axis=1))[0])
                 raise Fault("race: two warps write the same shared bytes at once", int(threads[i]))
 

@@ -7,7 +7,7 @@ read nor written. After the wait they are a write of the waiting warp: other war
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,8 +28,15 @@ class Copy:
     at: np.ndarray  # byte positions in the batch's shared memory
     pieces: np.ndarray  # granules
     data: np.ndarray  # [n, words]
+    source: np.ndarray  # global addresses
+    length: np.ndarray  # bytes read from there
     size: int
     serial: int
+
+    def rest(self, keep: np.ndarray) -> Copy:
+        """Of some of the threads."""
+        rows = ("threads", "group", "at", "pieces", "data", "source", "length")
+        return replace(self, **{name: getattr(self, name)[keep] for name in rows})
 
 
 class AsyncCopies:
@@ -38,6 +45,7 @@ class AsyncCopies:
         self.groups = np.zeros(batch.size, np.int64)  # committed by each thread
         self.pending: list[Copy] = []
         self.serial = 0
+        batch.globals.aliases.readers.append(self)
 
     @classmethod
     def of(cls, batch) -> AsyncCopies:
@@ -55,18 +63,14 @@ class AsyncCopies:
                 continue
             if done.any():
                 self._write(copy, done, slot, time)
-                rest = ~done
-                copy = Copy(
-                    copy.threads[rest],
-                    copy.group[rest],
-                    copy.at[rest],
-                    copy.pieces[rest],
-                    copy.data[rest],
-                    copy.size,
-                    copy.serial,
-                )
+                copy = copy.rest(~done)
             kept.append(copy)
         self.pending = kept
+
+    def sources(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(addresses, lengths) of what is being read."""
+        reading = [(copy, copy.length > 0) for copy in self.pending]
+        return [(copy.source[read], copy.length[read]) for copy, read in reading]
 
     def _write(self, copy: Copy, pick, slot, time) -> None:
         shared, where = self.batch.shared, copy.at[pick]
@@ -106,9 +110,13 @@ def copy(batch, ins):
             raise Fault("race: two threads of one cp.async write the same bytes", int(threads[0]))
         shared.landing[pieces] += 1
         shared.wavefronts("store", where, threads, size)
-        data = _fetch(batch, source(m), threads, None if length is None else length(m), size)
+        start = source(m)
+        read = np.full(len(threads), size) if length is None else length(m).astype(np.int64)
+        data = _fetch(batch, start, threads, read, size)
         group, copies.serial = copies.groups[threads], copies.serial + 1
-        copies.pending.append(Copy(threads, group, where, pieces, data, size, copies.serial))
+        copies.pending.append(
+            Copy(threads, group, where, pieces, data, start, read, size, copies.serial)
+        )
 
     return run
 
@@ -129,7 +137,7 @@ def _source_size(batch, operand, size: int, line):
 def _fetch(batch, address, threads, length, size: int) -> np.ndarray:
     unit = 8 if size >= 8 else 4
     what = "cp.async read"
-    if length is None or (length == size).all():
+    if (length == size).all():
         return batch.globals.load(address, threads, unit, size // unit, what)
     if (length > size).any():
         raise Fault("cp.async with a source longer than the copy", int(threads[0]))

@@ -13,14 +13,20 @@ from .warp import members
 
 
 class Barriers:
-    """The 16 barriers of every block of a batch."""
+    """The 16 barriers of every block of a batch.
+
+    One that names no number of threads waits for all that have not exited; those that have, order
+    nothing.
+    """
 
     def __init__(self, batch):
         self.batch = batch
         self.arrived = np.zeros((batch.count, 16), np.int64)
-        self.expected = np.zeros((batch.count, 16), np.int64)
+        self.expected = np.zeros((batch.count, 16), np.int64)  # 0: the whole block
         self.warps = np.zeros((batch.count, 16, batch.warps), bool)
         self.waiting: dict[tuple[int, int], list[np.ndarray]] = {}
+        self.votes: dict[tuple[int, int], list] = {}  # (threads, predicate, result) of bar.red
+        batch.at_exit.append(self.exit)
 
     @classmethod
     def of(cls, batch) -> Barriers:
@@ -34,12 +40,24 @@ class Barriers:
         self.batch.counters.barriers += self.batch.count
         self.batch.progress += 1
 
-    def arrive(self, block: int, barrier: int, count: int, threads, wait: bool) -> bool:
-        """Add the arrival of `threads`; True when it completed the barrier."""
+    def needed(self, key: tuple[int, int]) -> int:
+        """How many threads the barrier waits for."""
+        batch = self.batch
+        first = key[0] * batch.threads
+        living = batch.state[first : first + batch.real_threads] != EXITED
+        return int(self.expected[key]) or int(np.count_nonzero(living))
+
+    def arrive(self, block: int, barrier: int, count: int, threads, wait: bool) -> None:
+        """Add the arrival of `threads`, and let all go on where it is the last one.
+
+        count: of threads that take part; 0 for the whole block.
+        """
         batch, key = self.batch, (block, barrier)
         if self.arrived[key] and self.expected[key] != count:
+            before = self.needed(key)
             raise Fault(
-                f"barrier {barrier} is used for {count} and {self.expected[key]} threads at once",
+                f"barrier {barrier} is used for {count or batch.real_threads} and {before} threads "
+                "at once",
                 int(threads[0]),
             )
         self.expected[key] = count
@@ -48,13 +66,24 @@ class Barriers:
         if wait:
             self.waiting.setdefault(key, []).append(threads)
             batch.state[threads] = AT_BARRIER
-        if self.arrived[key] > count:
+        needed = self.needed(key)
+        if self.arrived[key] > needed:
             raise Fault(
-                f"{self.arrived[key]} threads came to barrier {barrier} for {count}",
+                f"{self.arrived[key]} threads came to barrier {barrier} for {needed}",
                 int(threads[0]),
             )
-        if self.arrived[key] < count:
-            return False
+        if self.arrived[key] == needed:
+            self._complete(key)
+
+    def exit(self, threads) -> None:
+        """Whoever waited for nobody but these threads goes on."""
+        blocks = np.unique(self.batch.block_of[threads])
+        for key in [key for key in self.waiting if key[0] in blocks]:
+            if self.arrived[key] == self.needed(key):
+                self._complete(key)
+
+    def _complete(self, key: tuple[int, int]) -> None:
+        batch, (block, barrier) = self.batch, key
         waiting = self.waiting.pop(key, [])
         for group in waiting:
             batch.state[group] = RUNNING
@@ -62,15 +91,18 @@ class Barriers:
         takers = np.unique(np.concatenate(waiting) >> 5) if waiting else np.array([], np.int64)
         givers = block * batch.warps + np.flatnonzero(self.warps[block, barrier])
         batch.clocks.join(givers, takers)
+        votes = self.votes.pop(key, [])
+        truth = [cast for _, cast, _ in votes]
+        for threads, _, result in votes:
+            result(threads, np.concatenate(truth))
         self.arrived[key] = 0
         self.warps[block, barrier] = False
         batch.counters.barriers += 1
         batch.progress += 1
-        return True
 
 
 def _whole(batch, threads, what: str) -> None:
-    """No lane of an arriving warp may be elsewhere (one that exited is missed at the barrier)."""
+    """No lane of an arriving warp may be elsewhere; one that exited is nowhere."""
     rows = np.unique(threads >> 5)[:, None] * 32 + np.arange(32)
     here = np.zeros(batch.size, bool)
     here[threads] = True
@@ -99,7 +131,7 @@ def _arrivals(batch, m, ids, counts, what: str):
         raise Fault(f"{what}: there are 16 barriers", int(threads[0]))
     for one in np.unique(key):
         mine = threads[key == one]
-        count = batch.real_threads if counts is None else int(counts[mine[0]])
+        count = 0 if counts is None else int(counts[mine[0]])
         if counts is not None and count % 32:
             raise Fault(f"{what}: {count} threads is no multiple of a warp", int(mine[0]))
         yield int(one) // 16, int(one) % 16, count, mine
@@ -167,8 +199,11 @@ def reduce(batch, ins):
     counts = batch.read(ins.operands[2], "u32", ins.line) if len(ins.operands) == 4 else None
     test = batch.predicate(ins.operands[-1], ins.line)
     out = batch.write(ins.operands[0], "u32" if operation == "popc" else "pred", ins.line)
+    combine = {"popc": np.sum, "and": np.all, "or": np.any}[operation]
     barriers, index = Barriers.of(batch), batch.building
-    votes: dict[tuple[int, int], list] = {}
+
+    def result(threads, votes) -> None:
+        out[threads] = combine(votes)
 
     def run(m):
         truth = np.zeros(batch.size, bool)
@@ -176,13 +211,9 @@ def reduce(batch, ins):
         _whole(batch, batch.indices(m), ins.opcode)
         batch.pc[batch.indices(m)] = index
         for block, barrier, count, threads in _arrivals(batch, m, ids, counts, ins.opcode):
-            cast = votes.setdefault((block, barrier), [])
-            cast.append((threads, truth[threads]))
-            if barriers.arrive(block, barrier, count, threads, wait=True):
-                values = np.concatenate([v for _, v in cast])
-                result = {"popc": values.sum, "and": values.all, "or": values.any}[operation]()
-                out[np.concatenate([t for t, _ in cast])] = result
-                votes.pop((block, barrier))
+            votes = barriers.votes.setdefault((block, barrier), [])
+            votes.append((threads, truth[threads], result))
+            barriers.arrive(block, barrier, count, threads, wait=True)
         return SPLIT
 
     return run

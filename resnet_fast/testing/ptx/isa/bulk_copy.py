@@ -78,15 +78,20 @@ class BulkGroups:
 class Landing:
     """A copy into shared memory, from its issue on."""
 
-    def __init__(self, batch, barrier, thread: int, at: np.ndarray, data: np.ndarray):
-        """at: byte positions of 16-byte pieces; data: [n, 16] bytes."""
+    def __init__(self, batch, barrier, thread: int, at: np.ndarray, data: np.ndarray, source):
+        """at: byte positions of 16-byte pieces; data: [n, 16] bytes; source: what is read, as
+        (addresses, bytes at each)."""
         self.batch, self.barrier, self.at, self.data = batch, barrier, at, data
         owner = np.full(len(at), thread)
         shared = batch.shared
         self.pieces = shared.check_write(at, owner, 16, "bulk copy", ASYNC)
         shared.landing[self.pieces] += 1
-        self.owner = owner
+        self.owner, self.source = owner, source
         barrier.copies.append(self.land)
+        batch.globals.aliases.readers.append(self)
+
+    def sources(self) -> list[tuple]:
+        return [self.source]
 
     def land(self) -> None:
         shared = self.batch.shared
@@ -95,6 +100,7 @@ class Landing:
         shared.landing[self.pieces] -= 1
         shared.record_write(self.pieces, self.owner, *self.barrier.agent_wrote())
         self.barrier.bytes -= self.data.size
+        self.batch.globals.aliases.readers.remove(self)
 
 
 def without_policy(ins) -> list:
@@ -130,7 +136,8 @@ def load(batch, ins):
             owner = np.full(len(steps), thread)
             data = batch.globals.load(start + steps, owner, 8, 2, "bulk copy")
             at = batch.shared.locate(to + steps, owner, 16, "bulk copy")
-            Landing(batch, barriers.find(int(object_), thread), thread, at, data.view(np.uint8))
+            data, object_ = data.view(np.uint8), barriers.find(int(object_), thread)
+            Landing(batch, object_, thread, at, data, (start + steps, 16))
 
     return run
 

@@ -22,9 +22,10 @@ def branch(batch, ins):
 def leave(batch, ins):
     def run(m):
         threads = batch.indices(m)
+        batch.state[threads] = EXITED
         for callback in batch.at_exit:
             callback(threads)
-        batch.state[threads] = EXITED
+        batch.wake_collectives(threads)
         batch.valid[:, threads] = np.maximum(batch.valid[:, threads], 1)
         batch.progress += 1
         return SPLIT

@@ -57,8 +57,9 @@ def _packed(batch, ins, element, source):
     compute = _scalar(ins, element, source)
 
     def run(m):
-        put(out[:, 0], m, compute(at(low, m)))
-        put(out[:, 1], m, compute(at(high, m)))
+        halves = compute(at(low, m)), compute(at(high, m))  # a source may be the target
+        for i, half in enumerate(halves):
+            put(out[:, i], m, half)
 
     return run
 

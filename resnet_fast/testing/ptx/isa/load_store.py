@@ -45,7 +45,7 @@ def load(batch, ins):
     unit = SIZES[kind]
     outs = operand_items(ins.operands[0])
     puts = [batch.extending_write(o, kind, ins.line) for o in outs]
-    read = reader(batch, space or (named if named == "const" else None))
+    read = reader(batch, space or (named if named == "const" else None), "nc" in ins.modifiers)
     element = np.dtype(f"i{unit}" if kind[0] == "s" else f"u{unit}")
     kinds = [(p, element if kind[0] in "sub" else DTYPES[kind]) for p in puts]
 
@@ -79,10 +79,12 @@ def store(batch, ins):
 # --- spaces -----------------------------------------------------------------------------------
 
 
-def reader(batch, space: str | None):
+def reader(batch, space: str | None, constant: bool = False):
     """read(address, m, unit, lanes) -> [n, lanes] for a state space, or for generic addresses."""
     if space in ("global", "const"):
-        return lambda a, m, unit, lanes: batch.globals.load(a, m, unit, lanes)
+        return lambda a, m, unit, lanes: batch.globals.load(
+            a, m, unit, lanes, constant=constant and batch.globals.aliases.watched
+        )
     if space == "shared":
         return lambda a, m, unit, lanes: batch.shared.load(a, batch.indices(m), unit, lanes)
     if space == "param":

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..batch import AT_COLLECTIVE, EXITED, RUNNING
 from ..errors import PtxError
-from ..syntax import Address, Instruction, registers_of
+from ..syntax import Address, Immediate, Instruction, registers_of
 
 SPLIT = -1
 
@@ -28,17 +28,18 @@ class Spec:
     writes: tuple[int, ...]  # operands that are destinations
     control: bool  # may jump, wait or exit
     together: str  # who must come together: "", "warp", "warpgroup", or "mask", the last operand
+    own: tuple[int, ...]  # operands whose registers the builder's run(m) checks itself
 
 
 _specs: dict[str, Spec] = {}
 
 
-def instruction(*names, kind, writes: tuple[int, ...] = (0,), control=False, together=""):
+def instruction(*names, kind, writes: tuple[int, ...] = (0,), control=False, together="", own=()):
     """Register a builder for every opcode that begins with one of these dotted names."""
 
     def register(build):
         for name in names:
-            _specs[name] = Spec(build, kind, writes, control, together)
+            _specs[name] = Spec(build, kind, writes, control, together, own)
         return build
 
     return register
@@ -55,11 +56,23 @@ def find(opcode: str) -> Spec | None:
     return None
 
 
+def spec_of(ins: Instruction) -> Spec:
+    """Raises PtxError where there is none."""
+    if spec := find(ins.opcode):
+        return spec
+    raise PtxError(f"unknown instruction {ins.opcode}", ins.line)
+
+
 def reads_and_writes(ins: Instruction):
-    """(registers read, registers written); an address is read even where it stands first."""
-    spec = find(ins.opcode)
+    """(registers read, registers written); an address is read even where it stands first.
+
+    Without those that the instruction checks itself.
+    """
+    spec = spec_of(ins)
     reads, writes = [], []
     for i, operand in enumerate(ins.operands):
+        if i in spec.own:
+            continue
         target = writes if i in spec.writes and not isinstance(operand, Address) else reads
         target.extend(registers_of(operand))
     return reads, writes
@@ -67,9 +80,7 @@ def reads_and_writes(ins: Instruction):
 
 def compile_instruction(batch, ins: Instruction, index: int):
     """run(m) with the guard applied."""
-    spec = find(ins.opcode)
-    if spec is None:
-        raise PtxError(f"unknown instruction {ins.opcode}", ins.line)
+    spec = spec_of(ins)
     try:
         run = spec.build(batch, ins)
     except PtxError as error:
@@ -124,28 +135,31 @@ def gathered(batch, ins, index: int, together: str, run):
     """run(m) once the lanes that must execute together are all there; the early ones wait.
 
     Lanes of a warp may come apart, as where one alone waits for an mbarrier; the hardware lets
-    the others wait for it at the next collective. Who never comes makes a deadlock.
+    the others wait for it at the next collective, until it comes or exits. Who does neither makes
+    a deadlock.
     """
     unit = 128 if together == "warpgroup" else 32
     number, members = _units(batch, unit)
     mask = batch.read(ins.operands[-1], "b32", ins.line) if together == "mask" else None
-    bit = np.uint32(1) << (batch.all & 31).astype(np.uint32)
+    one_mask = mask is None or isinstance(ins.operands[-1], Immediate)
     waiting = np.zeros(batch.size, bool)
 
+    def whole(m) -> bool:
+        if m is not None and (batch.threads % unit or len(m) % unit or not _whole(m, unit)):
+            return False
+        if one_mask:
+            return True
+        masks = at(mask, m).reshape(-1, 32)
+        return bool((masks == masks[:, :1]).all())
+
     def gather(m):
-        aligned = batch.threads % unit == 0
-        if m is None or (aligned and len(m) % unit == 0 and _whole(m, unit)):
+        if whole(m):
             return run(m)
+        m = batch.indices(m)
         here = waiting.copy()
         here[m] = True
         rows = members[np.unique(number[m])]
-        if mask is None:
-            wanted = batch.state[rows] != EXITED
-        else:
-            union = np.bitwise_or.reduce(np.where(here[rows], mask[rows], 0), axis=1)
-            wanted = (union[:, None] & bit[rows]) != 0
-            wanted &= batch.state[rows] != EXITED
-        complete = (here[rows] | ~wanted).all(axis=1)
+        complete = _complete(batch, here, rows, mask)
         ready = np.unique(rows[complete])
         ready = ready[here[ready]]
         late = np.setdiff1d(m, ready)
@@ -164,6 +178,21 @@ def gathered(batch, ins, index: int, together: str, run):
         return SPLIT
 
     return gather
+
+
+def _complete(batch, here, rows, mask):
+    """Which lanes of these units need wait for nobody: [units] without a mask, else [units, 32].
+
+    A lane waits for those of its mask that have not exited, and that come with the same mask. One
+    that its own mask leaves out does not wait: the instruction objects.
+    """
+    gone = batch.state[rows] == EXITED
+    if mask is None:
+        return (here[rows] | gone).all(axis=1)
+    named = mask[rows][:, :, None]
+    same = here[rows][:, None, :] & (named == mask[rows][:, None, :])
+    member = (named >> np.arange(32, dtype=np.uint32)) & 1 != 0
+    return (same | gone[:, None, :] | ~member).all(axis=2) | ~member.diagonal(axis1=1, axis2=2)
 
 
 def _units(batch, unit: int):

@@ -51,14 +51,18 @@ def _shared_pieces(batch, map_, start: int, thread: int):
     return batch.shared.locate(steps, owner, 16, "tensor copy"), owner
 
 
-def _in_view(batch, map_, thread: int | None):
-    """(unsigned elements of the map's buffer, virtual base)."""
-    memory = batch.globals
-    for i, interval in enumerate(memory.intervals):
+def _place(batch, map_, thread: int) -> int:
+    """Which of the launch's intervals holds the map's array."""
+    for i, interval in enumerate(batch.globals.intervals):
         if interval.low <= map_.interval.low and map_.interval.high <= interval.high:
-            rows, base = memory.view(i, map_.size, 1)
-            return rows[:, 0], base
+            return i
     raise Fault("the tensor map's array is not among what the launch may touch", thread)
+
+
+def _in_view(batch, map_, thread: int):
+    """(unsigned elements of the map's buffer, virtual base)."""
+    rows, base = batch.globals.view(_place(batch, map_, thread), map_.size, 1)
+    return rows[:, 0], base
 
 
 def _count(batch, kind: str, addresses, size: int) -> None:
@@ -110,7 +114,8 @@ def _tensor_load(batch, ins):
             _count(batch, "load", addresses[inside], map_.size)
             at, _ = _shared_pieces(batch, map_, int(to), thread)
             pieces = data.view(np.uint8).reshape(-1, 16)
-            Landing(batch, barriers.find(int(object_), thread), thread, at, pieces)
+            object_ = barriers.find(int(object_), thread)
+            Landing(batch, object_, thread, at, pieces, (addresses[inside], map_.size))
 
     return run
 
@@ -144,17 +149,20 @@ def _tensor_store(batch, ins, operation: str | None):
             view, _ = _in_view(batch, map_, thread)
             if not map_.interval.writable:
                 raise Fault("tensor copy into a read-only array", thread)
-
             write = functools.partial(
-                _scatter, batch, map_, operation, addresses[inside], data.view(view.dtype)[inside]
+                *(_scatter, batch, map_, thread, operation),
+                *(addresses[inside], data.view(view.dtype)[inside]),
             )
             groups.pending.append(PendingStore(thread, int(groups.groups[thread]), pieces, write))
 
     return run
 
 
-def _scatter(batch, map_, operation, addresses, data) -> None:
-    view, base = _in_view(batch, map_, None)
+def _scatter(batch, map_, thread: int, operation, addresses, data) -> None:
+    view, base = _in_view(batch, map_, thread)
+    owner = np.full(len(addresses), thread)
+    place = _place(batch, map_, thread)
+    batch.globals.claim(place, addresses, map_.size, owner, "tensor copy")
     index = (addresses - base) // map_.size
     view[index] = _combine(map_, operation, view[index], data)
     _count(batch, "store", addresses, map_.size)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exchange within a warp: shfl, vote, match, redux, activemask, elect.
 
-Every lane that the member mask names must execute the same instruction together.
+Every lane that the member mask names must execute the same instruction together, with the same
+mask, unless it has exited; lanes of a warp with different masks are groups for themselves.
 """
 
 from __future__ import annotations
@@ -10,48 +11,46 @@ import numpy as np
 
 from ..batch import EXITED
 from ..errors import Fault
-from ..syntax import Pair, Sink
+from ..syntax import Pair, Sink, registers_of
 from .registry import at, instruction, put
 
 
 def members(batch, m, mask, what: str):
-    """[warps, 32] of executing lanes and thread indices, checked against the member masks."""
-    threads = batch.indices(m)
-    warps = np.unique(threads >> 5)
-    rows = warps[:, None] * 32 + np.arange(32)
-    active = np.zeros(batch.size, bool)
-    active[threads] = True
-    active = active[rows]
-    wanted = np.zeros(batch.size, np.uint32)
-    wanted[threads] = at(mask, m)
-    wanted = wanted[rows]
-    lanes = np.uint32(1) << np.arange(32, dtype=np.uint32)
-    own = (wanted & lanes) != 0
-    if (active & ~own).any():
-        bad = rows[active & ~own][0]
-        raise Fault(f"{what} by a lane that its own member mask leaves out", int(bad))
-    union = np.bitwise_or.reduce(np.where(active, wanted, 0), axis=1)
-    exited = (batch.state[rows] == EXITED) & ~active
-    missing = ((union[:, None] & lanes) != 0) & ~active
+    """(thread indices, which of them take part), both [groups, 32].
+
+    A group is the executing lanes of one warp that name the same member mask. A fault where a lane
+    is not in its own mask, or a lane of the mask neither executes with that mask nor has exited.
+    """
+    threads, lanes = batch.indices(m), np.arange(32)
+    named = at(mask, m).astype(np.int64)
+    out = (named >> (threads & 31)) & 1 == 0
+    if out.any():
+        raise Fault(f"{what} by a lane that its own member mask leaves out", int(threads[out][0]))
+    groups, number = np.unique((threads >> 5) << 32 | named, return_inverse=True)
+    rows = (groups >> 32)[:, None] * 32 + lanes
+    active = np.zeros(rows.shape, bool)
+    active[number, threads & 31] = True
+    missing = ((groups[:, None] >> lanes) & 1 != 0) & ~active & (batch.state[rows] != EXITED)
     if missing.any():
-        lane = int(np.argwhere(missing)[0][1])
-        why = "has exited" if exited[missing].any() else "is elsewhere"
+        group, lane = np.argwhere(missing)[0]
         raise Fault(
-            f"{what} by a partial warp: lane {lane} of the member mask {why}",
-            int(rows[missing][0] - lane + np.flatnonzero(active[np.argwhere(missing)[0][0]])[0]),
+            f"{what} by a partial warp: lane {lane} of the member mask is elsewhere",
+            int(rows[group][active[group]][0]),
         )
     return rows, active
 
 
-@instruction("shfl.sync", kind="shuffle", together="mask")
+@instruction("shfl.sync", kind="shuffle", together="mask", own=(1,))
 def shuffle(batch, ins):
+    """Only the lanes that are read need have a value, as where a leader alone has the result."""
     mode = ins.modifiers[1]
     target = ins.operands[0]
     first, second = (target.first, target.second) if isinstance(target, Pair) else (target, Sink())
     out, p = batch.write(first, "b32", ins.line), batch.write(second, "pred", ins.line)
     a = batch.read(ins.operands[1], "b32", ins.line)
     b, c, mask = (batch.read(o, "b32", ins.line) for o in ins.operands[2:5])
-    lane = np.arange(32)
+    source = [batch.register_index(r) for r in registers_of(ins.operands[1])]
+    lane, index = np.arange(32), batch.building
 
     def run(m):
         rows, active = members(batch, m, mask, ins.opcode)
@@ -79,6 +78,10 @@ def shuffle(batch, ins):
             raise Fault(f"{ins.opcode} reads a lane that takes no part", int(bad))
         values = np.take_along_axis(a[rows], j & 31, axis=1)
         threads = rows[active]
+        sources = np.take_along_axis(rows, j & 31, axis=1)[active]
+        for register in source:
+            if not batch.full[register]:
+                batch.executor.readable(register, index, sources)
         out[threads] = values[active]
         p[threads] = inside[active]
 
@@ -174,7 +177,7 @@ def active_mask(batch, ins):
 
 @instruction("elect.sync", kind="vote", together="mask")
 def elect(batch, ins):
-    """The lowest lane of the member mask is the leader."""
+    """The lowest lane that executes is the leader of those that name its member mask."""
     target = ins.operands[0]
     out, p = batch.write(target.first, "b32"), batch.write(target.second, "pred")
     mask = batch.read(ins.operands[1], "b32", ins.line)

@@ -178,7 +178,7 @@ def wait(batch, ins):
     return run
 
 
-@instruction("wgmma.mma_async", kind="wgmma", writes=(), together="warpgroup")
+@instruction("wgmma.mma_async", kind="wgmma", writes=(), together="warpgroup", own=(0,))
 def mma(batch, ins):
     state = Warpgroups.of(batch)
     m_size, n, k = (int(x) for x in re.search(r"\.m(\d+)n(\d+)k(\d+)\.", ins.opcode).groups())

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU backend's first launch of a plan: where it fails, the next backend serves the call.
+
+A refusal is known before anything runs. What a compiler, a driver or a device makes of a kernel is
+not: a tool that is missing, a kernel that does not fit. So the first launch of a plan is a trial.
+Where it raises, the plan is chosen anew without that backend, with the reason among its refusals
+and one warning; where it returns, nothing stands between the plan and its launches any more.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from resnet_fast import _hardware
+
+TRIED = ("cuda", "triton")  # whose kernels are compiled for, or loaded on, a device at first
+_lock = threading.Lock()
+
+# refusals that are known already, by the backend's name -> a `Plan` or a `JoinPlan`
+Choose = Callable[[dict[str, str]], object]
+
+
+def on_trial(choose: Choose, named: str):
+    """The plan that `choose({})` makes, on trial.
+
+    Args:
+        choose: makes a plan; backends in the refusals that it is given are not asked.
+        named: the backend that was asked for by argument, whose place none may take.
+    """
+    plan = choose({})
+    _arm(plan, choose, named)
+    return plan
+
+
+def _arm(plan, choose: Choose, named: str) -> None:
+    if plan.backend in TRIED and plan.backend != named:
+        plan.bind = Trial(plan, choose, named)
+
+
+class Trial:
+    """What stands for the `bind` of a plan until a launch of it has returned."""
+
+    def __init__(self, plan, choose: Choose, named: str) -> None:
+        self.plan, self.bind, self.choose, self.named = plan, plan.bind, choose, named
+
+    def __call__(self, *tensors) -> FirstLaunch:
+        return FirstLaunch(self, tensors)
+
+    def is_over(self) -> bool:
+        """Whether the plan has launched, or has another backend."""
+        return self.plan.bind is not self
+
+    def succeeded(self) -> None:
+        """The plan's launches need no watching any more."""
+        if not self.is_over():
+            self.plan.bind = self.bind
+
+    def failed(self, error: Exception) -> None:
+        """Give the plan to the next backend, unless no other could do better: then raise."""
+        if _hardware.is_out_of_memory(error) or _is_recording():
+            raise error
+        with _lock:
+            if self.is_over():  # another thread's launch has failed as well
+                return
+            plan, text = self.plan, str(error).strip().partition("\n")[0]
+            reason = f"its first launch failed: {type(error).__name__}: {text}"
+            found = self.choose({**plan.refusals, plan.backend: reason})
+            warnings.warn(
+                f"resnet_fast: backend {plan.backend!r} cannot run {plan.problem.spec}, "
+                f"{found.backend!r} does: {reason}",
+                stacklevel=2,
+            )
+            plan.failed = f"{plan.backend}: {reason}"
+            plan.backend, plan.refusals, plan.tile = found.backend, found.refusals, found.tile
+            plan.why, plan.bind = found.why, found.bind
+            _arm(plan, self.choose, self.named)
+
+
+class FirstLaunch:
+    """A launch that may be the first of its plan; fresh until one has been."""
+
+    __slots__ = ("tensors", "trial")
+    growth = None
+
+    def __init__(self, trial: Trial, tensors: tuple) -> None:
+        self.trial, self.tensors = trial, tensors
+
+    def __call__(self, *args):
+        trial = self.trial
+        if trial.is_over():
+            return trial.plan.bind(*self.tensors)(*args)
+        try:
+            y = trial.bind(*self.tensors)(*args)
+        except Exception as error:
+            trial.failed(error)
+            return trial.plan.bind(*self.tensors)(*args)
+        trial.succeeded()
+        return y
+
+    def fresh(self, weight: torch.Tensor) -> bool:
+        return not self.trial.is_over()
+
+
+def _is_recording() -> bool:
+    """Whether a CUDA graph is being recorded, in which a failure says nothing of later launches."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
