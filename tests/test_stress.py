@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import random
 import subprocess
 import sys
@@ -119,8 +120,8 @@ before = kibibytes("VmRSS")
 for x in images:
     m(x)
 packed = resnet_fast.report(m).packed_bytes
-weights = sum(p.nbytes for p in m.parameters() if p.dim() == 4)
-print(json.dumps([(kibibytes("VmHWM") - before) * 1024, packed, weights]))
+weights = [p.nbytes for p in m.parameters() if p.dim() == 4]
+print(json.dumps([(kibibytes("VmHWM") - before) * 1024, packed, sum(weights), max(weights)]))
 """
 DELETED = """
 def life():
@@ -139,23 +140,27 @@ print(json.dumps([(kibibytes("VmRSS") - before) * 1024]))
 def measured(script: str, kind: str) -> list[int]:
     if not sys.platform.startswith("linux"):
         pytest.skip("no /proc, which tells a process's memory")
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE + script, kind], capture_output=True, text=True, check=True
-    )
+    # glibc gives large blocks back when they are freed: the peak is what was held at one time.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURE + script, kind]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-NOISE = 16 * 2**20  # what two runs of one script differ by, an allocator's arenas
+NOISE = 32 * 2**20  # small blocks, and code that is made for each size
 
 
 def test_fifty_sizes_keep_one_packed_copy():
-    """Beside it a process grows by what the plain model's activations take."""
-    plain, nothing, _ = measured(GROWTH, "plain")
-    grown, packed, weights = measured(GROWTH, "optimized")
+    """Beside it a process grows by what the plain model's activations take.
+
+    And while a weight is packed, by three of its kind: scaled, laid out anew, made positive.
+    """
+    plain, nothing, _, _ = measured(GROWTH, "plain")
+    grown, packed, weights, largest = measured(GROWTH, "optimized")
     assert nothing == 0
     # The first convolution's three channels are padded; everything else is as large as it was.
     assert weights <= packed <= 1.05 * weights
-    assert grown <= plain + packed + NOISE
+    assert grown <= plain + packed + 3 * largest + NOISE
 
 
 def test_del_gives_a_models_memory_back_without_the_collector():
