@@ -10,6 +10,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--stress-seconds", type=float, help="how long tests/test_stress.py keeps threads at work"
+    )
+
+
 @pytest.fixture
 def needs_cpu_backend():
     """needs_cpu_backend(dtype): skip the test, with the reason, where oneDNN does not run it."""
