@@ -51,6 +51,10 @@ class Gpu:
 
 
 REGISTERS_PER_SM = 65536
+# What mma.sync reaches of the tensor peak, all of which takes wgmma or tcgen05: on sm_90 as others
+# have measured (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture",
+# 2024); on sm_100 as if an SM took as many products a clock as one of sm_90, which is assumed.
+MMA_SYNC = {90: 0.62, 100: 0.31}
 _LARGE, _SMALL = (227 * 1024, 228 * 1024, 2048), (99 * 1024, 100 * 1024, 1536)
 _LIMITS = {80: (163 * 1024, 164 * 1024, 2048), 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE,
            120: _SMALL}  # fmt: skip
@@ -165,6 +169,11 @@ def is_out_of_memory(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def mma_sync_share(gpu: Gpu) -> float:
+    """The share of its tensor peak that kernels can reach by mma.sync."""
+    return MMA_SYNC.get(nearest_architecture(gpu.capability), 1.0)
 
 
 def described(target: Gpu | int) -> Gpu | None:

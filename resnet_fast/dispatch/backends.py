@@ -39,7 +39,7 @@ from resnet_fast.dispatch.problem import (
     on_device_of,
     triton_interprets,
 )
-from resnet_fast.dispatch.trial import on_trial
+from resnet_fast.dispatch.trial import TRIED, on_trial, reason_to_pass_on
 from resnet_fast.kernels import aten, cpu
 from resnet_fast.spec import TileConfig
 
@@ -331,12 +331,22 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
     )
     if not dense or x.stride() != y.stride() or x.numel() == 0:
         return aten.add_relu(x, y)
-    chosen, _ = explain_add_relu(str(x.device), str(x.dtype).removeprefix("torch."))
-    if chosen == "cuda":
-        return cuda.add_relu(x, y)
-    if chosen == "triton":
-        return _triton_add_relu(x, y)
-    return cpu.add_relu(x, y) if chosen == "cpu" else aten.add_relu(x, y)
+    key = str(x.device), str(x.dtype).removeprefix("torch.")
+    chosen, _ = explain_add_relu(*key)
+    if chosen not in TRIED:
+        return cpu.add_relu(x, y) if chosen == "cpu" else aten.add_relu(x, y)
+    try:
+        return cuda.add_relu(x, y) if chosen == "cuda" else _triton_add_relu(x, y)
+    except Exception as error:
+        reason = reason_to_pass_on(error)
+        _add_relu_failed[(chosen, *key)] = reason
+        explain_add_relu.cache_clear()
+        text = f"backend {chosen!r} cannot run add_relu, {explain_add_relu(*key)[0]!r} does"
+        warnings.warn(f"resnet_fast: {text}: {reason}", stacklevel=2)
+    return add_relu(x, y)
+
+
+_add_relu_failed: dict[tuple[str, str, str], str] = {}  # (backend, device, dtype) -> why
 
 
 def _triton_add_relu(x: Tensor, y: Tensor) -> Tensor:
@@ -372,6 +382,7 @@ def explain_add_relu(device: str, dtype: str) -> tuple[str, dict[str, str]]:
             reason = f"{row.name} has no such function"
         elif row.name != "aten":
             reason = cuda.add_relu_missing(device) if row.name == "cuda" else row.missing()
+            reason = reason or _add_relu_failed.get((row.name, device, dtype))
             reason = reason or (None if known else f"takes {ADD_RELU_DTYPES}, not {dtype}")
         reasons[row.name] = reason
     return _first(reasons, {})

@@ -134,12 +134,14 @@ class Family:
         tiles: (arch, dtype) -> the rows of the table, in the elements of dtype.
         walk: how the kernel walks a filter; its steps are what the score counts.
         refusal: why a tile is not for a spec, by rules of this kernel alone; None where it is.
+        share: of a GPU's tensor peak, what the instructions for a tile can reach.
     """
 
     name: str
     tiles: Callable[[int, str], tuple[TileConfig, ...]]
     walk: Callable[[ConvSpec], FilterWalk]
     refusal: Callable[[ConvSpec, TileConfig], str | None]
+    share: Callable[[_hardware.Gpu, TileConfig], float]
 
 
 def _cuda_tiles(arch: int, dtype: str) -> tuple[TileConfig, ...]:
@@ -171,8 +173,19 @@ def _triton_refusal(spec: ConvSpec, tile: TileConfig) -> str | None:
     return None
 
 
-TRITON = Family("Triton", lambda arch, dtype: TILES[arch], filter_walk, _triton_refusal)
-CUDA = Family("CUDA", _cuda_tiles, _flat_walk, lambda spec, tile: None)
+def _triton_share(gpu: _hardware.Gpu, tile: TileConfig) -> float:
+    """wgmma and tcgen05 take 64 rows and more of a tile; for fewer there is mma.sync."""
+    return 1.0 if tile.BLOCK_M >= 64 else _hardware.mma_sync_share(gpu)
+
+
+def _cuda_share(gpu: _hardware.Gpu, tile: TileConfig) -> float:
+    return _hardware.mma_sync_share(gpu)
+
+
+TRITON = Family(
+    "Triton", lambda arch, dtype: TILES[arch], filter_walk, _triton_refusal, _triton_share
+)
+CUDA = Family("CUDA", _cuda_tiles, _flat_walk, lambda spec, tile: None, _cuda_share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,21 +291,26 @@ def split_refusal(
 
 
 def score(
-    spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu, family: Family = TRITON
+    spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu, family: Family = TRITON, sums: int = 1
 ) -> Candidate:
-    """The estimated time: the slowest of four resources, and a tenth of what the others take."""
+    """The estimated time: the slowest of four resources, and a tenth of what the others take.
+
+    `sums` is how many accumulators a thread keeps for each of its output elements.
+    """
     size = ELEMENT_SIZE[spec.dtype]
     count = blocks(spec, tile)
     steps = -(-family.walk(spec).steps(tile.BLOCK_K) // tile.SPLIT_K)
     products = tile.BLOCK_M * tile.BLOCK_N
     edges = tile.BLOCK_M + tile.BLOCK_N
-    resident = resident_blocks(spec, tile, gpu)
+    resident = resident_blocks(spec, tile, gpu, sums)
 
     # operands come from shared memory: the larger the tile, the more products for each; and every
     # step has its barrier and its addresses, however few products it brings
     row_bytes = tile.BLOCK_K * size
     efficiency = products / (products + 32 * edges) * row_bytes / (row_bytes + 32)
-    peak = gpu.tflops_fp16 * {"float32": 1 / 16 if is_ieee(spec) else 1 / 2}.get(spec.dtype, 1)
+    peak = gpu.tflops_fp16 * family.share(gpu, tile) / (2 if spec.dtype == "float32" else 1)
+    if is_ieee(spec):
+        peak = gpu.tflops_fp16 / 16
     step_us = 2 * products * tile.BLOCK_K / (peak / gpu.sms * efficiency * 1e6)
     load_us = LOAD_US / max(tile.NUM_STAGES - 1, 1)
     rounds = -(-count // (gpu.sms * resident))
@@ -327,10 +345,10 @@ def blocks(spec: ConvSpec, tile: TileConfig) -> int:
     return -(-spec.m // tile.BLOCK_M) * -(-spec.k // tile.BLOCK_N) * tile.SPLIT_K
 
 
-def resident_blocks(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu) -> int:
+def resident_blocks(spec: ConvSpec, tile: TileConfig, gpu: _hardware.Gpu, sums: int = 1) -> int:
     """Blocks that one SM holds at a time, the registers estimated from the accumulators."""
     threads = 32 * tile.NUM_WARPS
-    registers = min(255, tile.BLOCK_M * tile.BLOCK_N // threads + 80) * threads
+    registers = min(255, sums * tile.BLOCK_M * tile.BLOCK_N // threads + 80) * threads
     return max(
         1,
         min(

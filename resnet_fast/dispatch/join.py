@@ -35,6 +35,7 @@ from resnet_fast.dispatch.trial import on_trial
 from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
 
+SUMS = 2  # of a thread for each output element: one of each product
 FUSED = ("cuda", "triton")  # the backends for which the shortcut never exists
 
 # Two sums for each output element: half the tile that one convolution can keep in registers. At
@@ -248,9 +249,17 @@ def choose_cuda_tile(spec: JoinSpec, target: heuristics.Target) -> int:
     tiles = cuda_tiles(spec.main.dtype)
 
     def microseconds(index: int) -> float:
-        return heuristics.score(spec.as_one_product, tiles[index], gpu).microseconds
+        return _score(spec, tiles[index], gpu, heuristics.CUDA)
 
     return min(range(len(tiles)), key=microseconds)
+
+
+def _score(
+    spec: JoinSpec, tile: TileConfig, gpu: _hardware.Gpu, family: heuristics.Family
+) -> float:
+    """Estimated microseconds; a thread keeps the sums of both products."""
+    whole = spec.as_one_product
+    return heuristics.score(whole, tile, gpu, family, sums=SUMS).microseconds
 
 
 def cuda_tiles(dtype: str) -> tuple[TileConfig, ...]:
@@ -327,8 +336,7 @@ def choose_tile(spec: JoinSpec, target: heuristics.Target) -> TileConfig:
     if not legal:
         tile, reason = next(iter(refusals.items()))
         raise ValueError(f"no Triton tile for {spec} on sm_{gpu.capability}: {tile}: {reason}")
-    whole = spec.as_one_product
-    return min(legal, key=lambda tile: heuristics.score(whole, tile, gpu).microseconds)
+    return min(legal, key=lambda tile: _score(spec, tile, gpu, heuristics.TRITON))
 
 
 def tile_refusal(spec: JoinSpec, tile: TileConfig, gpu: _hardware.Gpu) -> str | None:

@@ -52,8 +52,12 @@ PREFERENCES = (
 
 
 def bound_of(spec: ConvSpec, gpu: _hardware.Gpu) -> str:
-    """What bounds `spec` on `gpu`'s roofline: "arithmetic" or "memory"."""
-    peak = gpu.tflops_fp16 * 1e12 / (2 if spec.dtype == "float32" else 1)
+    """What bounds `spec` on `gpu`'s roofline, by mma.sync: "arithmetic" or "memory".
+
+    The question is whether the C++ kernel could be kept from memory's pace by its instructions.
+    """
+    peak = gpu.tflops_fp16 * _hardware.mma_sync_share(gpu) * 1e12
+    peak /= 2 if spec.dtype == "float32" else 1
     seconds_of_memory = spec.bytes_minimum / (gpu.bandwidth_gbs * 1e9)
     return "arithmetic" if spec.flops / peak > seconds_of_memory else "memory"
 

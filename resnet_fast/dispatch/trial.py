@@ -41,6 +41,20 @@ def _arm(plan, choose: Choose, named: str) -> None:
         plan.bind = Trial(plan, choose, named)
 
 
+def reason_to_pass_on(error: Exception) -> str:
+    """What a failed launch says against its backend, in words.
+
+    Raises:
+        Exception: the error itself, where it says nothing against it: memory is short, or a CUDA
+            graph is being recorded, which any failure spoils.
+    """
+    recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    if recording or _hardware.is_out_of_memory(error):
+        raise error
+    text = str(error).strip().partition("\n")[0]
+    return f"its first launch failed: {type(error).__name__}: {text}"
+
+
 class Trial:
     """What stands for the `bind` of a plan until a launch of it has returned."""
 
@@ -61,13 +75,11 @@ class Trial:
 
     def failed(self, error: Exception) -> None:
         """Give the plan to the next backend, unless no other could do better: then raise."""
-        if _hardware.is_out_of_memory(error) or _is_recording():
-            raise error
+        reason = reason_to_pass_on(error)
         with _lock:
             if self.is_over():  # another thread's launch has failed as well
                 return
-            plan, text = self.plan, str(error).strip().partition("\n")[0]
-            reason = f"its first launch failed: {type(error).__name__}: {text}"
+            plan = self.plan
             found = self.choose({**plan.refusals, plan.backend: reason})
             warnings.warn(
                 f"resnet_fast: backend {plan.backend!r} cannot run {plan.problem.spec}, "
@@ -103,8 +115,3 @@ class FirstLaunch:
 
     def fresh(self, weight: torch.Tensor) -> bool:
         return not self.trial.is_over()
-
-
-def _is_recording() -> bool:
-    """Whether a CUDA graph is being recorded, in which a failure says nothing of later launches."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

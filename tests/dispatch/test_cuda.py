@@ -363,3 +363,31 @@ def test_a_plan_of_the_stem_tells_its_tile(batch, tile, built, monkeypatch):
 
 def test_an_old_gpu_has_no_preference():
     assert preferences.preference(LARGE, 75) is None
+
+
+def test_a_layer_beyond_the_reach_of_mma_sync_is_tritons():
+    """246 operations a byte: fewer than an H100 can do meanwhile, but more than by mma.sync."""
+    spec = ConvSpec(32, 14, 14, 512, 512, 1, 1)
+    h100 = _hardware.GPUS[90]
+    intensity = spec.flops / spec.bytes_minimum
+    assert intensity < h100.tflops_fp16 * 1e3 / h100.bandwidth_gbs
+    assert intensity > _hardware.mma_sync_share(h100) * h100.tflops_fp16 * 1e3 / h100.bandwidth_gbs
+    assert preferences.preference(spec, h100).order[0] == "triton"
+    assert preferences.preference(replace(spec, c=64, k=64), h100).order[0] == "cuda"
+
+
+@pytest.mark.parametrize(("arch", "slower"), [(80, False), (89, False), (90, True), (100, True)])
+def test_each_family_is_scored_by_what_its_instructions_reach(arch, slower):
+    spec = ConvSpec(256, 14, 14, 1024, 1024, 3, 3, (1, 1), (1, 1))
+    gpu, tile = _hardware.GPUS[arch], heuristics.CUDA_TILES[0]
+    ours, tritons = (
+        heuristics.score(spec, tile, gpu, family) for family in (heuristics.CUDA, heuristics.TRITON)
+    )
+    assert ours.bound == "tensor" or not slower
+    assert (ours.microseconds > 1.3 * tritons.microseconds) == slower
+    low = replace(tile, BLOCK_M=32, BLOCK_N=128)  # too few rows for wgmma
+    both = {
+        heuristics.score(spec, low, gpu, family).microseconds
+        for family in (heuristics.CUDA, heuristics.TRITON)
+    }
+    assert len(both) == 1

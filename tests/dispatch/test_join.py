@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resnet_fast import _hardware, ops
-from resnet_fast.dispatch import join
+from resnet_fast.dispatch import heuristics, join
 from resnet_fast.dispatch.backends import Problem
 from resnet_fast.dispatch.join import JoinProblem
 from resnet_fast.kernels import cuda as kernel
@@ -195,6 +195,19 @@ def test_the_cuda_tile_follows_the_batch():
     small = join_cases.resnet_joins(50, n=1)["layer4"]
     assert join.choose_cuda_tile(large, 80) < join.choose_cuda_tile(small, 80)
     assert join.choose_cuda_tile(small, 80) == len(join.CUDA_TILES) - 1
+
+
+def test_both_sums_of_a_thread_count_as_registers():
+    """Of 128x64 by 4 warps two blocks fit an SM of 65536 registers, where one sum would let three.
+
+    That the machine code agrees is asserted where it is compiled, in test_cuda_join.py.
+    """
+    gpu = _hardware.GPUS[90]
+    whole = join_cases.resnet_joins(50, n=256)["layer4"].as_one_product
+    tile = join.CUDA_TILES[1]
+    assert (tile.BLOCK_M, tile.BLOCK_N, tile.NUM_WARPS) == (128, 64, 4)
+    assert heuristics.resident_blocks(whole, tile, gpu) == 3
+    assert heuristics.resident_blocks(whole, tile, gpu, sums=join.SUMS) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -231,6 +231,41 @@ def test_a_model_runs_and_its_report_says_why(gpu, broken):
     assert not any("cuda" in row.backend for row in rows)
 
 
+@pytest.fixture
+def add_relu(gpu, monkeypatch):
+    """Additions by `gpu`: its two backends, then torch."""
+    monkeypatch.setattr(backends, "_add_relu_failed", {})
+    monkeypatch.setattr(backends.cuda, "add_relu_missing", nothing)
+
+    def by(name):
+        def add(x, y):
+            gpu.run(name)
+            return torch.relu(x + y)
+
+        return add
+
+    monkeypatch.setattr(backends.cuda, "add_relu", by("cuda"))
+    monkeypatch.setattr(backends, "_triton_add_relu", by("triton"))
+    backends.explain_add_relu.cache_clear()
+    yield ops.add_relu
+    backends.explain_add_relu.cache_clear()
+
+
+def test_an_addition_is_passed_on_as_well(add_relu, gpu):
+    gpu.errors["cuda"] = NO_COMPILER
+    x = torch.randn(2, 8)
+    expected = torch.relu(x + x)
+    with pytest.warns(UserWarning, match="'cuda' cannot run add_relu, 'triton' does: its first"):
+        assert torch.equal(add_relu(x, x), expected)
+    add_relu(x, x)
+    assert gpu.launched == ["cuda", "triton", "triton"]
+    assert "Failed to find C compiler" in backends.explain_add_relu("cpu", "float32")[1]["cuda"]
+    gpu.errors["triton"] = torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(torch.OutOfMemoryError):
+        add_relu(x, x)
+    assert backends.explain_add_relu("cpu", "float32")[0] == "triton"
+
+
 # ---- what is missing
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch.join import CUDA_TILES
+from resnet_fast.dispatch import heuristics
+from resnet_fast.dispatch.join import CUDA_TILES, SUMS
 from resnet_fast.spec import JoinSpec, TileConfig
 from resnet_fast.testing import cuda_kernels, join_cases, nvcc, sass
 from resnet_fast.testing.families import in_elements, whole_join
@@ -38,6 +39,12 @@ def assert_no_faults(pool, check, jobs) -> None:
     assert not faults, "\n".join(faults)
 
 
+def counted(arguments: Job) -> int:
+    """Blocks per SM as the choice of a tile estimates them."""
+    whole, gpu = arguments.spec.as_one_product, _hardware.GPUS[arguments.arch]
+    return heuristics.resident_blocks(whole, arguments.tile, gpu, sums=SUMS)
+
+
 def compiled_faults(arguments: Job) -> list[str]:
     """What is wrong with the machine code of one kernel."""
     tensors = join_cases.join_tensors(arguments.spec)
@@ -52,6 +59,8 @@ def compiled_faults(arguments: Job) -> list[str]:
         f"{used.shared_bytes} bytes of shared memory on {gpu.name}": not fits,
         f"{used.blocks_per_sm(gpu)} blocks per SM": used.blocks_per_sm(gpu) < blocks,
         "not one loop for each product": len(sass.tensor_loops(kernel.sass())) != 2,
+        "fewer blocks per SM than the choice counts on": fits
+        and counted(arguments) > used.blocks_per_sm(gpu),
         "stores less than 16 bytes": any(
             code.startswith("STG") and ".128" not in code for code in codes
         ),
