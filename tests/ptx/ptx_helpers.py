@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from resnet_fast.testing import ptx
 
@@ -12,6 +13,7 @@ REGISTERS = """
     .reg .pred %p<32>; .reg .b16 %h<32>; .reg .b32 %r<128>; .reg .b64 %rd<64>;
     .reg .f32 %f<64>; .reg .f64 %fd<32>;
 """
+SHARED = ".shared .align 1024 .b8 tile[8192];"
 
 
 def kernel(body: str, params=("out",), shared: str = "") -> ptx.Kernel:
@@ -23,6 +25,21 @@ def kernel(body: str, params=("out",), shared: str = "") -> ptx.Kernel:
         f"mov.u32 %r0, %tid.x;\n{body}\nret;\n}}\n"
     )
     return ptx.Module(text).kernel("k")
+
+
+def run(body, *arrays, params=None, threads=64, shared=SHARED):
+    """Launch one block of `threads` on the body and arrays: `out`, `x`, `y`."""
+    arrays = arrays or (np.zeros(4096, np.uint32),)
+    names = params or ("out", "x", "y")[: len(arrays)]
+    return kernel(body, names, shared).launch(1, threads, list(arrays))
+
+
+def fails(match, body, *arrays, **options):
+    """`run` that the machine stops with this message, and with the line; gives the error."""
+    with pytest.raises(ptx.PtxError, match=match) as error:
+        run(body, *arrays, **options)
+    assert error.value.line is not None and error.value.kernel == "k"
+    return error.value
 
 
 def elementwise(instructions: str, inputs, out_dtype, kinds, out_kind: str) -> np.ndarray:

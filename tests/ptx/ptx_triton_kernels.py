@@ -138,7 +138,13 @@ def conv(
     tl.store(y + m[:, None] * k + channel[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-KERNELS = {f.fn.__name__: f for f in (add_relu, softmax, matmul, matmul_tma, conv)}
+@triton.jit
+def histogram(x, out, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    counts = tl.histogram(tl.load(x + tl.arange(0, BLOCK)), BINS)
+    tl.store(out + tl.arange(0, BINS), counts)
+
+
+KERNELS = {f.fn.__name__: f for f in (add_relu, softmax, matmul, matmul_tma, conv, histogram)}
 
 
 @functools.cache

@@ -105,3 +105,9 @@ def test_threads_leave_before_a_barrier(module, n):
     x, y = np.arange(n, dtype=np.int32), np.zeros(n, np.int32)
     module.kernel("reverse").launch(1, 128, [x, y, n])
     np.testing.assert_array_equal(y, x[::-1])
+
+
+def test_printf(module, capsys):
+    module.kernel("report").launch(1, 32, [3])
+    of = f"of {3 << 33} x:  0.38%"
+    assert capsys.readouterr().out.splitlines() == [f" 1 {of}", f" 2 {of}", "done: 1"]

@@ -117,6 +117,16 @@ def test_matmul_with_tensor_descriptors():
     assert run.counters.bank_conflicts == 0
 
 
+@ARCHITECTURES
+@pytest.mark.parametrize("bins", [16, 256])
+def test_histogram(arch, bins):
+    """Of few bins every warp clears each."""
+    x = np.random.default_rng(0).integers(0, bins, 1024).astype(np.int32)
+    out = np.full(bins, -1, np.int32)
+    bound("histogram", arch, "*i32", BLOCK=1024, BINS=bins)(1, [x, out])
+    np.testing.assert_array_equal(out, np.bincount(x, minlength=bins))
+
+
 def test_more_than_two_to_the_31_elements():
     """Blocks at the far end of a tensor of more than 2^31 elements, which takes no memory."""
     rows, columns = (1 << 21) + 2, 1024

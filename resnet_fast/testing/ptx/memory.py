@@ -218,6 +218,13 @@ class GlobalMemory:
             out[pick] = view[(address[pick] - base) // size]
         return out
 
+    def string(self, address: int, thread: int) -> str:
+        """Of at most 4096 bytes, up to a zero; nothing is counted."""
+        where = self._locate(np.array([address]), 1, np.array([thread]), "string")
+        view, base = self.view(where, 1, 1)
+        end = min(address + 4096, self.intervals[where].high) - base
+        return view[address - base : end].tobytes().split(b"\0")[0].decode(errors="replace")
+
     def store(self, address, threads, data: np.ndarray, what="global store") -> None:
         """Scatter data [n, lanes]; of two threads that write one address the later wins."""
         unit, lanes = data.dtype.itemsize, data.shape[1]

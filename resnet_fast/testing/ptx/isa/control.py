@@ -6,8 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..batch import EXITED
-from ..errors import Fault, PtxError
-from ..syntax import Symbol
+from ..errors import Fault
 from .registry import SPLIT, instruction
 
 
@@ -37,19 +36,6 @@ def leave(batch, ins):
 def trap(batch, ins):
     def run(m):
         raise Fault("the kernel trapped", int(batch.indices(m)[0]))
-
-    return run
-
-
-@instruction("call", kind="branch", writes=(), control=True)
-def call(batch, ins):
-    """Only the call that a failed device assertion makes; its arguments are not looked at."""
-    callee = next(o.name for o in ins.operands if isinstance(o, Symbol))
-    if callee != "__assertfail":
-        raise PtxError(f"a call of {callee} is not supported", ins.line)
-
-    def run(m):
-        raise Fault("a device assertion failed", int(batch.indices(m)[0]))
 
     return run
 

@@ -10,6 +10,7 @@ from ..errors import Fault, PtxError
 from ..memory import GLOBAL_BASE, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from ..syntax import SIZES, Address, Symbol
 from ..values import DTYPES
+from .calls import is_argument, load_argument, store_argument
 from .registry import at, instruction, put
 
 _SPACES = ("global", "shared", "local", "param", "const")
@@ -46,6 +47,12 @@ def load(batch, ins):
     outs = operand_items(ins.operands[0])
     puts = [batch.extending_write(o, kind, ins.line) for o in outs]
     read = reader(batch, space or (named if named == "const" else None), "nc" in ins.modifiers)
+    if is_argument(batch, space, ins.operands[1].base):
+        get = load_argument(batch, ins.operands[1], unit, lanes)
+
+        def read(a, m, unit, lanes):
+            return get(m)
+
     element = np.dtype(f"i{unit}" if kind[0] == "s" else f"u{unit}")
     kinds = [(p, element if kind[0] in "sub" else DTYPES[kind]) for p in puts]
 
@@ -61,12 +68,12 @@ def load(batch, ins):
 def store(batch, ins):
     space, _, kind = parse(ins)
     base = ins.operands[0].base
-    if space == "param" and isinstance(base, Symbol) and base.name in batch.function.variables:
-        return lambda m: None  # an argument of a call
-    _, address = batch.address(ins.operands[0], ins.line)
     unit = SIZES[kind]
     items = operand_items(ins.operands[1])
     sources = [batch.read(o, kind, ins.line).view(f"u{unit}") for o in items]
+    if is_argument(batch, space, base):
+        return store_argument(batch, ins.operands[0], sources)
+    _, address = batch.address(ins.operands[0], ins.line)
     write = writer(batch, space)
 
     def run(m):
