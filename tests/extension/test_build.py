@@ -143,7 +143,7 @@ def test_a_failing_compiler_is_quoted(tools):
         build.build(build.find(), architectures=[80], folder=tools.folder / "objects")
 
 
-@pytest.mark.parametrize("arguments", [["--arch", "sm_90"], ["--arch", "7.5"], ["--jobs", "0"]])
+@pytest.mark.parametrize("arguments", [["--arch", "ninety"], ["--arch", "7.5"], ["--jobs", "0"]])
 def test_the_command_refuses(arguments, tools, capsys):
     try:
         status = cli.main(["build", *arguments])
