@@ -64,9 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(given: list[str]) -> argparse.Namespace:
     if given and not given[0].startswith("-"):
         given = [_names.choose("command", given[0], COMMANDS), *given[1:]]
-    options, unknown = _parser().parse_known_args(given)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(given)
     if unknown:
-        known = re.findall(r"--[\w-]+", options.usage)
+        usage = getattr(options, "usage", parser.format_usage())
+        known = re.findall(r"--[\w-]+", usage)
         raise BadInput(_names.unknown("argument", unknown[0], dict.fromkeys(known)))
     return options
 

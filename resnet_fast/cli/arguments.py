@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from resnet_fast._table import wrapped
 from resnet_fast.cli.status import BadInput
 
 STDOUT = Path("-")
@@ -18,11 +19,23 @@ DTYPES = "float32 (fp32), bfloat16 (bf16), float16 (fp16, half)"
 MODELS = "a model's name, resnet18 ... wide_resnet101_2"
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Lines of descriptions and examples stay lines, and wrap at words where they do not fit."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(
+            part
+            for line in lines
+            for part in wrapped(line, width, "    " if line.startswith(" ") else "") or [""]
+        )
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, whose errors are one line, as all others of the command are."""
 
     def __init__(self, **settings) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        super().__init__(formatter_class=Formatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message} ({self.prog} --help)")
@@ -50,11 +63,11 @@ def add_device(command: argparse.ArgumentParser, default: str = "auto") -> None:
 def add_outputs(command: argparse.ArgumentParser, what: str, csv: bool = True) -> None:
     """--json and --csv."""
     command.add_argument(
-        "--json", type=writable(), metavar="FILE", help=f"write {what} as JSON; - is stdout"
+        "--json", type=file_or_stdout, metavar="FILE", help=f"write {what} as JSON; - is stdout"
     )
     if csv:
         command.add_argument(
-            "--csv", type=writable(), metavar="FILE", help="write the rows as CSV; - is stdout"
+            "--csv", type=file_or_stdout, metavar="FILE", help="write the rows as CSV; - is stdout"
         )
 
 
@@ -104,13 +117,13 @@ def writable(*suffixes: str) -> Callable[[str], Path]:
     """A file that can be written: refused before the work, not after it.
 
     Args:
-        *suffixes: those that it may have; any if there are none, and then "-" is stdout.
+        *suffixes: those that it may have; any if there are none.
     """
 
     def check(text: str) -> Path:
         file = Path(text)
-        if file == STDOUT and not suffixes:
-            return file
+        if file == STDOUT:
+            raise argparse.ArgumentTypeError("only --json and --csv can be written to stdout")
         if suffixes and file.suffix.lower() not in suffixes:
             allowed = " or ".join(suffixes)
             raise argparse.ArgumentTypeError(f"{text}: the name must end in {allowed}")
@@ -119,3 +132,8 @@ def writable(*suffixes: str) -> Callable[[str], Path]:
         return file
 
     return check
+
+
+def file_or_stdout(text: str) -> Path:
+    """A file that can be written, or "-"."""
+    return STDOUT if text == "-" else writable()(text)

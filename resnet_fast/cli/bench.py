@@ -14,14 +14,14 @@ from resnet_fast.cli.status import AGREES, DISAGREES, INTERRUPTED, BadInput
 TEXTS = {
     "help": "time our ops and models beside torch, cuDNN and other compilers",
     "description": "Time our ops and models beside torch, cuDNN and other compilers, and write "
-    "rows\nand a page.",
+    "rows and a page.",
     "epilog": "examples:\n"
     "  resnet-fast bench --quick\n"
     "  resnet-fast bench models --models resnet50 --batch 1 8 --dtype fp32 bf16\n"
     "  resnet-fast bench --compare results/before results/after\n\n"
-    "exit status: 0 done, or nothing slower; 1 an answer failed its check, or something\n"
-    "is slower by more than the noise; 2 bad input; 130 interrupted, with what was\n"
-    "measured written",
+    "exit status: 0 done, or nothing slower; 1 an answer failed its check, or something is "
+    "slower by more than the noise; 2 bad input; 130 interrupted, with what was measured "
+    "written",
 }
 
 

@@ -14,8 +14,8 @@ from resnet_fast.cli.status import AGREES, BadInput
 TEXTS = {
     "help": "compile the CUDA C++ kernels for the torch that is installed; no GPU is needed",
     "description": "Compile the CUDA C++ kernels for the torch that is installed; no GPU is "
-    "needed.\nIt needs nvcc (of torch's CUDA major), g++, ninja and pybind11:\n"
-    "pip install 'resnet_fast[build]'.",
+    "needed. It needs nvcc (of torch's CUDA major), g++, ninja and pybind11: pip install "
+    "'resnet_fast[build]'.",
     "epilog": "examples:\n"
     "  resnet-fast build\n"
     "  resnet-fast build --arch 9.0 --jobs 4 --verbose\n\n"

@@ -14,9 +14,9 @@ from resnet_fast.machine import Fact, Service
 
 TEXTS = {
     "help": "what this machine has, which backend serves which op, and why the others do not",
-    "description": "Print what this machine has, which backend serves which op, and why the "
-    "others\ndo not. Nothing is compiled or timed.",
-    "epilog": "examples:\n  resnet-fast check\n  resnet-fast check --json - | jq .services",
+    "description": "Print what this machine has, which backend serves which op, and why the others "
+    "do not. Nothing is compiled or timed.",
+    "epilog": "examples:\n  resnet-fast check\n  resnet-fast check --json - | jq .services\n",
 }
 
 

@@ -12,13 +12,13 @@ from resnet_fast.cli.status import AGREES, DISAGREES, INTERRUPTED, SKIPPED, BadI
 TEXTS = {
     "help": "compare torchvision's model with ours: same weights, real photographs, one run",
     "description": "Compare torchvision's model with ours: same weights, real photographs, one "
-    "run.\nThe answers are held against float64; where they disagree nothing is timed.",
+    "run. The answers are held against float64; where they disagree nothing is timed.",
     "epilog": "examples:\n"
     "  resnet-fast compare resnet50\n"
     "  resnet-fast compare resnet18 --batch 1 32 --dtype fp32 bf16 --compile\n"
     "  resnet-fast compare resnet50 --weights DEFAULT --images cat.jpg dog.jpg --json -\n\n"
-    "exit status: 0 all agree; 1 they do not; 2 bad input; 3 all agree, but some\n"
-    "images could not be read; 130 interrupted, with the complete settings written",
+    "exit status: 0 all agree; 1 they do not; 2 bad input; 3 all agree, but some images "
+    "could not be read; 130 interrupted, with the complete settings written",
 }
 
 

@@ -14,8 +14,8 @@ from resnet_fast.cli.status import AGREES, INTERRUPTED, BadInput
 
 TEXTS = {
     "help": "where a model's time goes: its layers, what bounds them, and what to try",
-    "description": "Tell where a model's time goes: its layers, what bounds them, and what to "
-    "try.\nThe weights are random and so is the image.",
+    "description": "Tell where a model's time goes: its layers, what bounds them, and what to try. "
+    "The weights are random and so is the image.",
     "epilog": "examples:\n"
     "  resnet-fast profile resnet50\n"
     "  resnet-fast profile resnet18 --batch 8 --dtype bf16 --compare torchvision\n"

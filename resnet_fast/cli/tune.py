@@ -14,13 +14,13 @@ from resnet_fast.cli.status import AGREES, DISAGREES, INTERRUPTED, BadInput
 
 TEXTS = {
     "help": "measure which backend and tile is fastest for each convolution, and keep it",
-    "description": "Measure which backend and tile is fastest for each convolution of a model, "
-    "and\nkeep it. The choices are used from the next start on. A GPU is needed, except\n"
-    "for --dry-run.",
+    "description": "Measure which backend and tile is fastest for each convolution of a model, and "
+    "keep it. The choices are used from the next start on. A GPU is needed, except for "
+    "--dry-run.",
     "epilog": "examples:\n"
     "  resnet-fast tune resnet50 --batch 1 32 --dtype fp16 bf16\n"
     "  resnet-fast tune resnet18 --dry-run --arch 9.0\n\n"
-    "exit status: 0 done; 1 a kernel was wrong or failed; 2 bad input; 130 interrupted,\n"
+    "exit status: 0 done; 1 a kernel was wrong or failed; 2 bad input; 130 interrupted, "
     "with what was measured kept",
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -185,7 +185,7 @@ def compare(
     except KeyboardInterrupt:
         if not found.settings:
             raise
-        found.interrupted = True
+        return replace(found, interrupted=True)
     return found
 
 
