@@ -40,8 +40,11 @@ def render(results: Results) -> Iterator[Table | str]:
     if results.modelled:
         yield ""
         yield _modelled(results)
+    reasons: dict[str, list[str]] = {}
     for name, why in results.left_out.items():
-        yield f"not asked: {name}: {why}"
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        yield f"not asked: {'; '.join(names)}: {why}"
     if not results.complete:
         yield "interrupted: the rows above are what was measured until then"
 
