@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -105,6 +106,19 @@ def capability_of(device: torch.device) -> int:
     """Compute capability of a CUDA device times ten, for example 90."""
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had on a device; None where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
 
 
 def nearest_architecture(capability: int) -> int | None:

@@ -17,7 +17,9 @@ ptxas says of every kernel what it takes; it is kept beside each object and beco
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -166,7 +168,8 @@ def build(
         verbose: called with every line that the tools print, commands included.
 
     Raises:
-        BuildError: an architecture is not known, or a tool failed: with its messages.
+        BuildError: the output cannot be written, an architecture is not known, or a tool failed:
+            with its messages.
     """
     if folder is None and output is None and csrc().parent == PACKAGE.parent:
         folder = PACKAGE.parent / "build" / "extension"
@@ -178,13 +181,14 @@ def build(
             )  # fmt: skip
     begun = time.monotonic()
     wanted, left_out = _architectures(toolchain, architectures)
+    output = output or PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _check_writable(output.parent)
+    record(output)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = jobs or len(os.sched_getaffinity(0))
     _write(folder / "build.ninja", _ninja(toolchain, wanted, jobs))
     _write(folder / "build_facts.h", _facts(toolchain, wanted))
     _run_ninja(toolchain, folder, jobs, progress, verbose)
-    output = output or PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    output.parent.mkdir(parents=True, exist_ok=True)
     # A copy beside it and a rename: processes that have the old module loaded keep it whole.
     beside = output.with_name(output.name + ".new")
     shutil.copyfile(folder / "_C.so", beside)
@@ -239,6 +243,42 @@ def digest() -> str:
     for path in files:
         content.update(f"{path.relative_to(csrc()).as_posix()}\n".encode() + path.read_bytes())
     return content.hexdigest()[:16]
+
+
+def record(module: Path) -> None:
+    """Enter a module of the installed package into pip's list of its files.
+
+    `pip uninstall` takes along what is listed there. A module that it left behind would keep a
+    folder `resnet_fast`, which Python imports as an empty package. A checkout that is installed to
+    be edited has no such list, and pip leaves it alone.
+    """
+    try:
+        files = importlib.metadata.distribution("resnet_fast").files or ()
+    except importlib.metadata.PackageNotFoundError:
+        return
+    listed = {Path(file.locate()).resolve(): file for file in files}
+    if PACKAGE / "__init__.py" not in listed or module.resolve().parent != PACKAGE:
+        return
+    own = next((path for path in listed if path.name == "RECORD"), None)
+    if own is None or module.resolve() in listed:
+        return
+    try:
+        with open(own, "a", newline="") as file:
+            name = f"{PACKAGE.name}/{module.name}"
+            csv.writer(file, lineterminator="\n").writerow((name, "", ""))
+    except OSError as error:
+        raise BuildError(f"{own} cannot be written: {error.strerror}") from error
+
+
+def _check_writable(folder: Path) -> None:
+    """Before anything is compiled."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        text = f"{folder} cannot be written: {error.strerror}; name another folder with --into"
+        raise BuildError(text) from error
 
 
 def _architectures(

@@ -22,12 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast import _hardware, agreement, models, ops
+from resnet_fast import _hardware, _names, agreement, models, ops
 from resnet_fast.dispatch import backends, cuda, heuristics, tuning
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.spec import ConvSpec, TileConfig
 
-DTYPES = ("float16", "bfloat16", "float32")
 SHORTLIST = 8  # candidates of one backend that are timed: each tile costs a compilation in Triton
 WITHIN = 2.0  # times the best estimate: the model is a roofline, not off by more
 MARGIN = 0.02  # a gain below this is not worth a departure from the heuristics
@@ -93,6 +92,21 @@ class Result:
     timings: dict[Candidate, Timing] = field(default_factory=dict)
     faults: dict[Candidate, str] = field(default_factory=dict)
 
+    def to_rows(self) -> list[dict]:
+        """Flat rows, as for a CSV file: one per candidate."""
+        first = self.choices[0] if self.choices else None
+        chosen = first and Candidate(first.backend, first.tile)
+        return [
+            {
+                "convolution": str(self.spec), "candidate": str(candidate),
+                "chosen": candidate == chosen, "usual": candidate == self.usual,
+                "median_us": time and time.median, "p20_us": time and time.p20,
+                "p80_us": time and time.p80, "fault": self.faults.get(candidate, ""),
+            }
+            for candidate in dict.fromkeys((*self.timings, *self.faults, self.usual))
+            for time in (self.timings.get(candidate),)
+        ]  # fmt: skip
+
 
 # ---- which convolutions
 
@@ -105,7 +119,7 @@ def convolutions(model: str, batches: Iterable[int], dtypes: Iterable[str]) -> C
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found: Counter[ConvSpec] = Counter()
-    for batch, dtype in itertools.product(batches, dtypes):
+    for batch, dtype in itertools.product(batches, map(_names.dtype, dtypes)):
         recorder = _Recorder(dtype)
         with FakeTensorMode(), torch.inference_mode(), _default_dtype(dtype):
             network = models.get_model(model).eval()
@@ -210,8 +224,7 @@ def candidates(problem: Problem, names: Sequence[str] = ()) -> list[Candidate]:
 def check(names: Iterable[str], dtypes: Iterable[str]) -> None:
     """Raise ValueError for a dtype that is unknown, or a backend that is, or is never chosen."""
     for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        _names.dtype(dtype)
     for name in names:
         backends.check_name(name)
         row = next((row for row in backends.BACKENDS if row.name == name), None)

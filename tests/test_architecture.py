@@ -15,7 +15,7 @@ PACKAGE = ROOT / "resnet_fast"
 
 # Each folder or module may import what stands above it, and nothing else of the package.
 LAYERS = (
-    ("spec", "_env", "_hardware", "agreement"),
+    ("spec", "_env", "_hardware", "_names", "_table", "agreement"),
     ("kernels",),
     ("dispatch",),
     ("ops",),
@@ -34,13 +34,13 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "testing" not in path.p
 # Imported lazily or not at all by the core: only these places may name them.
 OPTIONAL = {
     "triton": ("kernels", "testing"),
-    "torchvision": ("models/weights.py", "comparison", "cli.py", "profiling/peers.py", "testing"),
+    "torchvision": ("models/weights.py", "comparison", "cli", "profiling/peers.py", "testing"),
     "timm": (),
-    "rich": ("cli.py", "comparison/tables.py", "benchmarking/tables.py"),
+    "rich": ("cli/terminal.py",),
     "matplotlib": ("profiling/picture.py", "benchmarking/plots.py"),
     "onnxruntime": ("comparison/providers.py",),
     "torch_tensorrt": ("comparison/providers.py",),
-    "PIL": ("comparison/photographs.py",),
+    "PIL": ("comparison/photographs.py", "cli"),
     "numpy": ("testing",),
     "openvino": ("comparison/providers.py",),
 }

@@ -169,13 +169,6 @@ def model_names() -> list[str]:
     ]
 
 
-def check_names(kind: str, names: Iterable[str], known: Sequence[str]) -> None:
-    """Raise ValueError, listing the known ones, for a name that is none of them."""
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; known are {', '.join(known)}")
-
-
 def model_cases(
     names: Sequence[str], batches: Sequence[int], dtypes: Sequence[str], device: str
 ) -> list[ModelCase]:

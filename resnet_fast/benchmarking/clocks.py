@@ -165,19 +165,6 @@ def cache_bytes() -> tuple[int, int]:
     return l2, sum(sizes.get(max(sizes, default=0), {}).values()) or 32 << 20
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device; None where it is not known."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return None
-
-
 def _status_kb(name: str) -> int | None:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():

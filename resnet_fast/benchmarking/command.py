@@ -6,7 +6,6 @@ from __future__ import annotations
 import shlex
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from resnet_fast.benchmarking import cases, plan, protocol, report, rows, suite, tables
@@ -14,6 +13,7 @@ from resnet_fast.benchmarking import compare as comparing
 from resnet_fast.benchmarking.environment import environment, machine_name
 from resnet_fast.benchmarking.plan import Request
 from resnet_fast.benchmarking.rows import Results
+from resnet_fast.comparison.progress import Progress
 
 RESULTS = Path("benchmarks") / "results"
 
@@ -39,7 +39,7 @@ def writable_folder(folder: Path | None, request: Request) -> Path:
 
 
 def measure(
-    request: Request, folder: Path, progress: Callable[[str], None] = lambda text: None
+    request: Request, folder: Path, progress: Progress = lambda text, share: None
 ) -> tuple[Results, list[Path]]:
     """Run the suite and write rows, pictures and page; Ctrl-C leaves what was measured there."""
     start = time.perf_counter()
@@ -51,9 +51,9 @@ def measure(
 
     results = suite.run(request, progress=progress, keep=keep)
     keep(results)
-    progress("drawing the page")
+    progress("drawing the page", 1)
     files = rows.write(results, folder)
-    roofs = suite.roofs_of(results.rows, request.place, progress)
+    roofs = suite.roofs_of(results.rows, request.place, lambda text: progress(text, 1))
     return results, files + report.write(results, roofs, folder)
 
 
@@ -72,8 +72,8 @@ def said(request: Request) -> str:
     return shlex.join(words)
 
 
-def compare(old: Path, new: Path) -> tuple[list, bool]:
-    """What to print of two results, and whether anything of the new one is slower.
+def compare(old: Path, new: Path) -> tuple[list, list[dict], bool]:
+    """What to print of two results, its rows, and whether anything of the new one is slower.
 
     Raises:
         ValueError: they have no measured case and provider in common, or one cannot be read.
@@ -88,7 +88,8 @@ def compare(old: Path, new: Path) -> tuple[list, bool]:
     ]
     if lost := comparing.lost(before, after):
         notes.append(f"{lost} of the old run's times have no row in the new run")
-    return [*notes, *tables.changes(changes)], bool(comparing.regressions(changes))
+    plain = [comparing.to_row(change) for change in changes]
+    return [*notes, *tables.changes(changes)], plain, bool(comparing.regressions(changes))
 
 
 def untimed(results: Results, request: Request) -> list[str]:

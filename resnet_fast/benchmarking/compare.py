@@ -46,6 +46,17 @@ class Change:
     verdict: str
 
 
+def to_row(change: Change) -> dict:
+    """A flat row, as for a CSV file."""
+    row = change.row
+    case = {"suite": row.suite, "subject": row.subject, "shape": row.shape, "dtype": row.dtype}
+    return {
+        **case, "batch": row.batch, "provider": row.provider, "old_ms": change.old_ms,
+        "new_ms": change.new_ms, "ratio": change.ratio, "noise": change.noise,
+        "relative": change.relative, "verdict": change.verdict,
+    }  # fmt: skip
+
+
 def compare(old: Results, new: Results) -> list[Change]:
     """Every case and provider that the old run has a time of and the new run has a row of."""
     before = {_key(row): row for row in old.rows if row.measured}

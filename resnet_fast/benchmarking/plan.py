@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from resnet_fast import _names
 from resnet_fast.benchmarking import cases, protocol, providers
-from resnet_fast.benchmarking.cases import ModelCase, OpCase, check_names
+from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.benchmarking.providers import Provider
 from resnet_fast.comparison import measure, steadiness
 
@@ -48,11 +49,16 @@ class Request:
     place: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
-        check_names("extent", [self.extent], tuple(cases.EXTENTS))
-        check_names("suite", self.suites, cases.SUITES)
-        check_names("provider", self.providers, providers.names())
-        check_names("model", self.models, cases.model_names())
-        check_names("dtype", self.dtypes, cases.DTYPES)
+        for part, kind, known in (
+            ("suites", "suite", cases.SUITES),
+            ("providers", "provider", providers.names()),
+            ("models", "model", _names.natural(cases.model_names())),
+        ):
+            chosen = [_names.choose(kind, name, known) for name in getattr(self, part)]
+            object.__setattr__(self, part, chosen)
+        object.__setattr__(self, "extent", _names.choose("extent", self.extent, cases.EXTENTS))
+        dtypes = [_names.dtype(name, cases.DTYPES) for name in self.dtypes]
+        object.__setattr__(self, "dtypes", dtypes)
         if any(batch < 1 for batch in self.batches):
             raise ValueError(f"batches must be positive, got {list(self.batches)}")
         if self.seconds is not None and not 0 < self.seconds < math.inf:

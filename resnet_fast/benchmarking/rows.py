@@ -226,9 +226,8 @@ class Results:
 def write(results: Results, folder: Path) -> list[Path]:
     """Write rows.json, rows.csv and, where something was modelled, modelled.csv; return them."""
     files = [folder / "rows.json", folder / "rows.csv"]
-    data = {"schema": SCHEMA, "version": VERSION, **asdict(results)}
-    files[0].write_text(json.dumps(_plain(data), indent=1) + "\n")
-    _write_csv(files[1], [_flat(row) for row in results.rows], _columns())
+    files[0].write_text(json.dumps(to_json(results), indent=1) + "\n")
+    _write_csv(files[1], to_rows(results), _columns())
     if results.modelled:
         files.append(folder / "modelled.csv")
         gpus = list(results.modelled[0].modelled_ms)
@@ -236,6 +235,16 @@ def write(results: Results, folder: Path) -> list[Path]:
         columns += [f"modelled_ms ({gpu})" for gpu in gpus]
         _write_csv(files[2], [_flat_modelled(row) for row in results.modelled], columns)
     return files
+
+
+def to_json(results: Results) -> dict:
+    """Plain data, as rows.json has it."""
+    return _plain({"schema": SCHEMA, "version": VERSION, **asdict(results)})
+
+
+def to_rows(results: Results) -> list[dict[str, object]]:
+    """Flat rows, as rows.csv has them."""
+    return [_flat(row) for row in results.rows]
 
 
 def read(path: Path) -> Results:

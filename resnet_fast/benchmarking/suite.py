@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from resnet_fast import _hardware
 from resnet_fast.benchmarking import cases, clocks, counted, formulas, protocol, rows
 from resnet_fast.benchmarking.cases import ModelCase, OpCase, torch_dtype
 from resnet_fast.benchmarking.environment import clocks_of, environment
@@ -27,6 +28,7 @@ from resnet_fast.benchmarking.protocol import Case, Outcome
 from resnet_fast.benchmarking.providers import ModelWork, OpWork, Provider
 from resnet_fast.benchmarking.rows import Environment, Results, Row
 from resnet_fast.comparison import measure, photographs, steadiness
+from resnet_fast.comparison.progress import Progress
 from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.spec import ELEMENT_SIZE
 
@@ -35,20 +37,20 @@ MAX_SETS = 256  # of inputs, to rotate through
 SETS_BYTES = 256 << 20
 ROOF_TOLERANCE = 1.05
 
-Progress = Callable[[str], None]
+Told = Callable[[str], None]
 
 
 def run(
     request: Request,
     *,
-    progress: Progress = lambda text: None,
+    progress: Progress = lambda text, share: None,
     keep: Callable[[Results], object] = lambda results: None,
 ) -> Results:
     """Measure all that is asked; Ctrl-C ends it early and keeps what was measured.
 
     Args:
         request: see there.
-        progress: told what is being done.
+        progress: told what is being done, and which share of the cases is done.
         keep: called with the results after each case, so that a crash loses one case at most.
     """
     start = time.perf_counter()
@@ -57,13 +59,14 @@ def run(
     began = clock.now()
     facts = environment(request.place)
     left = TimeLeft(request, clock.now)
+    asked = {suite: request.cases(suite) for suite in filter(request.asks, request.suites)}
+    total, done = sum(map(len, asked.values())), 0
     try:
-        for suite in filter(request.asks, request.suites):
-            listed = request.cases(suite)
+        for suite, listed in asked.items():
             deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
             for number, case in enumerate(listed, 1):
-                place = f"{suite} {number}/{len(listed)}"
-                tell = partial(_tell, progress, f"{place}, {left.said()}: {label(case)}")
+                text = f"{suite} {number}/{len(listed)}, {left.said()}: {label(case)}"
+                tell = partial(_tell, progress, done / total, text)
                 found, left_out, interrupted = measure_case(
                     case, request, clock, facts, deadline, tell
                 )
@@ -73,18 +76,20 @@ def run(
                 if interrupted:
                     raise KeyboardInterrupt
                 keep(results)
+                done += 1
         if request.place.type != "cuda" and "ops" in request.suites:
-            progress("GPU kernels: what was counted, and what rooflines make of it")
+            progress("GPU kernels: what was counted, and what rooflines make of it", 1)
             results.modelled = counted.modelled(request.models or cases.SHAPES_FROM)
     except KeyboardInterrupt:
         results.complete = False
-    results.rows = with_shares(results.rows, roofs_of(results.rows, request.place, progress))
+    roofs = roofs_of(results.rows, request.place, lambda text: progress(text, 1))
+    results.rows = with_shares(results.rows, roofs)
     results.seconds = time.perf_counter() - start
     return results
 
 
-def _tell(progress: Progress, label: str, text: str) -> None:
-    progress(f"{label}: {text}")
+def _tell(progress: Progress, share: float, label: str, text: str) -> None:
+    progress(f"{label}: {text}", share)
 
 
 def measure_case(
@@ -93,7 +98,7 @@ def measure_case(
     clock: clocks.Clock,
     facts: Environment,
     deadline: float = math.inf,
-    progress: Progress = lambda text: None,
+    progress: Told = lambda text: None,
     samples: dict[str, tuple[float, ...]] | None = None,
 ) -> tuple[list[Row], dict[str, str], bool]:
     """One case: a row per provider, who was left out and why, and whether Ctrl-C came.
@@ -179,7 +184,7 @@ def check_memory(case: ModelCase | OpCase, place: torch.device) -> None:
 
     A model needs its largest layer's tensors, a few times over; an op its own.
     """
-    free = clocks.free_bytes(place)
+    free = _hardware.free_bytes(place)
     needed = needed_bytes(case)
     if free is not None and needed > free:
         raise MemoryError(
@@ -282,7 +287,7 @@ def _model(case: ModelCase, request: Request) -> tuple[Case, ModelWork]:
 # ---- rows
 
 
-def roofs_of(found: list[Row], place: torch.device, progress: Progress) -> dict[str, Roofline]:
+def roofs_of(found: list[Row], place: torch.device, progress: Told) -> dict[str, Roofline]:
     """The device's rooflines by dtype, raised by those ops that went through them."""
     roofs = {}
     timed = [row for row in found if row.suite == "ops" and row.measured]

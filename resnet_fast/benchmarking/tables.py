@@ -7,15 +7,15 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rich.table import Table
-from rich.text import Text
-
+from resnet_fast._table import Column, Table
 from resnet_fast.benchmarking.compare import NO_TIME, SAME, SLOWER, Change
 from resnet_fast.benchmarking.providers import EAGER, OURS
 from resnet_fast.benchmarking.rows import Results, Row
 from resnet_fast.comparison.steadiness import MARK, NO_RATIO, NOTE, marked, ratio_text
 
 MODELLED_SHOWN = 12  # rows of the terminal's table; the file has all
+# What is left out of a narrow terminal, the highest first.
+RANKS = {"tile": 6, "MB": 5, "p99": 4, "first ms": 4, "eager's": 3, "p20": 2, "p80": 2, "error": 1}
 
 
 def render(results: Results) -> Iterator[Table | str]:
@@ -35,13 +35,18 @@ def render(results: Results) -> Iterator[Table | str]:
     for suite in ("models", "ops"):
         found = [row for row in results.rows if row.suite == suite]
         if found:
+            yield ""
             yield _times(suite, found)
             yield f"inputs: {inputs_of(found)}"
     yield from results.warnings
     if results.modelled:
+        yield ""
         yield _modelled(results)
+    reasons: dict[str, list[str]] = {}
     for name, why in results.left_out.items():
-        yield f"not asked: {name}: {why}"
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        yield f"not asked: {'; '.join(names)}: {why}"
     if not results.complete:
         yield "interrupted: the rows above are what was measured until then"
 
@@ -49,30 +54,29 @@ def render(results: Results) -> Iterator[Table | str]:
 def _times(suite: str, found: list[Row]) -> Table:
     device = any(row.device_ms is not None for row in found)
     ratio = f"ratio: {clock_of(found)} time over {EAGER[suite]}'s; below 1 is faster"
-    table = Table(title=f"{suite}: measured ({ratio})")
-    names = ["case", "provider", "backend", "wall ms", "p20", "p80", "p99"]
+    names = ["provider", "backend", "tile", "wall ms", "p20", "p80", "p99"]
     names += ["device ms"] * device + ["first ms", "MB", "error", "eager's", "ratio"]
     names += ["roof"] * (suite == "ops")
-    for name in names:
-        text = name in ("case", "provider", "backend")
-        table.add_column(name, justify="left" if text else "right", overflow="fold")
+    texts = ("provider", "backend", "tile")
+    columns = [Column(name, name not in texts, RANKS.get(name, 0)) for name in names]
+    table = Table(f"{suite}: measured ({ratio})", columns, elsewhere="rows.csv has them")
     last = None
     for row in shortened(found):
-        title = "" if row.case == last else case_text(row)
+        if row.case != last:
+            table.add(text=case_text(row))
         last = row.case
         if not row.measured:
             reason = f"{row.status}: {row.reason}" if row.reason else row.status
-            table.add_row(title, row.provider, Text(reason, "yellow"))
+            table.add(f"  {row.provider}", text=reason, style="yellow")
             continue
-        cells = [title, row.provider, row.backend + (f" {row.tile}" if row.tile else "")]
-        cells.append(median_cell(row, "wall"))
+        cells = [f"  {row.provider}", row.backend, str(row.tile or ""), median_cell(row, "wall")]
         cells += map(milliseconds, (row.wall_p20_ms, row.wall_p80_ms, row.wall_p99_ms))
         cells += [median_cell(row, "device")] * device
         cells += [milliseconds(row.first_ms), number(row.peak_memory_mb, ".1f")]
         cells += [number(row.error, ".1e"), number(row.eager_error, ".1e")]
         cells += [ratio_cell(row, found)]
         cells += [number(row.roof_share, ".0%")] * (suite == "ops")
-        table.add_row(*cells, style="bold" if row.provider == OURS and row.stable else None)
+        table.add(*cells, style="bold" if row.provider == OURS and row.stable else "")
     return table
 
 
@@ -139,27 +143,32 @@ def eager_of(row: Row, found: list[Row]) -> Row | None:
 
 def _modelled(results: Results) -> Table:
     gpus = list(results.modelled[0].modelled_ms)
-    title = "GPU kernels, not run: counted on the PTX machine, modelled by rooflines"
-    table = Table(title=title)
-    table.add_column("layer's shape", no_wrap=True)
-    table.add_column("kernel", overflow="fold")
-    for name in ("counted: MB", "counted: sectors / least", "modelled from"):
-        table.add_column(name, justify="right")
-    for gpu in gpus:
-        table.add_column(f"modelled µs ({gpu})", justify="right")
+    title = (
+        "GPU kernels, not run: MB and sectors (over the least) counted on the PTX machine, "
+        "microseconds modelled by rooflines from the counts, or from the shape"
+    )
+    columns = [
+        Column("kernel", False), Column("MB"), Column("sectors"), Column("from", rank=99),
+        *(Column(gpu, rank=number) for number, gpu in enumerate(gpus)),
+    ]  # fmt: skip
+    table = Table(title, columns, elsewhere="modelled.csv has them")
     listed = sorted(results.modelled, key=lambda m: m.modelled_from != "counted")
     first = {(m.shape, m.kernel): m for m in reversed(listed)}  # of the tiles of a layer
     shown = [m for m in listed if first[m.shape, m.kernel] is m][:MODELLED_SHOWN]
+    last = ""
     for m in shown:
+        if m.shape != last:
+            table.add(text=m.shape)
+        last = m.shape
         kernel = f"{m.kernel} {m.tile} sm_{m.arch}" if m.kernel else ""
         moved = None if m.counted_dram_bytes is None else m.counted_dram_bytes / 1e6
-        table.add_row(
-            m.shape, kernel, number(moved, ".2f"), number(m.counted_sectors, ".2f"),
+        table.add(
+            f"  {kernel}", number(moved, ".2f"), number(m.counted_sectors, ".2f"),
             m.modelled_from, *(f"{ms * 1e3:.2g}" for ms in m.modelled_ms.values()),
         )  # fmt: skip
     if len(listed) > len(shown):
         more = f"{len(listed) - len(shown)} more, of other layers and tiles"
-        table.caption = f"{more}, in modelled.csv and on the page"
+        table.notes.append(f"{more}, in modelled.csv and on the page")
     return table
 
 
@@ -194,22 +203,25 @@ def markdown(results: Results) -> str:
 
 def changes(found: list[Change]) -> Iterator[Table | str]:
     """What `resnet-fast bench --compare` prints: all that moved, and how many did not."""
-    table = Table(title="old against new: measured; ratio of times over eager's where both have it")
-    for name in ("case", "provider", "old ms", "new ms", "ratio", "noise", ""):
-        table.add_column(name, justify="left" if name in ("case", "provider", "") else "right")
+    names = ("provider", "old ms", "new ms", "ratio", "noise")
+    title = "old against new: measured; ratio of times over eager's where both have it"
+    table = Table(title, [Column(name, name != "provider") for name in names])
+    last = None
     for change in found:
         if change.verdict == SAME:
             continue
-        style = "bold red" if change.verdict in (SLOWER, NO_TIME) else None
+        if change.row.case != last:
+            table.add(text=case_text(change.row))
+        last = change.row.case
         verdict = change.verdict
         if verdict == NO_TIME:
             verdict += f": {change.row.status}: {change.row.reason}"
-        table.add_row(
-            case_text(change.row), change.row.provider, milliseconds(change.old_ms),
-            milliseconds(change.new_ms), f"{change.ratio:.2f}", f"{change.noise:.0%}",
-            Text(verdict), style=style,
+        table.add(
+            f"  {change.row.provider}", milliseconds(change.old_ms), milliseconds(change.new_ms),
+            f"{change.ratio:.2f}", f"{change.noise:.0%}", text=verdict,
+            style="red" if change.verdict in (SLOWER, NO_TIME) else "",
         )  # fmt: skip
-    if table.row_count:
+    if table.rows:
         yield table
     same = sum(change.verdict == SAME for change in found)
     yield f"{len(found)} in common, {same} the same within the noise"

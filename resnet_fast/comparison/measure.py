@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import resnet_fast
-from resnet_fast import agreement, models
+from resnet_fast import _names, agreement, models
 from resnet_fast.agreement import Verdict
 from resnet_fast.comparison import steadiness
+from resnet_fast.comparison.checkpoints import torchvision_model
+from resnet_fast.comparison.memory import check_memory, room_for
 from resnet_fast.comparison.photographs import Photographs
+from resnet_fast.comparison.progress import Progress, Rounds
 from resnet_fast.comparison.providers import NCHW, NHWC, OURS, SEARCHED, Call, providers
 from resnet_fast.comparison.timing import Timing, interleaved
 
@@ -74,7 +77,14 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What `compare` found, with all that tells where and on what."""
+    """What `compare` found, with all that tells where and on what.
+
+    Args:
+        model, weights, device, machine, photographs: of what and on what.
+        skipped: files that were no photographs, with the reason.
+        settings: one per dtype and batch.
+        interrupted: whether Ctrl-C ended it early; the settings are those that were complete.
+    """
 
     model: str
     weights: str
@@ -83,6 +93,7 @@ class Comparison:
     photographs: list[str]
     skipped: dict[str, str]
     settings: list[Setting] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -106,6 +117,24 @@ class Comparison:
                 row["ratio"] = {name: setting.ratio(name) for name in setting.timings}
         return data
 
+    def to_rows(self) -> list[dict]:
+        """Flat rows, as for a CSV file: one per setting and provider, or per setting not timed."""
+        found = []
+        for setting in self.settings:
+            verdict = setting.verdict
+            shared = {
+                "model": self.model, "weights": self.weights, "device": self.device,
+                "dtype": setting.dtype, "batch": setting.batch, "agrees": setting.agrees,
+                "error": verdict.ours, "eager_error": verdict.eager, "limit": verdict.limit,
+                "top1_ours": setting.top1_ours, "top1_eager": setting.top1_eager,
+                "photographs": setting.photographs,
+            }  # fmt: skip
+            found += [
+                {**shared, "provider": name, **asdict(timing), "ratio": setting.ratio(name)}
+                for name, timing in setting.timings.items()
+            ] or [shared]
+        return found
+
 
 def compare(
     name: str,
@@ -117,32 +146,38 @@ def compare(
     weights: str | None = None,
     peers: Sequence[str] = (),
     seconds: float = SECONDS,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text, share: None,
 ) -> Comparison:
     """Run torchvision's model and ours, with the same weights, on the same photographs.
 
     Args:
-        name: one of the ten builders, for example "resnet50".
+        name: one of the ten builders, for example "resnet50", in any case of letters.
         photographs: see `photographs.load`.
         batches: batch sizes; photographs are repeated to fill them.
-        dtypes: "float32", "bfloat16" or "float16".
+        dtypes: "float32", "bfloat16" or "float16", or a short form such as "fp32" or "half".
         device: "auto" for a GPU if there is one, else "cpu"; or any torch device.
         weights: None for random weights whose BatchNorm statistics are those of the photographs;
             a torchvision weights name ("DEFAULT", "IMAGENET1K_V1"), which is downloaded; or the
             path of a state_dict.
         peers: who else is timed: "compile", "openvino".
         seconds: of timed rounds per setting.
-        progress: told what is being done.
+        progress: told what is being done, and how much of the whole is.
+
+    Returns:
+        A `Comparison`. Ctrl-C gives that of the settings which were complete; before the first of
+        them it is raised.
 
     Raises:
-        ValueError: unknown model, dtype, device or peer, or a peer that cannot run here.
+        ValueError: unknown model, dtype, device or peer; a peer that cannot run here; or weights
+            that are none of the model.
+        MemoryError: a batch does not fit.
     """
     place = pick_device(device)
-    for dtype in dtypes:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            known = "float32, bfloat16, float16"
-            raise ValueError(f"unknown dtype {dtype!r}; known are {known}")
-    progress("building the models")
+    name, dtypes = models.registry.model_name(name), [_names.dtype(dtype) for dtype in dtypes]
+    asked = [(dtype, batch) for dtype in dtypes for batch in batches]
+    for dtype, batch in asked:
+        check_memory(name, batch, dtype, place)
+    progress("building the models", 0)
     theirs, ours = build_pair(name, weights, photographs.pixels)
     found = Comparison(
         model=name,
@@ -152,25 +187,45 @@ def compare(
         photographs=photographs.names,
         skipped=photographs.skipped,
     )
-    progress("float64 reference")
+    progress("float64 reference", 0)
     with torch.inference_mode():
         exact = copy.deepcopy(theirs).double()(photographs.pixels.double())
-    for dtype in dtypes:
-        kind = getattr(torch, dtype)
-        calls = providers(theirs, ours, kind, place, peers)
-        for batch in batches:
-            label = f"{dtype}, batch {batch}"
-            progress(f"{label}: checking answers")
-            checked = _check(calls, photographs, kind, place, exact)
-            setting = Setting(dtype, batch, *checked, timings={})
-            if setting.agrees:
-                x = photographs.batch(batch).to(place, kind)
-                x = x.contiguous(memory_format=torch.channels_last)
-                timed = {who: partial(call, _as_given(who, x)) for who, call in calls.items()}
-                tell = partial(_tell, progress, label)
-                setting.timings.update(interleaved(timed, seconds, place, tell))
+    calls: dict[str, Call] = {}
+    try:
+        for number, (dtype, batch) in enumerate(asked):
+            kind = getattr(torch, dtype)
+            if batch == batches[0]:
+                calls = providers(theirs, ours, kind, place, peers)
+            tell = Rounds(f"{dtype}, batch {batch}", number, len(asked), seconds, progress)
+            with room_for(name, batch, dtype, place):
+                setting = _setting(calls, photographs, (dtype, batch), place, exact, seconds, tell)
             found.settings.append(setting)
+    except KeyboardInterrupt:
+        if not found.settings:
+            raise
+        return replace(found, interrupted=True)
     return found
+
+
+def _setting(
+    calls: dict[str, Call],
+    photographs: Photographs,
+    asked: tuple[str, int],
+    place: torch.device,
+    exact: Tensor,
+    seconds: float,
+    tell: Callable[[str], None],
+) -> Setting:
+    """Check one dtype and batch, and time it if it is right."""
+    dtype, batch = asked
+    kind = getattr(torch, dtype)
+    tell("checking answers")
+    setting = Setting(*asked, *_check(calls, photographs, kind, place, exact), timings={})
+    if setting.agrees:
+        x = photographs.batch(batch).to(place, kind).contiguous(memory_format=torch.channels_last)
+        timed = {who: partial(call, _as_given(who, x)) for who, call in calls.items()}
+        setting.timings.update(interleaved(timed, seconds, place, tell))
+    return setting
 
 
 def pick_device(device: str) -> torch.device:
@@ -199,22 +254,14 @@ def build_pair(name: str, weights: str | None, pixels: Tensor) -> tuple[nn.Modul
     """torchvision's model and ours with the same weights, float32, in eval mode, on the CPU.
 
     Raises:
-        ValueError: unknown model; the known ones are listed.
+        ValueError: unknown model, whose known ones are listed; or weights that are none of it.
     """
-    build_ours = models.get_model_builder(name)
-    import torchvision
-
-    build_theirs = getattr(torchvision.models, name)
+    name = models.registry.model_name(name)
     torch.manual_seed(0)
+    theirs = torchvision_model(name, weights)
     if weights is None:
-        theirs = build_theirs()
         _calibrate(theirs, pixels)
-    elif Path(weights).is_file():
-        theirs = build_theirs()
-        theirs.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    else:
-        theirs = build_theirs(weights=weights)
-    ours = build_ours()
+    ours = models.get_model(name)
     ours.load_state_dict(theirs.state_dict())
     return theirs.eval(), ours.eval()
 
@@ -233,10 +280,6 @@ def _calibrate(model: nn.Module, pixels: Tensor) -> None:
 def _as_given(provider: str, x: Tensor) -> Tensor:
     """x in the layout that the provider takes, so that no conversion is timed."""
     return x.contiguous() if provider == NCHW else x
-
-
-def _tell(progress: Callable[[str], None], label: str, text: str) -> None:
-    progress(f"{label}: {text}")
 
 
 def _check(calls: dict[str, Call], photographs: Photographs, dtype, place, exact: Tensor) -> tuple:

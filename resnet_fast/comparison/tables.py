@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from rich.table import Table
-
+from resnet_fast._table import Column, Table
 from resnet_fast.comparison.measure import Comparison, Setting
 from resnet_fast.comparison.providers import OURS
 from resnet_fast.comparison.steadiness import MARK, NO_RATIO, NOTE, marked, ratio_text
@@ -19,21 +18,27 @@ def render(result: Comparison) -> Iterator[Table | str]:
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     yield f"{result.model} on {result.device}: {machine}"
     yield f"weights: {result.weights}; photographs: {', '.join(result.photographs)}"
+    yield ""
     yield _agreement(result)
-    yield _times(result)
+    if any(setting.timings for setting in result.settings):
+        yield ""
+        yield _times(result)
     yield from result.warnings
+    if result.interrupted:
+        yield "interrupted: these are the settings that were complete"
 
 
 def _agreement(result: Comparison) -> Table:
-    table = Table(title="Do they agree? Errors of the logits against float64")
-    for heading in ("dtype", "ours", "eager", "limit", "top-1 ours", "top-1 eager", "fused", ""):
-        table.add_column(heading)
+    names = ("dtype", "ours", "eager", "limit", "top-1", "eager's", "fused", "")
+    left = ("dtype", "fused", "")
+    title = "Do they agree? Errors of the logits against float64, and classes kept"
+    table = Table(title, [Column(name, name not in left) for name in names])
     seen = set()
     for s in result.settings:
         if s.dtype in seen:
             continue
         seen.add(s.dtype)
-        table.add_row(
+        table.add(
             s.dtype,
             f"{s.verdict.ours:.2e}",
             f"{s.verdict.eager:.2e}",
@@ -42,19 +47,21 @@ def _agreement(result: Comparison) -> Table:
             f"{s.top1_eager}/{s.photographs}",
             f"{s.fused[0]} of {s.fused[1]}",
             "agree" if s.agrees else "DISAGREE: not timed",
+            style="" if s.agrees else "red",
         )
     return table
 
 
 def _times(result: Comparison) -> Table:
-    table = Table(title="Wall time per batch, measured in this run (ratio: to eager at its best)")
-    for heading in ("dtype", "batch", "", "median ms", "p20", "p80", "images/s", "ratio"):
-        table.add_column(heading, justify="left" if heading in ("dtype", "") else "right")
+    title = "Wall time per batch, measured in this run (ratio: to eager at its best)"
+    names = ("", "median ms", "p20", "p80", "images/s", "ratio")
+    table = Table(title, [Column(name, name != "") for name in names])
     for s in result.settings:
+        if s.timings:
+            table.add(text=f"{s.dtype}, batch {s.batch}")
         for name in s.timings:
-            style = "bold" if name == OURS and s.stable(name) else None
-            row = (s.dtype, str(s.batch), name, *_numbers(s, name))
-            table.add_row(*row, style=style, end_section=name == list(s.timings)[-1])
+            style = "bold" if name == OURS and s.stable(name) else ""
+            table.add(f"  {name}", *_numbers(s, name), style=style)
     return table
 
 

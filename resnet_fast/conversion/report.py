@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,11 @@ class Report:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def to_json(self) -> dict:
+        """Plain data: dictionaries, lists, strings and numbers."""
+        rows = [asdict(row) for row in self.rows]
+        return {"fused": self.fused, "packed_bytes": self.packed_bytes, "rows": rows}
 
     @property
     def fused(self) -> int:

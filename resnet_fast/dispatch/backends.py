@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resnet_fast import _env, _hardware
+from resnet_fast import _env, _hardware, _names
 from resnet_fast.dispatch import cuda, tuning
 from resnet_fast.dispatch.preferences import preference
 from resnet_fast.dispatch.problem import (
@@ -182,7 +182,7 @@ def names() -> list[str]:
 def check_name(backend: str) -> None:
     """Raise ValueError unless `backend` is a backend's name or "auto"."""
     if backend not in names():
-        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
+        raise ValueError(f"resnet_fast: {_names.unknown('backend', backend, names())}")
 
 
 def why_not(row: Backend, problem: Problem, asked: bool = False) -> str | None:

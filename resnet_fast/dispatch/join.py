@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from resnet_fast import _env, _hardware
+from resnet_fast import _env, _hardware, _names
 from resnet_fast.dispatch import backends, cuda, heuristics
 from resnet_fast.dispatch.backends import AUTO
 from resnet_fast.dispatch.preferences import preference
@@ -163,7 +163,7 @@ def plan(problem: JoinProblem, backend: str = AUTO) -> JoinPlan:
             RESNET_FAST_BACKEND is unknown.
     """
     if backend not in names():
-        raise ValueError(f"resnet_fast: unknown backend {backend!r}; known are {names()}")
+        raise ValueError(f"resnet_fast: {_names.unknown('backend', backend, names())}")
     wanted = backend if backend != AUTO else _env.backend() or AUTO
     backends.check_name(wanted)  # one that has no join is a preference that cannot be met
     return on_trial(functools.partial(_choose, problem, backend, wanted), backend)

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from resnet_fast import _names
+
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
@@ -43,13 +45,18 @@ def get_model_builder(name: str) -> Callable[..., nn.Module]:
     """The builder registered under `name` (in any case of letters).
 
     Raises:
-        ValueError: no such model; the message lists the known ones.
+        ValueError: no such model; the message suggests the nearest and lists the known ones.
     """
-    try:
-        return _BUILDERS[name.lower()]
-    except KeyError:
-        known = ", ".join(list_models())
-        raise ValueError(f"Unknown model {name}; the known ones are: {known}") from None
+    return _BUILDERS[model_name(name)]
+
+
+def model_name(name: str) -> str:
+    """The name under which a model is registered: "resnet18" for "ResNet18".
+
+    Raises:
+        ValueError: no such model; the message suggests the nearest and lists the known ones.
+    """
+    return _names.choose("model", name, _names.natural(_BUILDERS))
 
 
 def get_model(name: str, **config: Any) -> nn.Module:
@@ -60,7 +67,7 @@ def get_model(name: str, **config: Any) -> nn.Module:
         **config: the builder's arguments, such as `weights` or `num_classes`.
 
     Raises:
-        ValueError: no such model; the message lists the known ones.
+        ValueError: no such model; the message suggests the nearest and lists the known ones.
 
     Example:
         >>> model = resnet_fast.models.get_model("resnet50", num_classes=10)

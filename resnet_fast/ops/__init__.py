@@ -5,6 +5,7 @@ The narrow waist: above it all is ordinary PyTorch, below it kernels and pointer
 calls `dispatch`.
 """
 
+from resnet_fast.dispatch.backends import check_name as check_backend
 from resnet_fast.kernels.cpu import forget, magnitude, max_pool_3x3_2, packed_bytes
 from resnet_fast.kernels.cuda import architecture_refusal as explain_extension_on
 from resnet_fast.kernels.cuda import explain as explain_extension
@@ -50,6 +51,7 @@ __all__ = [
     "JoinCall",
     "StemCall",
     "add_relu",
+    "check_backend",
     "conv_bn_act",
     "conv_bn_act_",
     "conv_bn_act_op",

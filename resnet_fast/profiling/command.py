@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from resnet_fast import models
+from resnet_fast import _names, models
 from resnet_fast.comparison.measure import pick_device
+from resnet_fast.comparison.memory import room_for
+from resnet_fast.comparison.progress import Progress, Rounds
 from resnet_fast.profiling.profile import PEERS, SECONDS, Profile, profile
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def profile_by_name(
@@ -21,7 +19,7 @@ def profile_by_name(
     device: str = "auto",
     compare: str | None = None,
     seconds: float = SECONDS,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text, share: None,
 ) -> Profile:
     """Build one of our models with random weights (seed 0) and profile it on random pixels.
 
@@ -30,22 +28,16 @@ def profile_by_name(
         MemoryError: the batch does not fit.
     """
     place = pick_device(device)
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    if compare is not None and compare not in PEERS:
-        raise ValueError(f"unknown model to compare with: {compare!r}; known: {', '.join(PEERS)}")
-    build = models.get_model_builder(name)
+    name, dtype = models.registry.model_name(name), _names.dtype(dtype)
+    if compare is not None:
+        compare = _names.choose("model to compare with", compare, PEERS)
     kind, nhwc = getattr(torch, dtype), torch.channels_last
-    progress(f"building {name}")
-    torch.manual_seed(0)
-    model = build().eval().to(place, kind, memory_format=nhwc)
-    try:
+    tell = Rounds("", 0, 1, seconds, progress)
+    with room_for(name, batch, dtype, place):
+        tell(f"building {name}")
+        torch.manual_seed(0)
+        model = models.get_model(name).eval().to(place, kind, memory_format=nhwc)
         x = torch.randn(batch, 3, 224, 224).to(place, kind, memory_format=nhwc)
-        found = profile(model, x, seconds=seconds, compare=compare, progress=progress)
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise MemoryError(f"batch {batch} of {name} does not fit: {reason}") from error
+        found = profile(model, x, seconds=seconds, compare=compare, progress=tell)
     found.model = name
     return found

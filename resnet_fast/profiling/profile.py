@@ -61,9 +61,19 @@ class Profile(Findings):
         data["warnings"] = self.warnings
         return data
 
-    def table(self, layers: bool = False, top: int = 12) -> str:
-        """As text: the stages and the slowest layers, or with `layers` all layers in order."""
-        return _text.render(self, layers, top)
+    def to_rows(self) -> list[dict]:
+        """Flat rows, as for a CSV file: one per layer in execution order, then the gaps."""
+        shared = {
+            "model": self.model, "device": self.device, "dtype": self.dtype, "batch": self.batch,
+        }  # fmt: skip
+        return [shared | _plain(row) for row in self.rows]
+
+    def table(self, layers: bool = False, top: int = 12, width: int | None = None) -> str:
+        """As text: the stages and the slowest layers, or with `layers` all layers in order.
+
+        Of a terminal `width` columns wide the less important columns are left out, and named.
+        """
+        return _text.render(self, layers, top, width)
 
     def __str__(self) -> str:
         return self.table()

@@ -5,25 +5,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from resnet_fast._table import Column, Table, wrapped
 from resnet_fast.comparison.steadiness import is_stable, marked, ratio_text
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import REMAINDER, Row
 
 PAUSED = 0.05  # of the whole: more than a machine to itself shows
+# What is left out of a narrow terminal, the highest first.
+RANKS = {"tile": 5, "MFLOP": 4, "MB": 4, "TFLOP/s": 3, "GB/s": 3, "host ms": 2, "share": 1}
 
 
-def render(profile: Findings, layers: bool, top: int) -> str:
-    """The stages, the layers (all in order, or the slowest), and what to try."""
-    parts = ["\n".join([heading(profile), *profile.warnings])]
-    parts.append(_table("stage", [*profile.stages, *profile.sums], profile))
+def render(profile: Findings, layers: bool, top: int, width: int | None = None) -> str:
+    """The stages, the layers (all in order, or the slowest), and what to try.
+
+    Args:
+        profile: what was found.
+        layers: all of them, instead of the slowest.
+        top: how many are the slowest.
+        width: of the terminal; None for as wide as it gets.
+    """
+    parts = ["\n".join(_fitted(line, width) for line in [heading(profile), *profile.warnings])]
+    parts.append(_table("stage", [*profile.stages, *profile.sums], profile, width))
     if layers:
-        parts.append(_table("layer", [*profile.rows, *profile.sums], profile))
+        parts.append(_table("layer", [*profile.rows, *profile.sums], profile, width))
     else:
         slowest = sorted(profile.layers, key=lambda row: -row.seconds)[:top]
-        parts.append(_table(f"slowest {len(slowest)} of {len(profile.layers)}", slowest, profile))
+        first = f"slowest {len(slowest)} of {len(profile.layers)}"
+        parts.append(_table(first, slowest, profile, width))
     if profile.suggestions:
-        parts.append("\n".join(["What to try:", *(f"  {line}" for line in profile.suggestions)]))
+        tips = "\n".join(["What to try:", *(f"- {line}" for line in profile.suggestions)])
+        parts.append(_fitted(tips, width))
     return "\n\n".join(parts)
+
+
+def _fitted(text: str, width: int | None) -> str:
+    return "\n".join(wrapped(text, width))
 
 
 def heading(profile: Findings) -> str:
@@ -100,16 +116,11 @@ def _or(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def _table(first: str, rows: Sequence[Row], profile: Findings) -> str:
-    lines = [(first, *columns(profile))]
-    lines += [(row.name, *cells(row, profile)) for row in rows]
-    used = [i for i in range(len(lines[0])) if i == 0 or any(line[i] for line in lines[1:])]
-    left = {0} | {i for i, name in enumerate(lines[0]) if name in ("bound by", "backend", "tile")}
-    widths = {i: max(len(line[i]) for line in lines) for i in used}
-    text = [
-        "  ".join(
-            line[i].ljust(widths[i]) if i in left else line[i].rjust(widths[i]) for i in used
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+def _table(first: str, rows: Sequence[Row], profile: Findings, width: int | None) -> str:
+    left = (first, "bound by", "backend", "tile")
+    names = (first, *columns(profile))
+    table = Table("", [Column(name, name not in left, RANKS.get(name, 0)) for name in names])
+    table.elsewhere = "they are in --json and --csv"
+    for row in rows:
+        table.add(row.name, *cells(row, profile))
+    return "\n".join(line.text for line in table.lines(width))

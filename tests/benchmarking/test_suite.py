@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_fast import cli, ops
+from resnet_fast import _hardware, cli, ops
 from resnet_fast.benchmarking import (
     cases,
     clocks,
@@ -392,7 +392,7 @@ def test_too_little_memory_for_a_batch_is_said_and_the_rest_go_on(monkeypatch):
     box["clock"] = fake_suite(monkeypatch, Provider("good", "", identity(lambda: box["clock"])))
     need = [suite.needed_bytes(ModelCase("resnet18", batch, "float32")) for batch in (1, 256)]
     assert need[0] < 1e9 < 2e9 < need[1]
-    monkeypatch.setattr(clocks, "free_bytes", lambda place: 1_500_000_000)
+    monkeypatch.setattr(_hardware, "free_bytes", lambda place: 1_500_000_000)
     request = Request(suites=("models",), device="cpu", models=["resnet18"], batches=[256, 1],
                       dtypes=["float32"], seconds=0.01)  # fmt: skip
     big, small = suite.run(request).rows

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 import types
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -143,7 +146,7 @@ def test_a_failing_compiler_is_quoted(tools):
         build.build(build.find(), architectures=[80], folder=tools.folder / "objects")
 
 
-@pytest.mark.parametrize("arguments", [["--arch", "sm_90"], ["--arch", "7.5"], ["--jobs", "0"]])
+@pytest.mark.parametrize("arguments", [["--arch", "ninety"], ["--arch", "7.5"], ["--jobs", "0"]])
 def test_the_command_refuses(arguments, tools, capsys):
     try:
         status = cli.main(["build", *arguments])
@@ -292,3 +295,60 @@ def test_what_the_kernels_take_is_a_line_for_each_op(monkeypatch):
     assert [line.partition(":")[0] for line in lines] == list(cuda.OPS)
     assert all("2 kernels of 40 to 41 registers" in line for line in lines)
     assert all("512 to 512 bytes of shared and at most 0 of local" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file"])
+def test_a_place_that_cannot_be_written_is_refused_before_compiling(
+    kind, tools, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(build, "_run_ninja", lambda *_: pytest.fail("it began to compile"))
+    file = tmp_path / "file"
+    file.write_text("")
+    folder = {"a file": file, "below a file": file / "modules"}[kind]
+    assert cli.main(["build", "--arch", "8.0", "--into", str(folder)]) == cli.BAD_INPUT
+    error = capsys.readouterr().err
+    assert str(folder) in error and "cannot be written" in error
+
+
+def wheel(folder: Path) -> Path:
+    """A wheel of a package of our name, which holds the recipe alone."""
+    info = "resnet_fast-0.1.0.dist-info"
+    files = {
+        "resnet_fast/__init__.py": "",
+        "resnet_fast/build.py": (ROOT / "resnet_fast" / "build.py").read_text(),
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: resnet_fast\nVersion: 0.1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    listed = [f"{name},," for name in (*files, f"{info}/RECORD")]
+    path = folder / "resnet_fast-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in {**files, f"{info}/RECORD": "\n".join(listed) + "\n"}.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_pip_uninstall_takes_the_built_module_along(tmp_path):
+    """What it left would be imported as an empty package."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("no pip is installed here")
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    quiet = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path}
+    quiet["env"] = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel(tmp_path))], **quiet)
+    code = """
+from resnet_fast import build
+module = build.PACKAGE / "_C.so"
+for _ in range(2):  # built anew, it is listed once
+    build.record(module)
+module.write_text("")
+print(build.PACKAGE)
+"""
+    done = subprocess.run([python, "-c", code], **quiet)
+    package = Path(done.stdout.strip())
+    assert (package / "_C.so").exists()
+    (record,) = package.parent.glob("resnet_fast-*/RECORD")
+    assert record.read_text().count("_C.so") == 1
+    subprocess.run([*pip, "uninstall", "--yes", "resnet_fast"], **quiet)
+    assert not package.exists()

@@ -29,7 +29,9 @@ def test_model_by_name_takes_the_builder_s_arguments():
 
 @pytest.mark.parametrize("look_up", [models.get_model, models.get_model_builder])
 def test_an_unknown_model_lists_the_known_ones(look_up):
-    with pytest.raises(ValueError, match="Unknown model resnet51") as caught:
+    with pytest.raises(
+        ValueError, match="unknown model 'resnet51'; did you mean resnet50"
+    ) as caught:
         look_up("resnet51")
     assert all(name in str(caught.value) for name in models.list_models())
 
