@@ -87,7 +87,8 @@ def targets(name: str) -> list[dict]:
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    """Boxes in a dtype; keypoints, of one more dimension, are asked for in float32 always."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() < 3 else tensor
 
 
 def assert_detects_alike(fused: nn.Module, plain: nn.Module) -> None:
