@@ -158,8 +158,7 @@ def test_fifty_sizes_keep_one_packed_copy():
     plain, nothing, _, _ = measured(GROWTH, "plain")
     grown, packed, weights, largest = measured(GROWTH, "optimized")
     assert nothing == 0
-    # The first convolution's three channels are padded; everything else is as large as it was.
-    assert weights <= packed <= 1.05 * weights
+    assert weights <= packed <= 2 * weights
     assert grown <= plain + packed + 3 * largest + NOISE
 
 

@@ -124,7 +124,8 @@ class CudaClock(Clock):
         graph = torch.cuda.CUDAGraph()
         try:
             # torch's own stream for this stays on the device that was the first to record.
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream(self.device)):
+            stream, mode = torch.cuda.Stream(self.device), "thread_local"
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
                 call()
             graph.replay()
             torch.cuda.synchronize(self.device)

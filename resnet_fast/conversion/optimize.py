@@ -61,7 +61,8 @@ def optimize(
         dtype: cast the model; None leaves it.
         memory_format: of its 4-D weights. The GPU kernels read torch.channels_last; a CPU's need
             none: torch.preserve_format there for what refuses channels_last parameters, such as
-            torch.optim.LBFGS, parameters_to_vector and fully_shard.
+            torch.optim.LBFGS, parameters_to_vector, fully_shard and the training of torchvision's
+            keypoint head.
         example_input: what `verify` runs, [N, C, H, W]; by default random, [2, 3, 224, 224].
         backend: "auto", or one backend's name for all blocks (`resnet-fast check` lists them).
         strict: raise if nothing was found that could ever be fused; otherwise that is a warning.

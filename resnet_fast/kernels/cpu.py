@@ -255,7 +255,7 @@ class PackedWeight:
         gain, _ = fold(*vectors, eps)
         folded = (weight.detach().float() * gain.view(-1, 1, 1, 1)).to(self.narrow_bias.dtype)
         folded = folded.contiguous(memory_format=torch.channels_last)
-        gain = folded.float().abs().sum((1, 2, 3)).max().item()
+        gain = torch.linalg.vector_norm(folded, 1, (1, 2, 3), dtype=torch.float32).max().item()
         self.growth = (gain, self.bias.abs().max().item())
         packed = torch.ops.mkldnn._reorder_convolution_weight(folded, *problem[:-1], problem[-1])
         # Most sizes share a layout, and then they share the copy.

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -225,3 +227,14 @@ def test_timm_feature_pyramid():
         randomize(model), image(1, 3, 64, 64), lambda ys: {str(i): y for i, y in enumerate(ys)}
     )
     assert_fused(optimized, 9)
+
+
+def test_all_frozen_norms_of_transformers_compute_the_same():
+    """They are known by their name, of which each model file has a copy."""
+    transformers = pytest.importorskip("transformers")
+    files = (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
+    pattern = r"class \w+FrozenBatchNorm2d\(nn\.Module\):.*?def forward\(self, x\):(.*?)\n\n"
+    found = [re.search(pattern, file.read_text(), re.DOTALL) for file in files]
+    bodies = [re.sub(r"#.*|\s+", "", match.group(1)) for match in found if match]
+    assert len(bodies) >= 3
+    assert len(set(bodies)) == 1
