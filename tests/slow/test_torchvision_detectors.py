@@ -125,7 +125,7 @@ def test_detectors(name):
 def test_losses_and_gradients(name):
     """Losses that no decision precedes agree; the others are there and finite."""
     plain = detector(name)
-    # The backward pass of torchvision's keypoint head views what channels_last weights do not let it.
+    # Backward through torchvision's keypoint head, plain as well, refuses channels_last weights.
     layout = torch.preserve_format if "keypoint" in name else torch.channels_last
     fused = resnet_fast.optimize(plain, strict=True, memory_format=layout)
     models = fused, plain, copy.deepcopy(plain).double()
