@@ -160,8 +160,8 @@ class Program:
         join: runs the last step and the projection as one, or None.
 
     Beside these it says whether how large its result can get may be known (`bounded`), whether it
-    calls modules, which may do anything (`calls_modules`), and whether nobody else holds its result
-    (`owns`).
+    calls modules, which may do anything (`calls_modules`), whether nobody else holds its result
+    (`owns`), and how many elements pass a ReLU for each of x (`rectified`).
     """
 
     __slots__ = (
@@ -175,6 +175,7 @@ class Program:
         "owner_facts",
         "owns",
         "projection",
+        "rectified",
         "sequence",
         "steps",
         "storage",
@@ -208,6 +209,7 @@ class Program:
         )
         self.facts = [(look, things, list(map(look, things))) for look, things in looks]
         self.bounded, self.calls_modules, self.owns = True, False, True
+        self.rectified = _rectified(steps)
         self.owner_facts = _owner_facts(owner)
         modules = [owner, *bypassed]
         # Equal facts mean the same hook dictionaries; they must be empty as well.
@@ -286,6 +288,16 @@ class Program:
         return largest, y + shortcut
 
 
+def _rectified(steps: list[Step]) -> float:
+    """How many elements pass a ReLU for each element of the input, paddings aside."""
+    found, area = 0.0, 1.0
+    for step in steps:
+        area /= math.prod(step.unit.conv.stride)
+        if step.activation == "relu":
+            found += area * step.unit.weight.shape[0] / steps[0].unit.channels
+    return found
+
+
 UNKNOWN = (math.nan, math.nan)
 # Far enough below the largest number that rounding cannot matter.
 _LIMITS = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 3e4}
@@ -314,6 +326,8 @@ def follow(
     if magnitude is not None:
         largest, result = program.bound(launches, magnitude)
     if not largest < limit:
+        if program.rectified < 1:  # to measure x costs more than the ReLUs, each in its own pass
+            return False, None
         largest, result = program.bound(launches, ops.magnitude(x))
     return (True, result) if largest < limit else (False, None)
 
