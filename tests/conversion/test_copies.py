@@ -22,36 +22,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import resnet_fast
 import resnet_fast.models.resnet as ours
 from resnet_fast.kernels import cpu
-
-
-@pytest.fixture
-def plain():
-    torch.manual_seed(0)
-    return reference.ResNet(reference.BasicBlock, [2, 1, 1, 1], num_classes=10).eval()
+from tests.conversion.checks import close, is_fused, run
 
 
 @pytest.fixture
 def model(plain):
     return resnet_fast.optimize(plain)
-
-
-@pytest.fixture
-def x():
-    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(2))
-
-
-def run(model, x):
-    with torch.inference_mode():
-        return model(x)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def is_fused(model) -> bool:
-    rows = resnet_fast.report(model)
-    return len(rows) > 0 and rows.fused == len(rows)
 
 
 # ---- copies

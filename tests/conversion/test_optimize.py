@@ -18,32 +18,12 @@ import resnet_fast
 import resnet_fast.models.resnet as ours
 from resnet_fast.conversion.forward import is_converted
 from resnet_fast.kernels import cpu
+from tests.conversion.checks import close, is_fused, run
 
 
 @pytest.fixture
-def model():
-    """torchvision's ResNet with one block a stage, in evaluation, NCHW weights."""
-    torch.manual_seed(0)
-    return reference.ResNet(reference.BasicBlock, [2, 1, 1, 1], num_classes=10).eval()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(2))
-
-
-def run(model, x):
-    with torch.inference_mode():
-        return model(x)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def is_fused(model) -> bool:
-    rows = resnet_fast.report(model)
-    return len(rows) > 0 and rows.fused == len(rows)
+def model(plain):
+    return plain
 
 
 def test_returns_a_fused_copy_and_leaves_the_original_alone(model, x):
