@@ -54,7 +54,8 @@ def test_compare_prints_writes_and_agrees(capsys, tmp_path):
         assert setting["agrees"]
         best = min(t["median"] for n, t in setting["timings"].items() if "torchvision" in n)
         ours = setting["timings"]["resnet_fast"]
-        assert setting["ratio"]["resnet_fast"] == pytest.approx(ours["median"] / best)
+        ratio = setting["ratio"]["resnet_fast"]  # None where the noise leaves nothing of it
+        assert ratio is None or ratio == pytest.approx(ours["median"] / best)
         assert ours["p20"] <= ours["median"] <= ours["p80"]
 
 

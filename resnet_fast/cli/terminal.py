@@ -18,25 +18,25 @@ from typing import TextIO
 from resnet_fast._table import Line, Table, wrapped
 from resnet_fast.comparison.progress import Progress
 
-PIPED_WIDTH = 160  # logs and pipes have no columns
+PIPED_WIDTH = 160  # of tables in logs and pipes, which have no columns; their texts do not wrap
 LINE_SECONDS = 10.0  # between two lines about the work
 STYLES = {"bold": "1", "yellow": "33", "red": "1;31"}
 
 
-def width_of(stream: TextIO) -> int:
-    """The columns that a stream's reader has."""
+def width_of(stream: TextIO) -> int | None:
+    """The columns that a stream's reader has; None of a log or a pipe."""
     if stream.isatty() or os.environ.get("COLUMNS"):
         return shutil.get_terminal_size().columns
-    return PIPED_WIDTH
+    return None
 
 
 def show(parts: Iterable[Table | str], stream: TextIO | None = None) -> None:
-    """Print tables and texts, which wrap at their words."""
+    """Print tables and texts, which wrap at their words where there are columns."""
     stream = stream or sys.stdout
     width = width_of(stream)
     for part in parts:
         if isinstance(part, Table):
-            print_lines(part.lines(width), stream)
+            print_lines(part.lines(width or PIPED_WIDTH), stream)
         else:
             print_lines(map(Line, wrapped(part, width) or [""]), stream)
 

@@ -261,7 +261,7 @@ def test_the_variable_may_ask_for_nothing(value, monkeypatch):
 
 def test_a_misspelt_variable_is_an_error(monkeypatch):
     monkeypatch.setenv("RESNET_FAST_BACKEND", "atne")
-    with pytest.raises(ValueError, match=r"'atne'.*'aten'"):
+    with pytest.raises(ValueError, match="'atne'; did you mean aten"):
         run()
 
 
