@@ -228,9 +228,11 @@ def _shown_as(plain: Callable, run: Callable[[nn.Module, Tensor], Tensor]) -> Fu
 
 def _reduce(self: nn.Module, protocol: int) -> tuple:
     """As the class before would, but for the class, which pickle could not find by its name."""
-    make, arguments, *rest = super(type(self), self).__reduce_ex__(protocol)
-    if make is copyreg.__newobj__ and arguments[0] is type(self):
-        make, arguments = _new, (class_of(self), type(self)._role, *arguments[1:])
+    # Others may have made a subclass of it since, as fully_shard does.
+    converted = next(kind for kind in type(self).__mro__ if "_role" in kind.__dict__)
+    make, arguments, *rest = super(converted, self).__reduce_ex__(protocol)
+    if make is copyreg.__newobj__ and arguments[0] is converted:
+        make, arguments = _new, (converted.__base__, converted._role, *arguments[1:])
     return make, arguments, *rest
 
 

@@ -84,6 +84,15 @@ def test_a_subclass_with_a_reduce_of_its_own_keeps_it(x):
     assert pickle.loads(pickle.dumps(model)) == {}
 
 
+def test_who_makes_a_subclass_of_it_can_copy_it(model, x):
+    """As torch's fully_shard does with every module that it shards."""
+    model.__class__ = type("Sharded", (type(model),), {})
+    copied = copy.deepcopy(model)
+    assert type(copied) is type(model)
+    close(run(copied, x), run(model, x))
+    assert is_fused(copied)
+
+
 def test_a_feature_extractor_keeps_its_mode_and_its_graphs(plain, x):
     nodes = {"layer2": "a", "layer4": "b"}
     extractor = create_feature_extractor(plain, nodes)
