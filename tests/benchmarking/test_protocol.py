@@ -390,7 +390,7 @@ def test_what_cannot_be_captured_is_timed_by_events(gpu):
     _, timer, monkeypatch = gpu
 
     @contextlib.contextmanager
-    def refuse(graph, stream):
+    def refuse(graph, stream, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 
@@ -405,7 +405,8 @@ def test_the_clocks_device_is_the_one_that_is_timed(gpu):
     streams, inside, calls = [], [], []
 
     @contextlib.contextmanager
-    def recorded(graph, stream):
+    def recorded(graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         streams.append(stream)
         graph.call = lambda: None
         yield

@@ -8,6 +8,7 @@ a call that is right in all else says so.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -36,8 +37,9 @@ def built(tmp_path_factory):
         pytest.skip(f"the extension cannot be built here: {error}")
     folder = tmp_path_factory.mktemp("extension")
     command = ("-m", "resnet_fast.cli", "build", "--arch", "8.0", "--verbose", "--into")
+    wide = {**os.environ, "COLUMNS": "200"}  # readline sets it to 80, if a debugger imported that
     done = subprocess.run(
-        [sys.executable, *command, str(folder)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *command, str(folder)], cwd=ROOT, env=wide, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
