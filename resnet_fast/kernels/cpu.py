@@ -52,9 +52,9 @@ MAX_ALIASES = 2  # tensors over one weight's memory that each keep a copy
 
 _DENSE = (Tensor, torch.nn.Parameter)
 _INTEGERS = {2: torch.int16, 4: torch.int32}
-# oneDNN's memory descriptor as C lays it out: rank, sizes, type, padded sizes and offsets, offset,
-# form; strides, depth, blocks and their indices; flags, mask and scale. Arrays have room for 12.
-_DESCRIPTION = struct.Struct("@i12qi12q12qqi 12qi12q12q Qif")
+# oneDNN's memory descriptor as C lays it out: tag, rank, sizes, type, padded sizes and offsets,
+# offset, form; strides, depth, blocks and their indices; flags, mask and scale. Arrays hold 12.
+_DESCRIPTION = struct.Struct("@2i12qi12q12qqi 12qi12q12q Qif")
 
 if torch.backends.mkldnn.is_available():
     _plain = torch.ops.mkldnn._convolution_pointwise.default
@@ -393,9 +393,9 @@ def _layout(packed: Tensor) -> tuple | bytes:
     described = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
     if len(described) < _DESCRIPTION.size:
         return described
-    rank, *rest = _DESCRIPTION.unpack_from(described)
+    tag, rank, *rest = _DESCRIPTION.unpack_from(described)
     sizes, kind, padded, offsets, *rest = rest[:12], rest[12], rest[13:25], rest[25:37], *rest[37:]
     origin, form, strides, depth, *rest = *rest[:2], rest[2:14], *rest[14:]
     blocks, indices, extra = rest[:12], rest[12:24], rest[24:]
     by_rank = [values[:rank] for values in (sizes, padded, offsets, strides)]
-    return by_rank, blocks[:depth], indices[:depth], kind, origin, form, extra
+    return by_rank, blocks[:depth], indices[:depth], tag, kind, origin, form, extra
