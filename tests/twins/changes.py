@@ -168,6 +168,8 @@ def new_data(model, generator):
 
 def new_parameter(model, generator):
     conv = _conv(model, generator)
+    if prune.is_pruned(conv):  # its hook would assign a tensor where a parameter now is
+        prune.remove(conv, "weight")
     conv.weight = nn.Parameter(_like(conv.weight, generator))
 
 
