@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count what the CUDA convolution does, layer by layer, with NVIDIA's CUTLASS beside it.
 
-    python benchmarks/counts.py                       ResNet-50's convolutions, some at all tiles
-    python benchmarks/counts.py --layers layer2 --all
-    python benchmarks/counts.py --bytes               what the networks move per image
+    python -m benchmarks.counts                       ResNet-50's convolutions, some at all tiles
+    python -m benchmarks.counts --layers layer2 --all
+    python -m benchmarks.counts --bytes               what the networks move per image
 
 Nothing is timed and no GPU is needed. Registers, spills, blocks per SM and instructions are read
 from machine code that nvcc makes in this run; wavefronts, sectors and bytes are counted by running
@@ -32,8 +32,8 @@ import torch
 from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics, join
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, TileConfig
-from resnet_fast.testing import cases, cuda_kernels, cutlass, join_cases, nvcc, sectors, stem
-from resnet_fast.testing.tolerance import assert_within
+from tests.support import cases, cuda_kernels, cutlass, join_cases, nvcc, sectors, stem
+from tests.support.tolerance import assert_within
 
 OURS, CUTLASS = "resnet_fast", "CUTLASS"
 FULL_BATCH = 32

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of the README from results: `python benchmarks/readme.py`.
+"""Write the tables of the README from results: `python -m benchmarks.readme`.
 
 The results are what these commands wrote:
 
     resnet-fast compare MODEL --compile --openvino --json benchmarks/results/cpu/MODEL.json
-    python benchmarks/counts.py --json benchmarks/results/counts/resnet50.json
-    python benchmarks/counts.py --bytes --json benchmarks/results/counts/bytes.json
+    python -m benchmarks.counts --json benchmarks/results/counts/resnet50.json
+    python -m benchmarks.counts --bytes --json benchmarks/results/counts/bytes.json
     resnet-fast bench --quick                  benchmarks/results/MACHINE/rows.json
     resnet-fast profile resnet50 --batch 1 --dtype bfloat16 --compare torchvision --layers
         --json benchmarks/results/MACHINE/profile.json

@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 @pytest.fixture
 def needs_cpu_backend():
     """needs_cpu_backend(dtype): skip the test, with the reason, where oneDNN does not run it."""
-    from resnet_fast.testing.here import cpu_refusal
+    from tests.support.here import cpu_refusal
 
     def ask(dtype) -> None:
         reason = cpu_refusal(dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from resnet_fast.agreement import FACTOR, Verdict, bound, compare, error
-from resnet_fast.testing.tolerance import assert_within
+from tests.support.tolerance import assert_within
 
 NAN, INF = math.nan, math.inf
 

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "resnet_fast"
+SOFTGPU = ROOT / "softgpu"  # a package of its own, which moves to another place as it is
 
 # Each folder or module may import what stands above it, and nothing else of the package.
 LAYERS = (
@@ -29,19 +30,19 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if "testing" not in path.parts)
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Imported lazily or not at all by the core: only these places may name them.
 OPTIONAL = {
-    "triton": ("kernels", "testing"),
-    "torchvision": ("models/weights.py", "comparison", "cli", "profiling/peers.py", "testing"),
+    "triton": ("kernels",),
+    "torchvision": ("models/weights.py", "comparison", "cli", "profiling/peers.py"),
     "timm": (),
     "rich": ("cli/terminal.py",),
     "matplotlib": ("profiling/picture.py", "benchmarking/plots.py"),
     "onnxruntime": ("comparison/providers.py",),
     "torch_tensorrt": ("comparison/providers.py",),
     "PIL": ("comparison/photographs.py", "cli"),
-    "numpy": ("testing",),
+    "numpy": (),
     "openvino": ("comparison/providers.py",),
 }
 
@@ -56,7 +57,7 @@ def imports(path: Path) -> list[tuple[str, int]]:
             module = node.module or ""
             if node.level:  # only inside testing/ptx, which may be used without the package
                 assert "ptx" in path.parts, f"{path}:{node.lineno}: a relative import"
-                module = f"resnet_fast.testing.ptx.{module}"
+                module = f"softgpu.ptx.{module}"
             found += [(f"{module}.{alias.name}", node.lineno) for alias in node.names]
     return found
 
@@ -75,7 +76,6 @@ def test_imports_only_what_stands_above(path):
         if parts[0] != "resnet_fast" or mine == "__init__":
             continue
         theirs = parts[1] if len(parts) > 1 else ""
-        assert theirs != "testing", f"{path}:{line}: the package imports testing"
         if theirs not in LEVEL or theirs == mine:
             continue  # a name of the package itself: __version__, optimize, ...
         assert LEVEL[theirs] < LEVEL[mine], f"{path}:{line}: {mine} imports {theirs}"
@@ -102,12 +102,18 @@ def test_optional_packages_stay_in_their_rooms(package):
             assert any(relative.startswith(place) for place in allowed), f"{relative}: {package}"
 
 
-def test_the_ptx_machine_needs_numpy_and_the_standard_library_only():
-    for path in (PACKAGE / "testing" / "ptx").rglob("*.py"):
+def test_the_package_imports_no_tests_and_no_machine():
+    for path in FILES:
         for module, line in imports(path):
             first = module.split(".")[0]
-            own = module.startswith("resnet_fast.testing.ptx") or module == "resnet_fast.testing"
-            known = first in sys.stdlib_module_names or first == "numpy" or own
+            assert first not in ("tests", "benchmarks", "softgpu"), f"{path}:{line}: {module}"
+
+
+def test_softgpu_needs_numpy_and_the_standard_library_only():
+    for path in SOFTGPU.rglob("*.py"):
+        for module, line in imports(path):
+            first = module.split(".")[0]
+            known = first in sys.stdlib_module_names or first in ("numpy", "softgpu")
             assert known, f"{path}:{line}: {module}"
 
 
@@ -140,15 +146,11 @@ def test_cpp_includes_only_what_stands_below(path):
 
 def test_every_source_file_names_its_licence():
     text = "SPDX-License-Identifier: Apache-2.0"
-    for folder in ("resnet_fast", "tests", "benchmarks"):
+    for folder in ("resnet_fast", "softgpu", "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             assert path.read_text().partition("\n")[0] == f"# {text}", path
     assert len(CPP_FILES) > 15
-    for path in (
-        *CPP_FILES,
-        *(ROOT / "resnet_fast").rglob("*.cu"),
-        *(ROOT / "tests").rglob("*.cu"),
-    ):
+    for path in (*CPP_FILES, *(ROOT / "tests").rglob("*.cu")):
         assert path.read_text().partition("\n")[0] == f"// {text}", path
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import resnet_fast
 from resnet_fast import agreement
 from resnet_fast.models.resnet import BasicBlock, conv1x1, conv3x3
-from resnet_fast.testing.here import cpu_refusal
+from tests.support.here import cpu_refusal
 
 datasets = pytest.importorskip("sklearn.datasets")
 

@@ -23,9 +23,9 @@ from resnet_fast.spec import ConvSpec
 
 pytest.importorskip("triton", reason="the tables of kernels are compiled by Triton's tools")
 
-from resnet_fast.testing import cases, families, join_cases
-from resnet_fast.testing import stem as stem_cases
-from resnet_fast.testing.tolerance import assert_within
+from tests.support import cases, families, join_cases
+from tests.support import stem as stem_cases
+from tests.support.tolerance import assert_within
 
 pytestmark = [
     pytest.mark.gpu,

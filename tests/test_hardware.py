@@ -15,7 +15,7 @@ from resnet_fast import _hardware, ops
 from resnet_fast.dispatch import backends, heuristics, join, stem
 from resnet_fast.profiling.roofline import roofline_of
 from resnet_fast.spec import ConvSpec
-from resnet_fast.testing import join_cases
+from tests.support import join_cases
 
 op_module = importlib.import_module("resnet_fast.ops.conv_bn_act")  # ops.conv_bn_act is the op
 

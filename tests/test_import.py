@@ -73,7 +73,7 @@ def test_it_does_not_touch_a_gpu(imported):
 
 
 def test_it_loads_no_test_code(imported):
-    assert not [m for m in imported[0] if m.startswith("resnet_fast.testing")]
+    assert not [m for m in imported[0] if m.startswith("tests.support")]
 
 
 BLOCKED = {

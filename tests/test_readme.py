@@ -45,4 +45,4 @@ def test_the_code_runs(block, capsys):
 def test_the_tables_are_those_of_the_results():
     """A figure that no measurement printed cannot stand in the README."""
     readme = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))
-    assert readme["rewritten"](README) == README, "run python benchmarks/readme.py"
+    assert readme["rewritten"](README) == README, "run python -m benchmarks.readme"

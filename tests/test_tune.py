@@ -16,9 +16,9 @@ import torch
 from resnet_fast import _hardware, cli, tune
 from resnet_fast.dispatch import backends, heuristics, tuning
 from resnet_fast.spec import ConvSpec
-from resnet_fast.testing import cases
 from resnet_fast.tune import Candidate, Timing
 from tests.dispatch import conftest
+from tests.support import cases
 
 # the fixtures of the tests of dispatch: an extension that is there, a folder of its own
 extension, cache = conftest.extension, conftest.cache

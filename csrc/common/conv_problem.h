@@ -5,7 +5,7 @@
 //   y = act(norm(conv(x, weight)) * scale + shift + residual)
 //
 // GEMM view: M = N*P*Q rows (output pixels), K columns (output channels), R*S*C products each.
-// The Python mirror is resnet_fast/testing/nvcc.py, which checks the layout at every compilation.
+// The Python mirror is tests/support/nvcc.py, which checks the layout at every compilation.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 //
 //   x [N, 3, H, W] -> 7x7/2 convolution, norm, ReLU [N, P, Q, K] -> 3x3/2 maxima y [N, PP, PQ, K]
 //
-// The Python mirror is resnet_fast/testing/stem.py, which checks the layout at every compilation.
+// The Python mirror is tests/support/stem.py, which checks the layout at every compilation.
 #pragma once
 
 #include "conv_problem.h"

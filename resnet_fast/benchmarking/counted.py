@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of GPU kernels without a GPU: counts of their compiled code, and rooflines.
 
-Counts come from files that `python benchmarks/counts.py --json FILE` writes, where the compiled PTX
+Counts come from files that `python -m benchmarks.counts --json FILE` writes, where the compiled PTX
 was run and its traffic counted. A roofline turns bytes and FLOPs into the least time that a GPU
 could need: a bound, modelled, and nowhere beside a measured number.
 """

@@ -211,7 +211,7 @@ def _modelled(results: Results) -> str:
         cells += [number(m.counted_wavefronts, ".2f"), m.modelled_from]
         lines.append(_row([*cells, *(f"{m.modelled_ms[g] * 1e3:.2g}" for g in gpus)], 3))
     none = "" if any(m.kernel for m in results.modelled) else (
-        " Nothing was counted in this checkout: <code>python benchmarks/counts.py --json</code> "
+        " Nothing was counted in this checkout: <code>python -m benchmarks.counts --json</code> "
         "writes counts, which need nvcc and no GPU."
     )  # fmt: skip
     return (

@@ -3,7 +3,7 @@
 
 A `Launch` names the Triton function, its grid, the type of every argument and the value of every
 argument that does not change from call to call. The same value is compiled for the GPU at hand
-(`bind`), compiled for a GPU that is not there (`testing.compiled`), or interpreted on the CPU
+(`bind`), compiled for a GPU that is not there (`tests.support.compiled`), or interpreted on the CPU
 (`TRITON_INTERPRET=1`): what is tested is what is launched.
 
 Triton's own `kernel[grid](...)` inspects the type and the alignment of every argument on every

@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import resnet_fast
 import resnet_fast.models.resnet as ours
-from resnet_fast.testing.detection import some_boxes, undecided
+from tests.support.detection import some_boxes, undecided
 
 K_GEMM = 2048 * 9
 

@@ -18,8 +18,8 @@ import resnet_fast
 import resnet_fast.models.resnet as ours
 from resnet_fast.conversion.forward import is_converted
 from resnet_fast.kernels import cpu
-from resnet_fast.testing.here import cpu_refusal
 from tests.conversion.checks import close, is_fused, run
+from tests.support.here import cpu_refusal
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from resnet_fast.dispatch import backends, cuda, heuristics, preferences, stem
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.kernels import aten
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing import cases
-from resnet_fast.testing.tolerance import assert_within
+from tests.support import cases
+from tests.support.tolerance import assert_within
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SPEC = ConvSpec(2, 9, 7, 64, 40, 3, 3, (2, 2), (1, 1), norm=True, residual=True)
@@ -199,7 +199,7 @@ ACCEPTED = {
 def test_the_cpp_side_accepts_what_is_handed_over(name, built, monkeypatch):
     """Its checks run on CPU tensors too, in `_conv_problem`, which launches nothing."""
     pytest.importorskip("resnet_fast._C", reason="the extension is not built")
-    from resnet_fast.testing.nvcc import ConvProblem
+    from tests.support.nvcc import ConvProblem
 
     spec = ACCEPTED[name]
     if (reason := cuda.refusal(problem(spec))) is not None:

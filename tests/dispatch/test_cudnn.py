@@ -13,8 +13,8 @@ from resnet_fast.dispatch import backends
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.kernels import aten
 from resnet_fast.spec import ConvSpec
-from resnet_fast.testing import cases
-from resnet_fast.testing.tolerance import assert_within
+from tests.support import cases
+from tests.support.tolerance import assert_within
 
 SPEC = ConvSpec(4, 28, 28, 64, 64, 3, 3, (1, 1), (1, 1), norm=True, dtype="float16")
 PROBLEM = Problem(

@@ -13,7 +13,7 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics
 from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing import cases
+from tests.support import cases
 
 ARCHS = list(heuristics.TILES)
 STAGE4 = ConvSpec(1, 7, 7, 512, 512, 3, 3, (1, 1), (1, 1))

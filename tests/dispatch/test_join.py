@@ -14,7 +14,7 @@ from resnet_fast.dispatch import heuristics, join
 from resnet_fast.dispatch.backends import Problem
 from resnet_fast.dispatch.join import JoinProblem
 from resnet_fast.kernels import cuda as kernel
-from resnet_fast.testing import join_cases
+from tests.support import join_cases
 
 SPEC = join_cases.join(2, 6, 6, 16, 32, 24, stride=(2, 2))
 FP32 = ("float32",) * 4

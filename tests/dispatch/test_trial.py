@@ -14,7 +14,7 @@ import torch
 import resnet_fast
 from resnet_fast import ops
 from resnet_fast.dispatch import backends, join, stem
-from resnet_fast.testing import cases
+from tests.support import cases
 
 op_module = importlib.import_module("resnet_fast.ops.conv_bn_act")  # ops.conv_bn_act is the op
 join_module = importlib.import_module("resnet_fast.ops.conv_bn_join")

@@ -9,8 +9,8 @@ import torch
 
 import resnet_fast
 from resnet_fast.kernels import cuda
-from resnet_fast.testing import nvcc
-from resnet_fast.testing import stem as stem_mirror
+from tests.support import nvcc
+from tests.support import stem as stem_mirror
 
 CHANNELS_LAST = torch.channels_last
 VECTORS = ("scale", "shift", "mean", "var")

@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
-from resnet_fast.testing import cuda_kernels, nvcc, ptx
-from resnet_fast.testing.compiled import CompiledKernel
+from softgpu import ptx
+from tests.support import cuda_kernels, nvcc
+from tests.support.compiled import CompiledKernel
 
 pytest.importorskip("triton", reason="Triton's wheel carries the tools that read machine code")
 if nvcc.missing():

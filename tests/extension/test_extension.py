@@ -20,8 +20,8 @@ import torch
 
 from resnet_fast import build
 from resnet_fast.dispatch import join, stem
-from resnet_fast.testing import nvcc
 from tests.extension import calls, models
+from tests.support import nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_FORM = re.compile(r"ValueError: resnet_fast::\w+: .+ must be .+, got .+; .+")

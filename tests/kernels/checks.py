@@ -7,8 +7,8 @@ import torch
 
 from resnet_fast.kernels import add_relu, conv_bn_act
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing.cases import ConvTensors, conv_tensors
-from resnet_fast.testing.tolerance import assert_within
+from tests.support.cases import ConvTensors, conv_tensors
+from tests.support.tolerance import assert_within
 
 ARCH = 80  # only a compiled kernel is of an architecture; what is interpreted is the same for all
 

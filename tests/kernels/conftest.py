@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from resnet_fast.testing import interpreted, nvcc
+from tests.support import interpreted, nvcc
 
 pytest.importorskip("triton")
 

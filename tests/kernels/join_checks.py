@@ -10,10 +10,11 @@ import torch
 
 from resnet_fast.kernels import conv_bn_join
 from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
-from resnet_fast.testing import join_cases, ptx
-from resnet_fast.testing.join_cases import JoinTensors, join_tensors
-from resnet_fast.testing.tolerance import assert_within
+from softgpu import ptx
 from tests.kernels import machine
+from tests.support import join_cases
+from tests.support.join_cases import JoinTensors, join_tensors
+from tests.support.tolerance import assert_within
 
 SECTOR = 32  # bytes
 ARCH = 80  # only a compiled kernel is of an architecture
@@ -158,8 +159,8 @@ def beyond_32_bits_faults(arch: int, source: Callable = join_cases.join_kernels)
 def compiled_faults(job: tuple[JoinSpec, TileConfig, int]) -> list[str]:
     """What is wrong with the machine code of one tile; runs in a worker process."""
     from resnet_fast import _hardware
-    from resnet_fast.testing import sass
     from tests.kernels.test_compiled import divides
+    from tests.support import sass
 
     spec, tile, arch = job
     tensors = join_tensors(spec)

@@ -10,9 +10,10 @@ import torch
 
 from resnet_fast.dispatch import heuristics
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import compiled, cuda_kernels, ptx, sectors
-from resnet_fast.testing.cases import ConvTensors, conv_tensors
-from resnet_fast.testing.tolerance import assert_within
+from softgpu import ptx
+from tests.support import compiled, cuda_kernels, sectors
+from tests.support.cases import ConvTensors, conv_tensors
+from tests.support.tolerance import assert_within
 
 SECTOR = sectors.SECTOR
 

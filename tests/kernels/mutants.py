@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing.cases import conv_tensors
-from resnet_fast.testing.compiled import CompiledKernel
 from tests.kernels import machine
+from tests.support.cases import conv_tensors
+from tests.support.compiled import CompiledKernel
 
 
 class Conv:

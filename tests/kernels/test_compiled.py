@@ -18,7 +18,7 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics, join
 from resnet_fast.kernels import add_relu, conv_bn_act
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import cases, compiled, families, nvcc, sass, stem
+from tests.support import cases, compiled, families, nvcc, sass, stem
 
 FP32_PARAMS = (torch.float32,) * 4
 

@@ -11,8 +11,8 @@ import torch
 from resnet_fast.dispatch import heuristics
 from resnet_fast.kernels import conv_bn_act
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing import cases
 from tests.kernels import checks
+from tests.support import cases
 
 # Small, so that odd cases have several tiles in both directions and a last one that is cut.
 TILE = TileConfig(32, 32, 32, 3, 4, GROUP_M=2)

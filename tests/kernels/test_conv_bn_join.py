@@ -12,9 +12,9 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import join as dispatch
 from resnet_fast.kernels import conv_bn_join
 from resnet_fast.spec import JoinSpec, TileConfig
-from resnet_fast.testing import cases, compiled, join_cases
 from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
+from tests.support import cases, compiled, join_cases
 
 TILE = TileConfig(32, 32, 32, 3, 4, GROUP_M=2)  # several tiles, the last one cut
 SMALL = join_cases.join(2, 7, 9, 64, 96, 48, stride=(2, 2), odd=(1, 0))

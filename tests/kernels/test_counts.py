@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from resnet_fast.spec import ELEMENT_SIZE
-from resnet_fast.testing import cases, join_cases, nvcc, sectors
 from tests.kernels import join_checks
+from tests.support import cases, join_cases, nvcc, sectors
 
 COMMAND = Path(__file__).parents[2] / "benchmarks" / "counts.py"
 COUNTS = runpy.run_path(str(COMMAND))
@@ -57,7 +57,7 @@ def test_a_basic_block_moves_its_tensors():
 def test_the_command(tmp_path):
     path = tmp_path / "counts.json"
     argv = ["--layers", "layer4-next-conv1", "--size", "64", "--no-cutlass", "--json", str(path)]
-    printed = nvcc.run(sys.executable, str(COMMAND), *argv)
+    printed = nvcc.run(sys.executable, "-m", "benchmarks.counts", *argv)
     assert "layer4-next-conv1-1x1/1" in printed and "counted: " in printed
     result = json.loads(path.read_text())
     (row,) = result["rows"]

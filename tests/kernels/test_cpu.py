@@ -19,7 +19,7 @@ from resnet_fast import ops
 from resnet_fast.agreement import error
 from resnet_fast.kernels import cpu
 from resnet_fast.spec import ConvSpec
-from resnet_fast.testing.here import cpu_backend
+from tests.support.here import cpu_backend
 
 CHANNELS_LAST = torch.channels_last
 

@@ -16,9 +16,9 @@ import torch
 
 from resnet_fast import _hardware
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing import cases, cuda_kernels, families, nvcc
 from tests.kernels import machine
 from tests.kernels.machine import Job
+from tests.support import cases, cuda_kernels, families, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 

@@ -12,10 +12,10 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics
 from resnet_fast.dispatch.join import CUDA_TILES, SUMS
 from resnet_fast.spec import JoinSpec, TileConfig
-from resnet_fast.testing import cuda_kernels, join_cases, nvcc, sass
-from resnet_fast.testing.families import in_elements, whole_join
 from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
+from tests.support import cuda_kernels, join_cases, nvcc, sass
+from tests.support.families import in_elements, whole_join
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 

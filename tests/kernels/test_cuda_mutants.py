@@ -13,10 +13,10 @@ import pytest
 
 from resnet_fast.dispatch.join import CUDA_TILES
 from resnet_fast.spec import ConvSpec, JoinSpec
-from resnet_fast.testing import cuda_kernels, join_cases, nvcc
-from resnet_fast.testing.tolerance import assert_within
 from tests.kernels.mutants import Conv
 from tests.ptx.ptx_mutants import Tally, hunt
+from tests.support import cuda_kernels, join_cases, nvcc
+from tests.support.tolerance import assert_within
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 

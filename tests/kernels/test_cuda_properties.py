@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
-from resnet_fast.testing import cuda_kernels, nvcc
 from tests.kernels import machine
 from tests.kernels.machine import Job
+from tests.support import cuda_kernels, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 

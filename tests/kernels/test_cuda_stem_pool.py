@@ -15,11 +15,12 @@ import torch
 
 from resnet_fast import _hardware
 from resnet_fast.dispatch import stem as dispatch
-from resnet_fast.testing import compiled, nvcc, ptx
-from resnet_fast.testing.stem import K_GEMM, TILES, StemTensors, StemTile, stem_kernel, stem_tensors
-from resnet_fast.testing.tolerance import assert_within
+from softgpu import ptx
 from tests.kernels.machine import SECTOR, spills, unseen_norms
 from tests.ptx.ptx_mutants import hunt
+from tests.support import compiled, nvcc
+from tests.support.stem import K_GEMM, TILES, StemTensors, StemTile, stem_kernel, stem_tensors
+from tests.support.tolerance import assert_within
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 

@@ -16,9 +16,9 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics
 from resnet_fast.kernels import add_relu
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing import cases, compiled
 from tests.kernels import machine
 from tests.kernels.machine import Job
+from tests.support import cases, compiled
 
 ARCHITECTURES = pytest.mark.parametrize("arch", compiled.MACHINE_ARCHS, ids="sm_{}".format)
 # Small, so that odd cases have several tiles in both directions; 64 rows are the least for wgmma.

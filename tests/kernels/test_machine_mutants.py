@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import pytest
 
-from resnet_fast.testing import compiled
 from tests.kernels.mutants import Conv
 from tests.ptx.ptx_mutants import Tally, hunt
+from tests.support import compiled
 
 # (architecture, mutation) -> how many survivors, and why none of them changes anything.
 EXPLAINED = {

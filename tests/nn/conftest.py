@@ -16,7 +16,7 @@ from torch import nn
 
 import resnet_fast
 import resnet_fast.models.resnet as ours
-from resnet_fast.testing.tolerance import assert_within
+from tests.support.tolerance import assert_within
 
 K_GEMM = 512 * 9  # the longest sum in a small model
 

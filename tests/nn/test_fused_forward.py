@@ -15,7 +15,7 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 import resnet_fast
-from resnet_fast.testing.here import cpu_refusal
+from tests.support.here import cpu_refusal
 
 DEEP = {"resnet18": ("BasicBlock", (2, 2, 2, 2)), "resnet50": ("Bottleneck", (3, 4, 6, 3))}
 SMALL = {"basic": ("BasicBlock", (2, 2)), "bottleneck": ("Bottleneck", (2, 2))}

@@ -20,9 +20,9 @@ from torch import nn
 import resnet_fast
 from resnet_fast.dispatch import join
 from resnet_fast.nn import blocks
-from resnet_fast.testing import interpreted
 from tests.nn import test_guards as guards
 from tests.nn import test_staleness as staleness
+from tests.support import interpreted
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_a_model_that_has_run_can_be_freed(pair, image):
 
 def run_interpreted(kind: str) -> list[str]:
     """A projection block against torchvision's, before and after a write; faults as lines."""
-    from resnet_fast.testing.tolerance import assert_within
+    from tests.support.tolerance import assert_within
 
     torch.manual_seed(0)
     block = getattr(reference, kind)

@@ -12,8 +12,8 @@ from torch import nn
 import resnet_fast
 from resnet_fast.nn import blocks
 from resnet_fast.nn.mixed import MixedProgram
-from resnet_fast.testing.tolerance import assert_within
 from tests.nn.conftest import randomize
+from tests.support.tolerance import assert_within
 
 K_GEMM = 64 * 9
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet_fast
 from resnet_fast import ops
 from resnet_fast.dispatch import stem as dispatch
-from resnet_fast.testing import interpreted
+from tests.support import interpreted
 
 WITH_POOL = "cuda with maxpool"
 

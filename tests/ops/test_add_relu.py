@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fast.ops import ArgumentError, add_relu
-from resnet_fast.testing.tolerance import assert_within
+from tests.support.tolerance import assert_within
 
 CHANNELS_LAST = torch.channels_last
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

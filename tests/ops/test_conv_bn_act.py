@@ -17,8 +17,8 @@ from torch import nn
 from resnet_fast import disabled, models
 from resnet_fast.ops import ArgumentError, conv_bn_act, conv_bn_act_, last_plan
 from resnet_fast.spec import ConvSpec
-from resnet_fast.testing.here import cpu_backend
-from resnet_fast.testing.tolerance import assert_within
+from tests.support.here import cpu_backend
+from tests.support.tolerance import assert_within
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CHANNELS_LAST = torch.channels_last

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet_fast.ops import ArgumentError, JoinCall, conv_bn_join, conv_bn_join_op, last_join_plan
 from resnet_fast.ops.conv_bn_join import reference
 from resnet_fast.spec import JoinSpec
-from resnet_fast.testing import join_cases
-from resnet_fast.testing.here import cpu_backend
-from resnet_fast.testing.tolerance import assert_within
+from tests.support import join_cases
+from tests.support.here import cpu_backend
+from tests.support.tolerance import assert_within
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PLAIN = join_cases.join(2, 5, 4, 16, 24, 32, stride=(2, 2), odd=(1, 0), dtype="float32")

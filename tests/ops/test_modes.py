@@ -22,7 +22,7 @@ from resnet_fast.ops import (
 )  # fmt: skip
 from resnet_fast.ops.conv_bn_act import reference
 from resnet_fast.spec import ConvSpec
-from resnet_fast.testing.tolerance import assert_within
+from tests.support.tolerance import assert_within
 
 SPEC = ConvSpec(
     n=2, h=9, w=9, c=16, k=24, r=3, s=3, padding=(1, 1), residual=True, norm=True, dtype="float32"

@@ -17,8 +17,8 @@ from resnet_fast.dispatch import stem as dispatch
 from resnet_fast.ops import ArgumentError, StemCall, stem_pool, stem_pool_op
 from resnet_fast.ops.stem_pool import reference
 from resnet_fast.spec import ConvSpec
-from resnet_fast.testing import interpreted
-from resnet_fast.testing.tolerance import assert_within
+from tests.support import interpreted
+from tests.support.tolerance import assert_within
 
 K_GEMM = 7 * 7 * 3
 NHWC = torch.channels_last

@@ -8,7 +8,8 @@ import ptx_gpu
 import pytest
 from ptx_helpers import conv64
 
-from resnet_fast.testing import cutlass, ptx
+from softgpu import ptx
+from tests.support import cutlass
 
 SWIZZLE = (0, 32, 64, 128)  # bytes, by CUtensorMapSwizzle
 

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
 REGISTERS = """

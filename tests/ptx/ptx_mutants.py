@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 LOOSER = {"lt": "le", "le": "lt", "gt": "ge", "ge": "gt"}
 

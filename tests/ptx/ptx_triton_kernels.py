@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 POINTERS = {np.float16: "*fp16", np.uint16: "*bf16", np.float32: "*fp32"}
 

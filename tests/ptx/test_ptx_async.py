@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ptx_helpers import kernel
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 TILE = ".shared .align 1024 .b8 tile[16384]; .shared .align 8 .b64 bar[4];"
 COPY_OUT = """

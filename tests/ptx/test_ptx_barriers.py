@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ptx_helpers import fails, kernel, run
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from ptx_helpers import HEAD
 
-from resnet_fast.testing import ptx
-from resnet_fast.testing.ptx.__main__ import main
+from softgpu import ptx
+from softgpu.ptx.__main__ import main
 
 GOOD = f"""{HEAD}
 // a comment with a {chr(123)}

@@ -9,8 +9,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from resnet_fast.testing import ptx
-from resnet_fast.testing.ptx.values import bf16_to_f32, f32_to_bf16
+from softgpu import ptx
+from softgpu.ptx.values import bf16_to_f32, f32_to_bf16
 
 
 @pytest.fixture(scope="module", params=["80", "90"], ids=["sm_80", "sm_90"])

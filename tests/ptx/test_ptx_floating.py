@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ptx_helpers import elementwise
 
-from resnet_fast.testing.ptx.values import bf16_to_f32, f32_to_bf16
+from softgpu.ptx.values import bf16_to_f32, f32_to_bf16
 
 pytestmark = pytest.mark.usefixtures("place")
 

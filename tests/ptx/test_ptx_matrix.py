@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ptx_helpers import kernel
 
-from resnet_fast.testing.ptx.values import bf16_to_f32, f32_to_bf16, f32_to_tf32
+from softgpu.ptx.values import bf16_to_f32, f32_to_bf16, f32_to_tf32
 
 pytestmark = pytest.mark.usefixtures("place")
 

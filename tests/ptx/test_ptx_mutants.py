@@ -11,7 +11,7 @@ from ptx_helpers import assert_close, conv64
 from ptx_mutants import hunt
 from ptx_triton_kernels import compiled, launcher
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 # (kernel, mutation) -> how many survivors, and why none of them changes anything.
 EXPLAINED = {

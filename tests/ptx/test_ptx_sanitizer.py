@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ptx_helpers import HEAD, SHARED, fails, kernel, run
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 # --- addresses and values ---------------------------------------------------------------------
 

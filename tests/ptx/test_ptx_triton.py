@@ -6,8 +6,8 @@ import pytest
 from ptx_helpers import assert_close, conv64, kernel
 from ptx_triton_kernels import POINTERS, bound
 
-from resnet_fast.testing import ptx
-from resnet_fast.testing.ptx.values import bf16_to_f32, f32_to_bf16, f32_to_tf32
+from softgpu import ptx
+from softgpu.ptx.values import bf16_to_f32, f32_to_bf16, f32_to_tf32
 
 ARCHITECTURES = pytest.mark.parametrize("arch", [80, 90], ids=["sm_80", "sm_90"])
 

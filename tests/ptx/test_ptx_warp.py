@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from ptx_helpers import kernel
 
-from resnet_fast.testing import ptx
+from softgpu import ptx
 
 pytestmark = pytest.mark.usefixtures("place")
 

@@ -22,8 +22,8 @@ from torchvision.models.detection.backbone_utils import (
 import resnet_fast
 import resnet_fast.models.resnet as ours
 from resnet_fast import agreement
-from resnet_fast.testing.detection import some_boxes, undecided
 from tests.conversion.test_libraries import assert_agrees, image, randomize
+from tests.support.detection import some_boxes, undecided
 
 pytestmark = pytest.mark.slow
 

@@ -33,7 +33,7 @@ def interpret_here() -> None:
     from triton._C.libtriton import ir as _ir
     from triton.runtime import interpreter
 
-    from resnet_fast.testing.tolerance import round_to_tf32
+    from tests.support.tolerance import round_to_tf32
 
     torch.set_num_threads(1)
 

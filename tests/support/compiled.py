@@ -23,8 +23,9 @@ from resnet_fast import _hardware
 from resnet_fast.kernels import add_relu, conv_bn_act
 from resnet_fast.kernels.launch import Bind, Launch
 from resnet_fast.spec import TileConfig
-from resnet_fast.testing import cases as problems
-from resnet_fast.testing import ptx, sass
+from softgpu import ptx
+from tests.support import cases as problems
+from tests.support import sass
 
 WARP = 32
 MACHINE_ARCHS = (80, 90)  # what the PTX machine runs
@@ -206,7 +207,7 @@ def cases(
         >>> kernels = cases((80,), ("triton conv_bn_act", "triton conv_bn_join"))
         >>> [kernel.resources().registers for kernel in kernels]
     """
-    from resnet_fast.testing.families import FAMILIES
+    from tests.support.families import FAMILIES
 
     for arch in archs:
         for name in families or FAMILIES:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing.tolerance import round_to_tf32
+from tests.support.tolerance import round_to_tf32
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # (dtype, precision) of a convolution

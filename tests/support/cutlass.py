@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resnet_fast.spec import ConvSpec, TileConfig
-from resnet_fast.testing import nvcc, ptx
-from resnet_fast.testing.cases import ConvTensors
-from resnet_fast.testing.compiled import CompiledKernel
+from softgpu import ptx
+from tests.support import nvcc
+from tests.support.cases import ConvTensors
+from tests.support.compiled import CompiledKernel
 
 SOURCE = Path(__file__).with_name("cutlass_conv.cu")
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from resnet_fast.kernels import conv_bn_join
 from resnet_fast.spec import ConvSpec, JoinSpec, TileConfig
-from resnet_fast.testing.cases import ConvTensors, conv_tensors
-from resnet_fast.testing.compiled import CompiledKernel, recorder
+from tests.support.cases import ConvTensors, conv_tensors
+from tests.support.compiled import CompiledKernel, recorder
 
 
 def join(n, p, q, c, d, k, *, r=1, s=1, stride=(1, 1), norm=True, odd=(0, 0), **options):

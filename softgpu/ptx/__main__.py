@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""python -m resnet_fast.testing.ptx FILE.ptx ...: kernels, parameters, unsupported instructions.
+"""python -m softgpu.ptx FILE.ptx ...: kernels, parameters, unsupported instructions.
 
 Exits with 1 where a file holds something that the machine does not know, 2 where one is unreadable.
 """

@@ -14,10 +14,11 @@ import torch
 
 from resnet_fast.dispatch.heuristics import CUDA_TILES
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from resnet_fast.testing import nvcc, ptx
-from resnet_fast.testing.cases import ConvTensors
-from resnet_fast.testing.compiled import WARP, CompiledKernel
-from resnet_fast.testing.join_cases import JoinTensors
+from softgpu import ptx
+from tests.support import nvcc
+from tests.support.cases import ConvTensors
+from tests.support.compiled import WARP, CompiledKernel
+from tests.support.join_cases import JoinTensors
 
 ADD_RELU, ADD_RELU_THREADS = "cuda/device/add_relu.cuh", 256
 CONV, JOIN = "cuda/device/conv_implicit_gemm.cuh", "cuda/device/conv_bn_join.cuh"

@@ -20,8 +20,8 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import join
 from resnet_fast.kernels import stem_pool
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, TileConfig
-from resnet_fast.testing import cases, compiled, cuda_kernels, join_cases, stem
-from resnet_fast.testing.compiled import CompiledKernel
+from tests.support import cases, compiled, cuda_kernels, join_cases, stem
+from tests.support.compiled import CompiledKernel
 
 NUMEL = 5000  # of add_relu: blocks that are whole, and one that is not
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fast.spec import ELEMENT_SIZE, conv_output_size
-from resnet_fast.testing import nvcc, ptx
-from resnet_fast.testing.cases import channel_vectors
-from resnet_fast.testing.compiled import CompiledKernel
-from resnet_fast.testing.nvcc import ChannelVector, Divisor, Norm
-from resnet_fast.testing.tolerance import round_to_tf32
+from softgpu import ptx
+from tests.support import nvcc
+from tests.support.cases import channel_vectors
+from tests.support.compiled import CompiledKernel
+from tests.support.nvcc import ChannelVector, Divisor, Norm
+from tests.support.tolerance import round_to_tf32
 
 GUARD = 64  # elements around every tensor: NaN, so that a stray read shows
 K_GEMM = 7 * 7 * 3
