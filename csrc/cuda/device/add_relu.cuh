@@ -21,13 +21,11 @@
 //
 // This is the smallest kernel here and the template of the next one. Every header in this folder
 //   1. begins with the formula, the layout of each tensor, a picture, and the reasons;
-//   2. takes one plain struct of pointers, sizes and strides, and includes nothing of torch, so
-//   that
-//      the tests compile it alone and run what the compiler made of it on the PTX machine;
-//   3. checks nothing: the caller (`csrc/cuda/add_relu.cu`) has checked dtypes, shapes and
-//   alignment;
-//   4. has as template parameters only what changes the machine code.
-// The reference is `resnet_fast/kernels/aten.py`; the Triton version
+//   2. takes one plain struct of pointers, sizes and strides and includes nothing of torch, so
+//      that the tests can compile it alone and run the compiler's output on the PTX machine;
+//   3. checks nothing: the caller (`csrc/cuda/add_relu.cu`) has checked dtypes, shapes, alignment;
+//   4. has template parameters only for what changes the machine code.
+// The reference is in `resnet_fast/kernels/aten.py`, the Triton version in
 // `resnet_fast/kernels/add_relu.py`.
 #pragma once
 
@@ -59,8 +57,7 @@ struct ReluGradient {
   __device__ static float apply(float x, float y) { return y <= 0.0f ? 0.0f : x; }
 };
 
-// How the elements are cut into accesses, threads and blocks; the host launches by the same
-// numbers.
+// How the elements are cut into accesses, threads and blocks, for the host and the device.
 template <class Element, bool kAligned>
 struct ElementwiseShape {
   static constexpr int kThreads = 256;
