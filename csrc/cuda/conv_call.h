@@ -32,8 +32,6 @@ struct ConvSizes {
   int64_t n, c, h, w, k, r, s, p, q;
 };
 
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // x may be a slice of a larger tensor: channels adjacent, the rest strided by multiples of 16
 // bytes.
 inline void check_x(const Argument& x) {
@@ -113,13 +111,6 @@ inline int64_t check_tile(const ConvCall& call, const ConvSizes& z, const TileNu
   }
   check_aligned(workspace);
   return steps;
-}
-
-inline const TileNumbers& tile_of(const char* op, const std::vector<TileNumbers>& tiles,
-                                  int64_t tile) {
-  check_range(op, "tile", tile, 0, static_cast<int64_t>(tiles.size()) - 1,
-              "see resnet_fast._C.tiles");
-  return tiles[tile];
 }
 
 inline bool is_pointwise(const ConvProblem& p) {
