@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module resnet_fast._C: what the binary holds, and what its kernels take of a GPU. Importing
+// The module resnet_fast._C: what the binary holds, and which resources its kernels take. Importing
 // it registers the kernels with torch, which must have been imported before.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -30,7 +30,7 @@ void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
   throw std::runtime_error(
-      std::string("resnet_fast: what a kernel takes is asked of a GPU, but: ") +
+      std::string("resnet_fast: a kernel's resources are asked of a GPU, but: ") +
       cudaGetErrorString(error) + "; `resnet-fast build` prints registers and spills without one");
 }
 
@@ -49,7 +49,7 @@ std::string driver_error() {
   return cudaGetErrorString(error);
 }
 
-// Makes a device the current one, and at the end the one that was.
+// Makes a device the current one, and restores the previous one at the end.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {

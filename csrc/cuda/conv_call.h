@@ -46,7 +46,7 @@ inline void check_x(const Argument& x) {
   check_aligned(x);
 }
 
-// Of height and width: dispatchers let lists of any length pass for int[2].
+// Height and width: the dispatcher accepts lists of any length for int[2].
 inline void check_pair(const char* op, const std::string& name, const std::vector<int64_t>& pair,
                        int64_t low) {
   check_range(op, "length of " + name, pair.size(), 2, 2, "give one number for each axis");
@@ -117,7 +117,7 @@ inline bool is_pointwise(const ConvProblem& p) {
   return p.r == 1 && p.s == 1 && p.padding_h == 0 && p.padding_w == 0;
 }
 
-// What is written lies apart from what is read; only the residual may be `out` itself.
+// Output and workspace must not overlap the inputs; only the residual may be `out` itself.
 inline void check_overlap(const ConvCall& call) {
   for (const Argument* a :
        {&call.x, &call.weight, &call.scale, &call.shift, &call.mean, &call.var}) {
@@ -144,7 +144,7 @@ inline int64_t filter_reach(const ConvProblem& p) {
          int64_t{p.s - 1} * p.dilation_w * p.stride_w + p.c;
 }
 
-// Everything but the device is checked here, so that it can be tested without one.
+// Checks everything but the device, so that tests need no GPU.
 inline ConvProblem problem_of(const ConvCall& call, const TileNumbers& tile) {
   const auto op = call.op;
   const Argument& x = call.x;

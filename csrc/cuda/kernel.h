@@ -28,7 +28,7 @@ struct Kernel {
   Kernel(std::string name, const void* function, int threads, int shared_bytes)
       : name(std::move(name)), function(function), threads(threads), shared_bytes(shared_bytes) {}
 
-  // More than 48 KiB of dynamic shared memory must be asked for, once per device.
+  // More than 48 KiB of dynamic shared memory must be requested, once per device.
   cudaError_t prepare(int device) {
     constexpr int kWithoutAsking = 48 * 1024;
     uint64_t bit = uint64_t{1} << (device % 64);

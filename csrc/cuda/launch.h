@@ -26,7 +26,7 @@ void launch(Kernel& kernel, dim3 grid, const Problem& problem, int device, Descr
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  // The runtime that is linked in here has a current device of its own beside torch's.
+  // The CUDA runtime linked into this module has a current device of its own, beside torch's.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = kernel.prepare(device);
   if (error == cudaSuccess) {

@@ -28,7 +28,7 @@ const float* photograph_vector(const Argument& a, bool bytes) {
   return static_cast<const float*>(a.data);
 }
 
-// Everything but the device.
+// Checks everything but the device.
 StemProblem problem_of(const Argument& x, const Argument& weight, const Argument& out, Norm norm,
                        const Argument& image_mean, const Argument& image_std,
                        const TileNumbers& tile) {
@@ -69,7 +69,7 @@ StemProblem problem_of(const Argument& x, const Argument& weight, const Argument
   return problem;
 }
 
-// A stem as the op was given it.
+// The arguments of one call.
 struct StemCall {
   Argument x, weight, scale, shift, mean, var, image_mean, image_std, out;
   double eps;

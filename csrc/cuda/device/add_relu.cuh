@@ -10,7 +10,7 @@
 //   element    0 .. head  head                                tail  .. numel
 //              one by one | accesses of kLength elements, kUnroll a thread | one by one
 //
-// Such a kernel does one operation for 6 bytes: nothing counts but memory. So
+// The kernel does one operation for 6 bytes, so only memory traffic matters:
 //   - an access is 16 bytes, the widest there is, and a thread starts all its loads before it needs
 //     the first: 2 * kUnroll are in flight, and the latency of DRAM is paid once for all of them;
 //   - neighbouring threads take neighbouring accesses, so that a warp's 512 bytes are whole sectors
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(256) elementwise(ElementwiseProblem problem) {
   const Element* y = static_cast<const Element*>(problem.y);
   Element* out = static_cast<Element*>(problem.out);
 
-  // The head, up to the first sector of `out`, and the tail, what is no whole access: block 0's.
+  // Block 0 also does the head, up to the first sector of `out`, and the tail, less than an access.
   int head = 0;
   if constexpr (kAligned) {
     int past_sector = static_cast<int>(reinterpret_cast<uintptr_t>(out) % Shape::kSector);
