@@ -138,29 +138,34 @@ def add_relu(x: Tensor, y: Tensor) -> Tensor:
 
 
 def max_pool_3x3_2(
-    x: Tensor,  # [N, H, W, C]
+    x: Tensor,  # [N, H, W, C]; overwritten
 ) -> Tensor:  # [N, ceil(H / 2), ceil(W / 2), C]
-    """max_pool2d(x, 3, stride=2, padding=1) of finite, non-negative values.
+    """max_pool2d(x, 3, stride=2, padding=1) of finite, non-negative values; uses up x.
 
-    torch's CPU max-pool writes an int64 index beside every value, for a gradient that inference
-    does not want: four times the bytes of a bfloat16 result. Here rows, then columns, are reduced
-    by element-wise maxima of bit patterns: as integers, non-negative floats keep their order.
+    torch's CPU max-pool also writes an int64 index beside every value, for a gradient that is not
+    needed in inference: four times the bytes of a bfloat16 result. Here rows, then columns, are
+    reduced by element-wise maxima of bit patterns: as integers, non-negative floats keep their
+    order. The maxima of rows overwrite x: fresh memory of that size takes longer to get from the
+    operating system than to fill.
     """
     bits = torch.int16 if x.element_size() == 2 else torch.int32
-    rows = _halve(x.permute(0, 2, 3, 1).view(bits), 1)
-    return _halve(rows, 2).view(x.dtype).permute(0, 3, 1, 2)
+    image = x.permute(0, 2, 3, 1).view(bits)
+    rows = _halve(image, 1, image[:, ::2])
+    y = _halve(rows, 2, torch.empty_like(rows[:, :, ::2], memory_format=torch.contiguous_format))
+    return y.view(x.dtype).permute(0, 3, 1, 2)
 
 
-def _halve(x: Tensor, dim: int) -> Tensor:
-    """Maxima of x[2i - 1], x[2i], x[2i + 1] along a dimension, for those of them that exist."""
+def _halve(x: Tensor, dim: int, y: Tensor) -> Tensor:
+    """Fill y with maxima of x[2i - 1], x[2i], x[2i + 1] along a dimension, where these exist.
+
+    y may be x[::2] itself.
+    """
     before = (slice(None),) * dim
     even, odd = x[(*before, slice(0, None, 2))], x[(*before, slice(1, None, 2))]
-    if even.size(dim) == odd.size(dim):
-        y = torch.maximum(even, odd)
-    else:
-        y = even.clone(memory_format=torch.contiguous_format)
-        right = y.narrow(dim, 0, odd.size(dim))
-        torch.maximum(right, odd, out=right)
-    left = y.narrow(dim, 1, y.size(dim) - 1)
-    torch.maximum(left, odd.narrow(dim, 0, left.size(dim)), out=left)
+    pairs, count = odd.size(dim), even.size(dim)
+    torch.maximum(even.narrow(dim, 0, pairs), odd, out=y.narrow(dim, 0, pairs))
+    if pairs < count:
+        y.select(dim, pairs).copy_(even.select(dim, pairs))
+    left = y.narrow(dim, 1, count - 1)
+    torch.maximum(left, odd.narrow(dim, 0, count - 1), out=left)
     return y

@@ -508,3 +508,12 @@ def test_a_cpu_without_the_instructions_is_refused(dtype, monkeypatch):
     name = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
     monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
     assert f"no {dtype} instructions" in cpu.refusal(ConvSpec(1, 4, 4, 8, 8, 1, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (7, 8), (8, 7), (9, 5)], ids=str)
+def test_the_pool_is_torchs(size, dtype):
+    x = torch.randn(2, 5, *size).relu().to(getattr(torch, dtype))
+    expected = F.max_pool2d(x, 3, 2, 1)
+    y = cpu.max_pool_3x3_2(x.contiguous(memory_format=CHANNELS_LAST))
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=CHANNELS_LAST)
