@@ -7,7 +7,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,6 +50,45 @@ def add_model(command: argparse.ArgumentParser, default: str | None = None) -> N
             "model", metavar="MODEL", nargs="?", default=default,
             help=f"{MODELS}; default: {default}",
         )  # fmt: skip
+
+
+def add_batches(
+    command: argparse.ArgumentParser, default: Sequence[int], about: str = "", otherwise: str = ""
+) -> None:
+    """--batch, several sizes: a remark on them, and how an empty default reads."""
+    text = otherwise or " ".join(map(str, default))
+    command.add_argument(
+        "--batch", type=positive, nargs="+", default=list(default), metavar="N",
+        help=f"{about}default: {text}",
+    )  # fmt: skip
+
+
+def add_dtypes(
+    command: argparse.ArgumentParser,
+    default: Sequence[str],
+    otherwise: str = "",
+    names: str = DTYPES,
+) -> None:
+    """--dtype, several names."""
+    text = otherwise or " ".join(default)
+    command.add_argument(
+        "--dtype",
+        nargs="+",
+        default=list(default),
+        metavar="DTYPE",
+        help=f"{names}; default: {text}",
+    )
+
+
+def add_seconds(
+    command: argparse.ArgumentParser, what: str, default: float | None, otherwise: str = ""
+) -> None:
+    """--seconds, how long `what` is timed."""
+    text = otherwise or f"{default:g}"
+    command.add_argument(
+        "--seconds", type=duration, default=default,
+        help=f"how long {what} is timed; default: {text}",
+    )  # fmt: skip
 
 
 def add_device(command: argparse.ArgumentParser, default: str = "auto") -> None:

@@ -29,28 +29,10 @@ def add(command: argparse.ArgumentParser) -> None:
     """Its options."""
     arguments.add_model(command, default="resnet50")
     add = command.add_argument
-    add(
-        "--batch",
-        type=arguments.positive,
-        nargs="+",
-        default=[1, 8],
-        metavar="N",
-        help="default: 1 8",
-    )
-    add(
-        "--dtype",
-        nargs="+",
-        default=["float16"],
-        metavar="DTYPE",
-        help=f"{arguments.DTYPES}; default: float16",
-    )
+    arguments.add_batches(command, (1, 8))
+    arguments.add_dtypes(command, ("float16",))
     add("--backend", nargs="+", default=[], metavar="NAME", help="cuda, triton, aten; default: all")
-    add(
-        "--seconds",
-        type=arguments.duration,
-        default=1.0,
-        help="how long each convolution is timed; default: 1",
-    )
+    arguments.add_seconds(command, "each convolution", 1.0)
     arguments.add_device(command, default="cuda")
     add("--dry-run", action="store_true", help="print the candidates, modelled; measure nothing")
     add(
