@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         terminal.show([f"removed {file}" for file in removed] or ["nothing was kept"], out)
         return AGREES
     if options.arch is not None and not options.dry_run:
-        raise BadInput("--arch is for --dry-run: a GPU is measured as what it is")
+        raise BadInput("--arch is for --dry-run: a measured GPU has its own architecture")
     tuner.check(options.backend, options.dtype)
     if options.dry_run:
         return _dry_run(options, out)
@@ -93,7 +93,7 @@ def _dry_run(options: argparse.Namespace, out) -> int:
     arch = options.arch or tuner.arch_here() or 80
     if arch not in _hardware.GPUS and arch != tuner.arch_here():
         known = ", ".join(str(known / 10) for known in _hardware.GPUS)
-        text = f"--arch: nothing is known of compute capability {arch / 10}"
+        text = f"--arch: nothing is known about compute capability {arch / 10}"
         raise BadInput(f"{text}; known are {known}")
     specs = tuner.convolutions(options.model, options.batch, options.dtype)
     modelled = {spec: tuner.modelled(spec, arch, options.backend) for spec in specs}
