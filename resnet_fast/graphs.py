@@ -31,7 +31,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from resnet_fast import _hardware, ops
-from resnet_fast.nn import fusion
+from resnet_fast.nn import reasons
 
 WARM_UP = 3  # runs before recording: plans are made, kernels compiled, cuDNN's choice settled
 MAX_GRAPHS = 8  # each keeps its own activations alive
@@ -188,7 +188,7 @@ class GraphedModel(nn.Module):
 
     def _refusal(self, x: Tensor) -> str | None:
         """Why a graph cannot hold this call, or None."""
-        reason = fusion.context_refusal(x)
+        reason = reasons.context_refusal(x)
         if reason is not None:
             return reason
         if torch.compiler.is_compiling():
