@@ -10,8 +10,10 @@ residual apart; None where the backend has no use for bounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +23,49 @@ from resnet_fast.nn import reasons
 from resnet_fast.nn.plan import Step
 from resnet_fast.nn.units import OPS, to_channels_last
 
+RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
+POOL = "max-pool"  # without calling the module
 UNKNOWN = (math.nan, math.nan)
 NO_LARGER = (1.0, 0.0)
 _KEEP_THE_LARGEST = (nn.AvgPool2d, nn.MaxPool2d, nn.ReLU, nn.Identity)
+
+
+class Observer(Protocol):
+    """Stands at what kept plans run beside the modules that they call; see `observed`."""
+
+    def begin(self) -> None:
+        """The steps of a piece begin to run."""
+
+    def __call__(self, what: OpStep | str, function: Callable, *args) -> object:
+        """Return function(*args): the launch of an op; or, by name, RANGE_CHECK or POOL."""
+
+
+_observers: list[Observer] = []
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """While open, `observer` stands at every launch of a kept plan, in whatever thread."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
+
+
+def observer_now() -> Observer | None:
+    """The observer that was put there last, if any."""
+    return _observers[-1] if _observers else None
+
+
+def _watched(what: str, function: Callable, *args) -> object:
+    observer = observer_now()
+    return function(*args) if observer is None else observer(what, function, *args)
+
+
+def magnitude(x: Tensor) -> float:
+    """The largest absolute value in x; NaN if there is a NaN."""
+    return _watched(RANGE_CHECK, ops.magnitude, x)
 
 
 @dataclass(slots=True)
@@ -54,11 +96,11 @@ class Record:
 class OpStep:
     """A step that runs as an op: once it has been called, its plan and its launch."""
 
-    __slots__ = ("_arguments", "_biased", "_launch", "_record", "plan", "step")
+    __slots__ = ("_arguments", "_biased", "_record", "launch", "plan", "step")
 
     def __init__(self, step: Step, record: Record) -> None:
         self.step, self._record = step, record
-        self.plan = self._launch = None
+        self.plan = self.launch = None
         # Else a later call outside of inference mode could not write to what was made inside.
         with torch.inference_mode(False), torch.no_grad():
             made = [unit.arguments() for unit in step.units]
@@ -77,9 +119,9 @@ class OpStep:
         plan.calls += 1
         for unit, mean in self._biased:  # computed, not one of the modules' own tensors
             mean.copy_(unit.arguments()[3])
-        launch = self._launch
+        launch = self.launch
         if launch is None or not launch.fresh(self.step.units[0].weight):
-            launch = self._launch = plan.bind(*self._arguments)
+            launch = self.launch = plan.bind(*self._arguments)
         return launch
 
     def _first_launch(self, x: Tensor, other: Tensor | None, over: bool, finite: bool) -> Tensor:
@@ -130,7 +172,9 @@ def traced(step: Step, x: Tensor, other: Tensor | None) -> Tensor:
 
 def _pool(module: nn.Module, x: Tensor, _other: None, finite: bool) -> Tensor:
     # Of a ReLU's results, which are not negative. An empty batch comes back in another layout.
-    return ops.max_pool_3x3_2(x) if finite else to_channels_last(module(x))
+    if finite:
+        return _watched(POOL, ops.max_pool_3x3_2, x)
+    return to_channels_last(module(x))
 
 
 def _add(after: nn.Module | None, y: Tensor, shortcut: Tensor, _finite: bool) -> Tensor:

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from operator import attrgetter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +27,13 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import reasons
 from resnet_fast.nn.guard import Guard
-from resnet_fast.nn.launches import ModuleStep, OpStep, Record, launched, traced
+from resnet_fast.nn.launches import ModuleStep, OpStep, Record, launched, observer_now, traced
+from resnet_fast.nn.launches import magnitude as magnitude_of
 from resnet_fast.nn.parts import Fused, Parts, parts_of
 from resnet_fast.nn.plan import Piece, Step, fold, steps_of
 from resnet_fast.nn.units import to_channels_last
 
 MAX_PLANS = 64  # inputs remembered per root: a detector's images have dozens of sizes
-RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
 # Far enough below the largest number that rounding cannot matter.
 _LIMITS = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 3e4}
 
@@ -42,30 +41,6 @@ _GROWTH = attrgetter("growth")
 
 _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = weakref.WeakKeyDictionary()
-
-
-class Observer(Protocol):
-    """Stands at the steps of kept plans; see `observed`."""
-
-    def begin(self) -> None:
-        """The steps of a piece begin to run."""
-
-    def __call__(self, what: Step | str, function: Callable, *args) -> object:
-        """Return function(*args), which runs a step or, if `what` is RANGE_CHECK, looks at x."""
-
-
-_observer: Observer | None = None
-
-
-@contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """While open, every step of a kept plan is run by `observer`, in whatever thread."""
-    global _observer
-    before, _observer = _observer, observer
-    try:
-        yield
-    finally:
-        _observer = before
 
 
 def record_of(module: nn.Module) -> Record:
@@ -235,17 +210,15 @@ class PlannedPiece:
 
     def follow(self, launches: list[Callable], slots: list, finite: bool) -> Tensor:
         """Follow the steps; `finite` where `bound` has shown it."""
-        ready, observer = iter(launches), _observer
-        if observer is None:
-
-            def launch(step: Step, x: Tensor, other: Tensor | None) -> Tensor:
-                return next(ready)(x, other, step.over, finite)
-
-        else:
+        ready, observer = iter(zip(self.runs, launches, strict=True)), observer_now()
+        if observer is not None:
             observer.begin()
 
-            def launch(step: Step, x: Tensor, other: Tensor | None) -> Tensor:
-                return observer(step, next(ready), x, other, step.over, finite)
+        def launch(step: Step, x: Tensor, other: Tensor | None) -> Tensor:
+            run, launch = next(ready)
+            if observer is None or isinstance(run, ModuleStep):  # whose modules are called
+                return launch(x, other, step.over, finite)
+            return observer(run, launch, x, other, step.over, finite)
 
         return fold(self.steps, slots, launch)
 
@@ -272,7 +245,7 @@ class PlannedPiece:
         if math.isnan(result):
             if self.rectified < 1:  # to measure x costs more than the ReLUs, each in its own pass
                 return False, None
-            result = self._grow(launches, _measure(x), limit)
+            result = self._grow(launches, magnitude_of(x), limit)
         return (False, None) if math.isnan(result) else (True, result)
 
     def _grow(self, launches: list[Callable], magnitude: float, limit: float) -> float:
@@ -285,12 +258,6 @@ class PlannedPiece:
             return y if y < limit else math.nan
 
         return fold(self.steps, [magnitude, None, None], grow)
-
-
-def _measure(x: Tensor) -> float:
-    if _observer is None:
-        return ops.magnitude(x)
-    return _observer(RANGE_CHECK, ops.magnitude, x)
 
 
 class Plan:
