@@ -15,6 +15,8 @@ from operator import attrgetter, itemgetter
 
 from torch import Tensor, nn
 
+from resnet_fast.nn import reasons
+
 # Read from a module's __dict__, where these live: a third of what attribute access costs.
 # Backward hooks cannot fire: nothing is kept for calls that need a gradient.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -107,7 +109,12 @@ class Guard:
         """Hooks, and children, parameters and buffers by identity: a tensor's == is another."""
         # Equal facts mean the same dictionaries of hooks; they must be empty as well.
         self._hooks += [getattr(m, name) for m in modules for name in _HOOKS]
-        storage = [d for m in modules for d in (m._modules, m._parameters, m._buffers) if d]
+        storage = [
+            store
+            for m in modules
+            for store in (m._modules, m._parameters, m._buffers)
+            if store or not reasons.is_torchs_own(m)  # which do not look for what they never had
+        ]
         self._stored += _identities(storage)
         self._storage += storage
 
