@@ -48,6 +48,12 @@ def _transformers(prefix: str) -> dict[str, Recipe]:
     return {prefix + name: recipe for name, recipe in known.items()}
 
 
+def _preactivation(convolutions: int) -> Recipe:
+    """Of timm: a norm with its ReLU before each convolution; the projection reads the first's."""
+    layers = [name for i in range(1, convolutions + 1) for name in (f"norm{i}", f"conv{i}")]
+    return residual(*layers, "drop_path", activation="", fork="norm1")
+
+
 _SE_BOTTLENECK = residual(*BOTTLENECK.main, "se_module")
 
 # library module -> class -> the recipe of its forward
@@ -70,6 +76,10 @@ KNOWN: dict[str, dict[str, Recipe]] = {
     "timm.models.senet": {
         "Bottleneck": _SE_BOTTLENECK,
         "SEResNetBlock": residual("conv1", "bn1", "relu", "conv2", "bn2", "relu", "se_module"),
+    },
+    "timm.models.resnetv2": {
+        "PreActBasic": _preactivation(2),
+        "PreActBottleneck": _preactivation(3),
     },
     "timm.models.byobnet": {
         "DownsampleAvg": Recipe(("pool", "conv")),
