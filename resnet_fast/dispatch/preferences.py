@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend is asked first on a GPU, by architecture and by what bounds the convolution.
+"""Which backend is asked first on a GPU, by architecture and by what limits the convolution.
 
 What is not measured here is measured there: `resnet-fast tune` replaces this order, convolution by
 convolution, by times taken on the GPU at hand. The evidence of each row is named by its rung:
@@ -20,13 +20,13 @@ class Preference:
 
     Args:
         archs: compute capabilities times ten that it is for.
-        bound: "arithmetic", "memory" (see `bound_of`) or "any".
+        limited_by: "arithmetic", "memory" (see `limit_of`) or "any".
         order: names of backends; the others follow in the order of their table.
         reason: why, with its evidence.
     """
 
     archs: tuple[int, ...]
-    bound: str
+    limited_by: str
     order: tuple[str, ...]
     reason: str
 
@@ -51,8 +51,8 @@ PREFERENCES = (
 )  # fmt: skip
 
 
-def bound_of(spec: ConvSpec, gpu: _hardware.Gpu) -> str:
-    """What bounds `spec` on `gpu`'s roofline, by mma.sync: "arithmetic" or "memory".
+def limit_of(spec: ConvSpec, gpu: _hardware.Gpu) -> str:
+    """What limits `spec` on `gpu`'s roofline, by mma.sync: "arithmetic" or "memory".
 
     The question is whether the C++ kernel could be kept from memory's pace by its instructions.
     """
@@ -71,5 +71,5 @@ def preference(spec: ConvSpec, target: _hardware.Gpu | int) -> Preference | None
     if gpu is None:
         return None
     known = _hardware.nearest_architecture(gpu.capability)
-    bounds = ("any", bound_of(spec, gpu))
-    return next(row for row in PREFERENCES if known in row.archs and row.bound in bounds)
+    limits = ("any", limit_of(spec, gpu))
+    return next(row for row in PREFERENCES if known in row.archs and row.limited_by in limits)

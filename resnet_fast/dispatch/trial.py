@@ -17,10 +17,9 @@ import torch
 
 from resnet_fast import _hardware
 
-TRIED = ("cuda", "triton")  # whose kernels are compiled for, or loaded on, a device at first
 _lock = threading.Lock()
 
-# refusals that are known already, by the backend's name -> a `Plan` or a `JoinPlan`
+# refusals that are known already, by the backend's name -> a `Plan`
 Choose = Callable[[dict[str, str]], object]
 
 
@@ -37,7 +36,7 @@ def on_trial(choose: Choose, named: str):
 
 
 def _arm(plan, choose: Choose, named: str) -> None:
-    if plan.backend in TRIED and plan.backend != named:
+    if plan.row.tried and plan.backend != named:
         plan.bind = Trial(plan, choose, named)
 
 
@@ -61,8 +60,8 @@ class Trial:
     def __init__(self, plan, choose: Choose, named: str) -> None:
         self.plan, self.bind, self.choose, self.named = plan, plan.bind, choose, named
 
-    def __call__(self, *tensors) -> FirstLaunch:
-        return FirstLaunch(self, tensors)
+    def __call__(self, *tensors) -> FirstRun:
+        return FirstRun(self, tensors)
 
     def is_over(self) -> bool:
         """Whether the plan has launched, or has another backend."""
@@ -87,13 +86,13 @@ class Trial:
                 stacklevel=2,
             )
             plan.failed = f"{plan.backend}: {reason}"
-            plan.backend, plan.refusals, plan.tile = found.backend, found.refusals, found.tile
+            plan.row, plan.refusals, plan.tile = found.row, found.refusals, found.tile
             plan.why, plan.bind = found.why, found.bind
             _arm(plan, self.choose, self.named)
 
 
-class FirstLaunch:
-    """A launch that may be the first of its plan; fresh until one has been."""
+class FirstRun:
+    """A runner whose launch may be the first of its plan; fresh until one has been."""
 
     __slots__ = ("tensors", "trial")
     growth = None

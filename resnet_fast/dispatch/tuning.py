@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured choices: which backend and tile was fastest, kept in one small file per GPU.
 
-`resnet-fast tune` writes the file, `backends.plan` looks choices up when it meets a problem for the
+`resnet-fast tune` writes the file, `table.plan` looks choices up when it meets a problem for the
 first time; nothing is measured, and no file is read, in any later call. A choice is as good as
 what it was measured with, so a file names the versions of torch, triton, this package and its
 extension, and one that names others is refused as a whole, with one warning.
@@ -19,21 +19,23 @@ import os
 import re
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from resnet_fast import _env
-from resnet_fast.dispatch import heuristics
-from resnet_fast.spec import ConvSpec, TileConfig
+from resnet_fast.dispatch.heuristics import Candidate
+from resnet_fast.spec import SPECS, ConvSpec, Spec, Tile
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".tuned.json"
 LOCK = ".lock"  # stays in the folder: removed, it could not be waited for
 LOCK_SECONDS = 60  # it is held for milliseconds: longer means that its owner hangs
-FAMILIES = {"triton": heuristics.TRITON, "cuda": heuristics.CUDA}
-TILE_FIELDS = tuple(field.name for field in fields(TileConfig) if field.name != "reason")
+# by the names of a kind's fields, as the file has them
+TILES = {frozenset(f.name for f in fields(kind)) - {"reason"}: kind for kind in get_args(Tile)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +49,33 @@ class Choice:
     """
 
     backend: str
-    tile: TileConfig | None
+    tile: Tile | None
     microseconds: float
 
 
-Choices = dict[ConvSpec, tuple[Choice, ...]]  # the one to take first
+Key = tuple[str, Spec]  # an op's name and what it computes
+Choices = dict[Key, tuple[Choice, ...]]  # the one to take first
 
 
-def measured(gpu: str, spec: ConvSpec) -> tuple[Choice, ...]:
-    """The measured choices for `spec` on the GPU of that name, the one to take first; or none."""
-    return _loaded(gpu).get(_key(spec), ()) if gpu else ()
+def measured(gpu: str, op: str, spec: Spec) -> tuple[Choice, ...]:
+    """The measured choices for an op on the GPU of that name, the one to take first; or none."""
+    return _loaded(gpu).get((op, _bare(spec)), ()) if gpu else ()
 
 
-def _key(spec: ConvSpec) -> ConvSpec:
+def _bare(spec: Spec) -> Spec:
     """The spec without what makes no difference: TF32 or not matters in float32 alone."""
-    return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
+    if isinstance(spec, ConvSpec):
+        return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
+    parts = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    return type(spec)(**{k: _bare(v) if is_dataclass(v) else v for k, v in parts.items()})
 
 
-def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, target: heuristics.Target):
-    """The tile that was measured for a backend, as its table has it now; None where there is none.
+def tile_of(found: Tile | None, candidates: Iterable[Candidate]) -> Tile | None:
+    """A measured tile as its table has it now.
 
-    A tile that the table has no more, or that is no more legal, is left to the heuristics.
+    None for a tile that is no longer in the table, or no longer legal: the chooser takes another.
     """
-    family = FAMILIES.get(backend)
-    found = next((choice.tile for choice in choices if choice.backend == backend), None)
-    if family is None or found is None:
-        return None
-    legal = (row.tile for row in heuristics.explain(spec, target, family) if row.refusal is None)
+    legal = (row.tile for row in candidates if row.refusal is None)
     return next((tile for tile in legal if replace(tile, reason="") == found), None)
 
 
@@ -90,7 +92,8 @@ def store(gpu: str, choices: Choices) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         kept, _ = _read(path, gpu)
-        kept |= {_key(spec): tuple(map(_bare, found)) for spec, found in choices.items()}
+        for (op, spec), found in choices.items():
+            kept[op, _bare(spec)] = tuple(map(_without_reason, found))
         _replace(path, gpu, kept)
     _loaded.cache_clear()
     return path
@@ -109,8 +112,8 @@ def _replace(path: Path, gpu: str, kept: Choices) -> None:
         "gpu": gpu,
         "versions": versions(),
         "choices": [
-            {"spec": asdict(spec), "choices": [_to_json(choice) for choice in found]}
-            for spec, found in kept.items()
+            {"op": op, "spec": _spec_to_json(spec), "choices": [_to_json(c) for c in found]}
+            for (op, spec), found in kept.items()
         ],
     }
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -147,7 +150,7 @@ def path_of(gpu: str) -> Path:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What a time depends on beside the convolution and the GPU."""
+    """What a time depends on beside the problem and the GPU."""
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -205,26 +208,40 @@ def _read(path: Path, gpu: str) -> tuple[Choices, str]:
             facts = [f"{name} {then.get(name)}, here it is {now[name]}" for name in other]
             return {}, f"it was measured with {'; '.join(facts)}"
         return {
-            _spec(entry["spec"]): tuple(map(_from_json, entry["choices"]))
+            (str(entry["op"]), _spec(entry["spec"])): tuple(map(_from_json, entry["choices"]))
             for entry in content["choices"]
         }, ""
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return {}, f"it is damaged ({type(error).__name__}: {error})"
 
 
-def _spec(entry: dict) -> ConvSpec:
-    return ConvSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
+def _spec_to_json(spec: Spec) -> dict:
+    parts = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    kind = {"kind": type(spec).__name__}
+    return kind | {k: _spec_to_json(v) if is_dataclass(v) else v for k, v in parts.items()}
 
 
-def _bare(choice: Choice) -> Choice:
+def _spec(entry: dict) -> Spec:
+    def value(found):
+        if isinstance(found, dict):
+            return _spec(found)
+        return tuple(found) if isinstance(found, list) else found
+
+    parts = {k: value(v) for k, v in entry.items() if k != "kind"}
+    return SPECS[entry["kind"]](**parts)
+
+
+def _without_reason(choice: Choice) -> Choice:
     return replace(choice, tile=choice.tile and replace(choice.tile, reason=""))
 
 
 def _to_json(choice: Choice) -> dict:
-    tile = choice.tile and {name: getattr(choice.tile, name) for name in TILE_FIELDS}
+    tile = choice.tile and {k: v for k, v in asdict(choice.tile).items() if k != "reason"}
     return {"backend": choice.backend, "tile": tile, "microseconds": choice.microseconds}
 
 
 def _from_json(entry: dict) -> Choice:
-    tile = entry["tile"] and TileConfig(**{name: int(entry["tile"][name]) for name in TILE_FIELDS})
+    tile = entry["tile"]
+    if tile:
+        tile = TILES[frozenset(tile)](**{name: int(value) for name, value in tile.items()})
     return Choice(str(entry["backend"]), tile, float(entry["microseconds"]))

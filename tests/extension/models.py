@@ -15,11 +15,11 @@ import pytest
 import torch
 
 import resnet_fast
-from resnet_fast import _hardware, agreement, ops
-from resnet_fast.dispatch import backends, join, stem
-from resnet_fast.kernels import aten, cuda
+from resnet_fast import agreement
+from resnet_fast.dispatch import aten as backend
+from resnet_fast.dispatch import table
+from resnet_fast.kernels import aten
 
-ARCH = 80
 INPUTS = {
     "planes": ((2, 3, 40, 40), lambda x: x),
     "grown": ((3, 3, 40, 40), lambda x: x.contiguous(memory_format=torch.channels_last)),
@@ -50,7 +50,7 @@ def conv_bn_join(
 
 def stem_pool(*arguments) -> None:
     *operands, _, out = arguments
-    out.copy_(stem.reference(*operands))
+    out.copy_(backend.stem_pool(*operands))
 
 
 class Launcher:
@@ -75,22 +75,11 @@ def pretend(patch: pytest.MonkeyPatch) -> Counter:
         launcher = Launcher(compute, calls)
         patch.setattr(torch.ops.resnet_fast, f"_{compute.__name__}_cuda", launcher)
 
-    def first_on_cpu(rows):
-        return tuple(replace(row, device="cpu") if row.name == "cuda" else row for row in rows)
-
-    def refusal(asked, refusal=stem.BACKENDS[0].refusal):
-        return refusal(replace(asked, conv=replace(asked.conv, device="cuda", arch=ARCH)))
-
-    nearest = _hardware.nearest_architecture
-    patch.setattr(cuda, "missing", lambda: None)
-    patch.setattr(cuda, "architecture_refusal", lambda arch: None)
-    patch.setattr(_hardware, "nearest_architecture", lambda arch: nearest(arch or ARCH))
-    patch.setattr(backends, "BACKENDS", first_on_cpu(backends.BACKENDS))
-    patch.setattr(join, "JOIN_BACKENDS", first_on_cpu(join.JOIN_BACKENDS))
-    patch.setattr(join, "may_be_one_kernel", lambda *_: True)
-    first, *others = stem.BACKENDS
-    patch.setattr(stem, "BACKENDS", (replace(first, refusal=refusal), *others))
-    patch.setattr(ops, "has_stem_kernels", lambda device: True)
+    rows = (
+        replace(row, device="cpu", missing=lambda arch: None) if row.backend == "cuda" else row
+        for row in table.ROWS
+    )
+    patch.setattr(table, "ROWS", tuple(rows))
     return calls
 
 

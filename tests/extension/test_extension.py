@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from resnet_fast import build
-from resnet_fast.dispatch import join, stem
+from resnet_fast.dispatch import tiles as table
 from tests.extension import calls, models
 from tests.support import nvcc
 
@@ -244,14 +244,15 @@ def test_the_stems_struct_is_the_mirrors(name, extension):
 def test_the_stems_table_is_the_choosers(extension):
     tiles = extension(calls.facts)["tiles"]["stem_pool"]
     assert [tuple(tile) for tile in tiles] == [
-        (tile.BLOCK_P, tile.BLOCK_Q, tile.NUM_WARPS) for tile in stem.CUDA_TILES
+        (tile.BLOCK_P, tile.BLOCK_Q, tile.NUM_WARPS) for tile in table.CUDA_TILES["stem_pool"]
     ]
 
 
 def test_the_joins_table_is_the_choosers(extension):
     tiles = extension(calls.facts)["tiles"]["conv_bn_join"]
     assert [(m, n, k, stages, rows * columns) for m, n, k, stages, rows, columns in tiles] == [
-        (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K, t.NUM_STAGES, t.NUM_WARPS) for t in join.CUDA_TILES
+        (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K, t.NUM_STAGES, t.NUM_WARPS)
+        for t in table.CUDA_TILES["conv_bn_join"]
     ]
 
 
