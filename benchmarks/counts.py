@@ -117,14 +117,14 @@ def count(job: Job) -> Row:
 def chosen(spec: ConvSpec, arch: int) -> TileConfig:
     """What the chooser takes at a batch that fills the GPU, without a split."""
     full = replace(spec, n=max(spec.n, FULL_BATCH))
-    return replace(heuristics.choose(full, arch, tiles.CUDA["conv_bn_act"]), SPLIT_K=1)
+    return replace(heuristics.choose(full, arch, tiles.CUDA[ConvSpec]), SPLIT_K=1)
 
 
 def jobs_of(options, programs: dict[TileConfig, cutlass.Program]) -> Iterator[Job]:
     """By layer, by tile, ours before CUTLASS's."""
     for name, spec in layers(options, options.depth).items():
         swept = options.all or (name in SWEPT and not options.bytes)
-        table = tiles.cuda_tiles("conv_bn_act", spec.dtype)
+        table = tiles.cuda_tiles(ConvSpec, spec.dtype)
         for tile in table if swept else [chosen(spec, options.arch)]:
             yield Job(name, spec, tile, options.arch)
             if tile in programs:
@@ -183,7 +183,7 @@ def count_join(arguments: tuple[JoinSpec, int]) -> int:
     """Distinct bytes of conv_bn_join; in a worker process."""
     spec, arch = arguments
     full = JoinSpec(*(replace(part, n=FULL_BATCH) for part in (spec.main, spec.projection)))
-    tile = heuristics.choose(full, arch, tiles.CUDA["conv_bn_join"])
+    tile = heuristics.choose(full, arch, tiles.CUDA[JoinSpec])
     tensors = join_cases.join_tensors(spec)
     (kernel,) = cuda_kernels.join_kernels(tensors, tile, arch)
     counters = kernel.run().counters

@@ -19,7 +19,7 @@ import resnet_fast
 from resnet_fast import _hardware, ops
 from resnet_fast.dispatch import table, tiles, tuning
 from resnet_fast.dispatch.heuristics import Candidate, Family
-from resnet_fast.spec import ConvSpec
+from resnet_fast.spec import ConvSpec, StemSpec
 
 pytest.importorskip("triton", reason="the tables of kernels are compiled by Triton's tools")
 
@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
 ]
+CONV, JOIN, STEM = ops.CONV_BN_ACT, ops.CONV_BN_JOIN, ops.STEM_POOL
 DEVICE = "cuda"
 OLDEST = 80  # whose tables are collected where there is no GPU
 HERE = _hardware.capability_of(torch.device(DEVICE)) if torch.cuda.is_available() else OLDEST
@@ -61,7 +62,7 @@ def precision():
 
 def skip_if_missing(backend: str) -> None:
     """Skip a test of a backend that this machine cannot run, with the reason."""
-    for row in table.of("conv_bn_act"):
+    for row in table.of(CONV.name):
         if row.backend == backend and (reason := row.missing(HERE)):
             pytest.skip(reason)
 
@@ -107,21 +108,21 @@ def check_conv(spec: ConvSpec, backend: str, **options) -> None:
     t = cases.conv_tensors(spec, **options)
     geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
     arguments = (t.x, t.weight, t.scale, t.shift, t.residual, *geometry, t.mean, t.var, t.eps)
-    y = run(ops.conv_bn_act_op, *arguments, backend, like=t.out)
-    assert ops.last_plan().backend == backend
+    y = run(CONV.overload, *arguments, backend, like=t.out)
+    assert CONV.last_plan().backend == backend
     assert_within(y, t.eager(), t.reference(), spec.k_gemm, f"{spec} by {backend}")
     if t.residual is not None:
         residual = here(t.residual)
-        ops.conv_bn_act_op_(*map(here, arguments[:4]), residual, *map(here, arguments[5:]), backend)
+        CONV.inplace(*map(here, arguments[:4]), residual, *map(here, arguments[5:]), backend)
         assert torch.equal(residual.cpu(), y)  # written over the residual: the same sums
 
 
-@pytest.mark.parametrize(("backend", "work"), works("conv_bn_act"))
+@pytest.mark.parametrize(("backend", "work"), works(CONV.name))
 def test_each_tile_of_the_convolution(backend, work, with_tile, precision):
-    with_tile("conv_bn_act", backend, work.tile)
+    with_tile(CONV.name, backend, work.tile)
     precision(work.problem.precision)
     check_conv(work.problem, backend)
-    assert ops.last_plan().tile == work.tile
+    assert CONV.last_plan().tile == work.tile
 
 
 LAYERS = {**cases.resnet_convs(18, n=3, size=64), **cases.resnet_convs(50, n=3, size=64)}
@@ -140,10 +141,10 @@ def test_convolutions_by_the_tile_that_is_chosen(backend, name, kind, precision)
         pytest.skip(str(error))  # which the tests of dispatch look at
 
 
-@pytest.mark.parametrize(("backend", "work"), works("conv_bn_join"))
+@pytest.mark.parametrize(("backend", "work"), works(JOIN.name))
 def test_each_tile_of_the_join(backend, work, with_tile, precision):
     spec = work.problem
-    with_tile("conv_bn_join", backend, work.tile)
+    with_tile(JOIN.name, backend, work.tile)
     precision(spec.main.precision)
     t = join_cases.join_tensors(spec)
     m, p = t.main, t.projection
@@ -151,7 +152,7 @@ def test_each_tile_of_the_join(backend, work, with_tile, precision):
         m.x, m.weight, m.scale, m.shift, p.x, p.weight, p.scale, p.shift, spec.projection.stride,
         mean=m.mean, var=m.var, proj_mean=p.mean, proj_var=p.var, backend=backend,
     )  # fmt: skip
-    y = run(ops.conv_bn_join_op, *call, like=t.out)
+    y = run(JOIN.overload, *call, like=t.out)
     assert_within(y, t.eager(), t.reference(), t.k_gemm, f"{spec} by {backend}")
 
 
@@ -159,18 +160,18 @@ def test_each_tile_of_the_join(backend, work, with_tile, precision):
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("backend", "tile"), [("triton", None), *(("cuda", t) for t in tiles.CUDA_TILES["stem_pool"])],
+    ("backend", "tile"), [("triton", None), *(("cuda", t) for t in tiles.CUDA_TILES[StemSpec])],
     ids=str,
 )  # fmt: skip
 def test_each_tile_of_the_stem(backend, tile, dtype, layout, image, with_tile, precision):
     precision("tf32")
     if tile is not None:
-        with_tile("stem_pool", backend, tile)
+        with_tile(STEM.name, backend, tile)
     t = stem_cases.stem_tensors(2, 45, 38, 64, dtype, layout=layout, image=image)
     call = ops.StemCall(t.x, t.weight, t.scale, t.shift, t.mean, t.var, t.eps, t.image_mean,
                         t.image_std, backend)  # fmt: skip
     try:
-        y = run(ops.stem_pool_op, *call, like=t.out)
+        y = run(STEM.overload, *call, like=t.out)
     except ValueError as error:
         pytest.skip(str(error))  # no extension, or x in a layout that Triton refuses
     assert_within(y, t.eager(), t.reference(), stem_cases.K_GEMM, f"stem by {backend}")

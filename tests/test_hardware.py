@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from resnet_fast import _hardware, ops
 from resnet_fast.dispatch import gemm, heuristics, table, tiles
 from resnet_fast.profiling.roofline import roofline_of
-from resnet_fast.spec import ConvSpec, StemSpec
+from resnet_fast.spec import ConvSpec, JoinSpec, StemSpec
 from tests.support import join_cases
 
 op_module = importlib.import_module("resnet_fast.ops.conv_bn_act")  # ops.conv_bn_act is the op
@@ -115,7 +115,7 @@ LAYER = ConvSpec(8, 14, 14, 256, 256, 3, 3, (1, 1), (1, 1), norm=True)
 
 
 @pytest.mark.parametrize(
-    "family", [tiles.TRITON["conv_bn_act"], tiles.CUDA["conv_bn_act"]], ids=["triton", "cuda"]
+    "family", [tiles.TRITON[ConvSpec], tiles.CUDA[ConvSpec]], ids=["triton", "cuda"]
 )
 def test_tiles_are_chosen_for_the_device_and_not_for_its_architecture(family):
     """A split that fills an L4's 58 SMs leaves half of a 4090's 128 idle."""
@@ -128,14 +128,14 @@ def test_tiles_are_chosen_for_the_device_and_not_for_its_architecture(family):
 
 def test_joins_and_stems_too():
     spec = join_cases.resnet_joins(50, n=1)["layer2"]
-    for family in (tiles.CUDA["conv_bn_join"], tiles.TRITON["conv_bn_join"]):
+    for family in (tiles.CUDA[JoinSpec], tiles.TRITON[JoinSpec]):
         small, large = (heuristics.choose(spec, gpu, family) for gpu in (L4, RTX_4090))
         assert small == heuristics.choose(spec, 89, family)
         assert small.BLOCK_M * small.BLOCK_N > large.BLOCK_M * large.BLOCK_N
     images = StemSpec(ConvSpec(2, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), norm=True))
-    large, small = tiles.CUDA_TILES["stem_pool"]
+    large, small = tiles.CUDA_TILES[StemSpec]
     assert large.blocks(images) == 112
-    chosen = [heuristics.choose(images, g, tiles.CUDA["stem_pool"]) for g in (L4, RTX_4090)]
+    chosen = [heuristics.choose(images, g, tiles.CUDA[StemSpec]) for g in (L4, RTX_4090)]
     assert chosen == [large, small]
 
 

@@ -27,11 +27,11 @@ gpu_is_here, built = conftest.gpu_is_here, conftest.built
 
 GPU = "NVIDIA A100-SXM4-80GB"
 SPEC = ConvSpec(2, 7, 7, 64, 64, 3, 3, (1, 1), (1, 1), norm=True)
-CONV = "conv_bn_act"
+CONV, JOIN = ops.CONV_BN_ACT.name, ops.CONV_BN_JOIN.name
 WORK = Work(CONV, SPEC)
 PROBLEM = tune.problem_of(WORK, 80, GPU)
-USUAL = Contender("cuda", heuristics.choose(SPEC, 80, tiles.CUDA[CONV]))
-TRITON = Contender("triton", heuristics.choose(SPEC, 80, tiles.TRITON[CONV]))
+USUAL = Contender("cuda", heuristics.choose(SPEC, 80, tiles.CUDA[ConvSpec]))
+TRITON = Contender("triton", heuristics.choose(SPEC, 80, tiles.TRITON[ConvSpec]))
 ATEN = Contender("aten")
 
 
@@ -87,10 +87,10 @@ def test_a_models_ops_are_those_that_it_runs_on_a_gpu(depth):
         by_op[work.op] += count
     convs = set(cases.resnet_convs(depth, 2, dtype="float16").values())
     joins = {18: 3, 50: 4}[depth]
-    assert by_op == {"stem_pool": 1, "conv_bn_join": joins, CONV: {18: 13, 50: 44}[depth]}
+    assert by_op == {"stem_pool": 1, JOIN: joins, CONV: {18: 13, 50: 44}[depth]}
     (stem,) = (work.spec for work in found if work.op == "stem_pool")
     assert stem == StemSpec(next(spec for spec in convs if spec.r == 7))
-    assert {work.spec for work in found if work.op == "conv_bn_join"} == set(joined(depth).values())
+    assert {work.spec for work in found if work.op == JOIN} == set(joined(depth).values())
     assert {work.spec for work in found if work.op == CONV} <= convs
 
 
@@ -106,7 +106,7 @@ def test_batches_and_dtypes_multiply_and_leave_no_trace():
 
 @pytest.mark.parametrize(
     "work",
-    [Work("conv_bn_join", joined(50)["layer2"]),
+    [Work(JOIN, joined(50)["layer2"]),
      Work("stem_pool", StemSpec(ConvSpec(2, 64, 64, 3, 64, 7, 7, (2, 2), (3, 3), norm=True)))],
     ids=lambda work: work.op,
 )  # fmt: skip

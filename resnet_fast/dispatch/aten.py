@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast.dispatch import steps
-from resnet_fast.dispatch.problem import Binder, ConvProblem, binder, layout_refusal, stem_binder
+from resnet_fast.dispatch.problem import (
+    Binder,
+    ConvProblem,
+    JoinProblem,
+    MaskProblem,
+    StemProblem,
+    SumProblem,
+    binder,
+    layout_refusal,
+    stem_binder,
+)
 from resnet_fast.dispatch.row import Row
 from resnet_fast.kernels import aten
 
@@ -72,13 +82,13 @@ def cudnn_refusal(problem: ConvProblem) -> str | None:
 
 _row = functools.partial(Row, backend="aten")
 ROWS = (
-    _row("conv_bn_act", build=conv_build),
-    _row("conv_bn_join", build=steps.join(conv_build)),
-    _row("stem_pool", build=lambda problem, tile=None: stem_binder(_stem)),
-    _row("add_relu", build=_call(aten.add_relu)),
-    _row("_add_relu_backward", build=_call(aten.add_relu_backward)),
+    _row(ConvProblem.op, build=conv_build),
+    _row(JoinProblem.op, build=steps.join(conv_build)),
+    _row(StemProblem.op, build=lambda problem, tile=None: stem_binder(_stem)),
+    _row(SumProblem.op, build=_call(aten.add_relu)),
+    _row(MaskProblem.op, build=_call(aten.add_relu_backward)),
     Row(
-        "conv_bn_act",
+        ConvProblem.op,
         "cudnn",
         functools.partial(conv_build, function=aten.cudnn_conv_bn_act),
         device="cuda",

@@ -70,8 +70,8 @@ def sum_build(problem: SumProblem, tile: None = None) -> Binder:
 
 _row = functools.partial(Row, backend="cpu", device="cpu")
 ROWS = (
-    _row("conv_bn_act", build=conv_build, refusal=conv_refusal),
-    _row("conv_bn_join", build=steps.join(conv_build), refusal=join_refusal),
-    _row("stem_pool", build=steps.stem(conv_build, _build_pool), refusal=stem_refusal),
-    _row("add_relu", build=sum_build, refusal=sum_refusal),
+    _row(ConvProblem.op, build=conv_build, refusal=conv_refusal),
+    _row(JoinProblem.op, build=steps.join(conv_build), refusal=join_refusal),
+    _row(StemProblem.op, build=steps.stem(conv_build, _build_pool), refusal=stem_refusal),
+    _row(SumProblem.op, build=sum_build, refusal=sum_refusal),
 )

@@ -17,6 +17,7 @@ from resnet_fast.dispatch.problem import (
     Binder,
     ConvProblem,
     JoinProblem,
+    MaskProblem,
     StemProblem,
     SumProblem,
     binder,
@@ -28,7 +29,7 @@ from resnet_fast.dispatch.problem import (
     sum_refusal,
 )
 from resnet_fast.dispatch.row import Row
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, StemTile, TileConfig
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, StemSpec, StemTile, TileConfig
 
 DTYPES = ("float16", "bfloat16", "float32")
 CHANNELS = 8  # C and K are multiples of it: 16 bytes of half precision, and whole fragments
@@ -39,7 +40,7 @@ MAX_WEIGHT = 2**31 - 1  # bytes, addressed in 31 bits
 MAX_SPAN = 2**32 - 1  # bytes of x between the first and the last that a block's rows read
 MAX_REACH = 2**31 - 1  # elements of x between a filter's taps, through which the kernel counts
 MAX_STEM_BLOCKS = 2**31
-BLOCK_ROWS = max(tile.BLOCK_M for tile in tiles.CUDA_TILES["conv_bn_act"])
+BLOCK_ROWS = max(tile.BLOCK_M for tile in tiles.CUDA_TILES[ConvSpec])
 IEEE = (
     "float32 in IEEE precision: the CUDA kernel multiplies in TF32 "
     "(torch.backends.cudnn.conv.fp32_precision)"
@@ -53,12 +54,12 @@ def missing(arch: int) -> str | None:
     return kernel.missing() or kernel.architecture_refusal(arch)
 
 
-def _op(name: str):
-    """A private op of the extension, whose import registers its implementation."""
+def _private(op: str):
+    """The extension's implementation of an op, which its import registers."""
     from resnet_fast.kernels import cuda as kernel
 
     kernel.module()
-    return getattr(torch.ops.resnet_fast, name).default
+    return getattr(torch.ops.resnet_fast, f"_{op.removeprefix('_')}_cuda").default
 
 
 # ---- a convolution
@@ -127,9 +128,9 @@ def _reach(problem: ConvProblem) -> int:
 
 
 def conv_build(problem: ConvProblem, tile: TileConfig) -> Binder:
-    run, spec = _op("_conv_bn_act_cuda"), problem.spec
+    run, spec = _private(problem.op), problem.spec
     geometry = (spec.stride, spec.padding, spec.dilation, spec.activation == "relu")
-    cut = (tiles.cuda_index(problem.op, tile, spec.dtype), tile.SPLIT_K)
+    cut = (tiles.cuda_index(spec, tile), tile.SPLIT_K)
     shares = (tile.SPLIT_K, spec.m, spec.k) if tile.SPLIT_K > 1 else None
 
     def launch(
@@ -158,8 +159,8 @@ def join_refusal(problem: JoinProblem) -> str | None:
 
 
 def join_build(problem: JoinProblem, tile: TileConfig) -> Binder:
-    run, spec = _op("_conv_bn_join_cuda"), problem.spec
-    index, stride = tiles.cuda_index(problem.op, tile, spec.dtype), list(spec.projection.stride)
+    run, spec = _private(problem.op), problem.spec
+    index, stride = tiles.cuda_index(spec, tile), list(spec.projection.stride)
 
     def launch(
         weight, scale, shift, mean, var, eps,
@@ -194,14 +195,14 @@ def stem_refusal(problem: StemProblem) -> str | None:
         return f"K {spec.k}: the CUDA kernel takes multiples of {CHANNELS}"
     if not conv.aligned:
         return "weight or a vector does not start at a multiple of 16 bytes"
-    if max(tile.blocks(problem.spec) for tile in tiles.CUDA_TILES[problem.op]) >= MAX_STEM_BLOCKS:
+    if max(tile.blocks(problem.spec) for tile in tiles.CUDA_TILES[StemSpec]) >= MAX_STEM_BLOCKS:
         return "so many images that the CUDA kernel's tiles do not count in 32 bits"
     return None
 
 
 def stem_build(problem: StemProblem, tile: StemTile) -> Binder:
-    run, spec = _op("_stem_pool_cuda"), problem.spec
-    index = tiles.cuda_index(problem.op, tile, spec.dtype)
+    run, spec = _private(problem.op), problem.spec
+    index = tiles.cuda_index(spec, tile)
 
     def launch(weight, scale, shift, mean, var, eps, image_mean, image_std, x, *_) -> Tensor:
         y = new_pooled(spec, x.device)
@@ -216,7 +217,7 @@ def stem_build(problem: StemProblem, tile: StemTile) -> Binder:
 
 
 def sum_build(problem: SumProblem, tile: None = None) -> Binder:
-    run = _op(f"_{problem.op.removeprefix('_')}_cuda")
+    run = _private(problem.op)
 
     def launch(x, y) -> Tensor:
         out = torch.empty_like(x)
@@ -231,10 +232,10 @@ _row = functools.partial(
     Row, backend="cuda", device="cuda", missing=missing, fuses=True, tried=True
 )
 ROWS = (
-    _row("conv_bn_act", build=conv_build, refusal=kernel_refusal, family=tiles.CUDA["conv_bn_act"]),
-    _row("conv_bn_join", build=join_build, refusal=join_refusal, family=tiles.CUDA["conv_bn_join"]),
-    _row("stem_pool", build=stem_build, refusal=stem_refusal, family=tiles.CUDA["stem_pool"],
+    _row(ConvProblem.op, build=conv_build, refusal=kernel_refusal, family=tiles.CUDA[ConvSpec]),
+    _row(JoinProblem.op, build=join_build, refusal=join_refusal, family=tiles.CUDA[JoinSpec]),
+    _row(StemProblem.op, build=stem_build, refusal=stem_refusal, family=tiles.CUDA[StemSpec],
          any_layout=True),
-    _row("add_relu", build=sum_build, refusal=sum_refusal),
-    _row("_add_relu_backward", build=sum_build, refusal=sum_refusal),
+    _row(SumProblem.op, build=sum_build, refusal=sum_refusal),
+    _row(MaskProblem.op, build=sum_build, refusal=sum_refusal),
 )  # fmt: skip

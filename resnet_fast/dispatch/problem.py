@@ -41,7 +41,7 @@ class Problem:
     """
 
     __slots__ = ()
-    op: str
+    op: ClassVar[str]
     spec: Spec
     device: str
     arch: int
@@ -196,12 +196,11 @@ class SumProblem(Problem):
     """An element-by-element op of two tensors.
 
     Args:
-        op: "add_relu" or "_add_relu_backward".
         dense: whether both are dense, in one memory order.
         aligned: whether both start at a multiple of 16 bytes.
     """
 
-    op: str
+    op: ClassVar[str] = "add_relu"
     spec: SumSpec
     device: str
     arch: int = 0
@@ -210,9 +209,21 @@ class SumProblem(Problem):
     dense: bool = True
     aligned: bool = True
 
+    @classmethod
+    def usual(cls, spec: SumSpec, **where) -> SumProblem:
+        """As models ask for it."""
+        return cls(spec=spec, **where)
+
     @property
     def is_empty(self) -> bool:
         return self.spec.numel == 0
+
+
+class MaskProblem(SumProblem):
+    """The gradient of `add_relu`, masked by its result."""
+
+    __slots__ = ()
+    op = "_add_relu_backward"
 
 
 class Runner(functools.partial):

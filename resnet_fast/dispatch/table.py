@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of rows, op by backend: which backend serves a problem, with which tile, and why.
 
-    backend  device   conv_bn_act   conv_bn_join   stem_pool    add_relu   its gradient
+    backend  device   convolution   join        stem         relu(x + y)   its gradient
     cuda     cuda     csrc/cuda: one C++ kernel each
-    triton   cuda     one kernel    one kernel     conv, pool   one kernel for both
-    cpu      cpu      oneDNN        two convs      conv, pool   in place
+    triton   cuda     one kernel    one kernel  conv, pool   one kernel    the same
+    cpu      cpu      oneDNN        two convs   conv, pool   two passes
     aten     any      torch's own functions, unfused; it refuses nothing
-    cudnn    cuda     by name
+    cudnn    cuda     where asked for by name
 
 Each backend's file has its rows, and each row says what it refuses and why. They are asked in this
 order: the one named by argument or by RESNET_FAST_BACKEND, what `resnet-fast tune` measured

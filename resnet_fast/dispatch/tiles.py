@@ -15,7 +15,16 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import gemm
 from resnet_fast.dispatch.heuristics import LAUNCH_US, Candidate, Family
 from resnet_fast.kernels.filter_walk import FilterWalk, filter_walk
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, StemSpec, StemTile, Tile, TileConfig
+from resnet_fast.spec import (
+    ELEMENT_SIZE,
+    ConvSpec,
+    JoinSpec,
+    Spec,
+    StemSpec,
+    StemTile,
+    Tile,
+    TileConfig,
+)
 
 # ---- Triton: by architecture
 
@@ -117,15 +126,15 @@ JOIN_TILES = {
     120: (LARGE_8, MIDDLE, *REST),
 }
 
-TRITON_TILES = {"conv_bn_act": CONV_TILES, "conv_bn_join": JOIN_TILES}
+TRITON_TILES = {ConvSpec: CONV_TILES, JoinSpec: JOIN_TILES}
 
 # ---- CUDA C++: the same on every architecture
 
 # The private ops take the index of a row as `tile`; the tables at the end of csrc/cuda/<op>.cu have
 # the same rows in the same order. All GEMM tiles of a convolution have 2x2 warps. BLOCK_K counts
 # 16-bit elements; in float32 a step of the same bytes is half as many.
-CUDA_TILES: dict[str, tuple[Tile, ...]] = {
-    "conv_bn_act": (
+CUDA_TILES: dict[type[Spec], tuple[Tile, ...]] = {
+    ConvSpec: (
         TileConfig(128, 128, 64, 3, 4, reason="most products a byte: warps of 64x64"),
         TileConfig(128, 128, 32, 4, 4, reason="the same in 64 KiB: two blocks on an SM of 163 KiB"),
         TileConfig(128, 64, 64, 3, 4, reason="64 channels"),
@@ -135,12 +144,12 @@ CUDA_TILES: dict[str, tuple[Tile, ...]] = {
         TileConfig(64, 64, 32, 4, 4, reason="short sums (1x1 on 64 channels): 32 KiB, many blocks"),
         TileConfig(64, 32, 64, 4, 4, reason="batch 1 on 7x7 maps: most blocks"),
     ),
-    "conv_bn_join": (
+    JoinSpec: (
         TileConfig(128, 128, 64, 3, 8, reason="large batch: 8 warps hold two sums of 64x32 each"),
         TileConfig(128, 64, 64, 3, 4, reason="large batch: two sums of 64 registers a thread"),
         TileConfig(64, 64, 64, 3, 4, reason="14x14 and 7x7 maps: more blocks"),
     ),
-    "stem_pool": (
+    StemSpec: (
         StemTile(
             8, 7, 8, "17 x 15 convolution pixels fill 16 fragments but for one; 56 x 56 is whole"
         ),
@@ -149,19 +158,19 @@ CUDA_TILES: dict[str, tuple[Tile, ...]] = {
 }
 
 
-def cuda_tiles(op: str, dtype: str) -> tuple[Tile, ...]:
-    """`CUDA_TILES` of an op in the elements of a dtype."""
+def cuda_tiles(kind: type[Spec], dtype: str) -> tuple[Tile, ...]:
+    """`CUDA_TILES` of a kind of problem in the elements of a dtype."""
     halves = ELEMENT_SIZE[dtype] // 2
     return tuple(
         replace(tile, BLOCK_K=tile.BLOCK_K // halves) if isinstance(tile, TileConfig) else tile
-        for tile in CUDA_TILES[op]
+        for tile in CUDA_TILES[kind]
     )
 
 
-def cuda_index(op: str, tile: Tile, dtype: str) -> int:
+def cuda_index(spec: Spec, tile: Tile) -> int:
     """The row of `CUDA_TILES` that `tile` is, its split aside: what the private ops call `tile`."""
     unsplit = replace(tile, SPLIT_K=1) if isinstance(tile, TileConfig) else tile
-    return cuda_tiles(op, dtype).index(unsplit)
+    return cuda_tiles(type(spec), spec.dtype).index(unsplit)
 
 
 # ---- convolutions
@@ -201,13 +210,6 @@ TRITON_GEMM = gemm.Kernel(filter_walk, _triton_refusal, _triton_share)
 CUDA_GEMM = gemm.Kernel(
     _flat_walk, lambda spec, tile: None, lambda gpu, tile: _hardware.mma_sync_share(gpu)
 )
-
-
-def _of_conv(kernel: gemm.Kernel, name: str, tiles) -> Family:
-    return Family(
-        name, tiles, functools.partial(gemm.refusal, kernel), functools.partial(gemm.cost, kernel),
-        gemm.SPLITS, functools.partial(gemm.split_refusal, kernel),
-    )  # fmt: skip
 
 
 # ---- joins
@@ -256,36 +258,36 @@ def _stem_cost(spec: StemSpec, tile: StemTile, gpu: _hardware.Gpu) -> Candidate:
     return Candidate(tile, None, LAUNCH_US + busy, "tensor")
 
 
-# ---- by op
+# ---- the families, by backend and by what is computed
 
 
-def _triton_table(op: str):
-    return lambda arch, dtype: TRITON_TILES[op][arch]
+def _family(name: str, tiles, cost, refusal=lambda spec, tile, gpu: None) -> Family:
+    return Family(name, tiles, refusal, cost)
 
 
-def _cuda_table(op: str):
-    return lambda arch, dtype: cuda_tiles(op, dtype)
+def _conv_family(name: str, tiles, kernel: gemm.Kernel) -> Family:
+    rules = (gemm.refusal, gemm.cost, gemm.split_refusal)
+    refusal, cost, split_refusal = (functools.partial(rule, kernel) for rule in rules)
+    return Family(name, tiles, refusal, cost, gemm.SPLITS, split_refusal)
 
 
-def _no_refusal(spec, tile: Tile, gpu: _hardware.Gpu) -> None:
-    return None
+def _triton(kind: type[Spec]):
+    return lambda arch, dtype: TRITON_TILES[kind][arch]
 
 
-_TRITON_CONV = _of_conv(TRITON_GEMM, "Triton", _triton_table("conv_bn_act"))
-TRITON = {
-    "conv_bn_act": _TRITON_CONV,
-    "conv_bn_join": Family(
-        "Triton", _triton_table("conv_bn_join"), _join_refusal,
-        functools.partial(_join_cost, TRITON_GEMM),
+def _cuda(kind: type[Spec]):
+    return lambda arch, dtype: cuda_tiles(kind, dtype)
+
+
+TRITON: dict[type[Spec], Family] = {
+    ConvSpec: _conv_family("Triton", _triton(ConvSpec), TRITON_GEMM),
+    JoinSpec: _family(
+        "Triton", _triton(JoinSpec), functools.partial(_join_cost, TRITON_GEMM), _join_refusal
     ),
-    "stem_pool": _TRITON_CONV.of(lambda spec: spec.conv),
-}  # fmt: skip
-
-
-CUDA = {
-    "conv_bn_act": _of_conv(CUDA_GEMM, "CUDA", _cuda_table("conv_bn_act")),
-    "conv_bn_join": Family(
-        "CUDA", _cuda_table("conv_bn_join"), _no_refusal, functools.partial(_join_cost, CUDA_GEMM)
-    ),
-    "stem_pool": Family("CUDA", _cuda_table("stem_pool"), _no_refusal, _stem_cost),
+}
+TRITON[StemSpec] = TRITON[ConvSpec].of(lambda spec: spec.conv)
+CUDA: dict[type[Spec], Family] = {
+    ConvSpec: _conv_family("CUDA", _cuda(ConvSpec), CUDA_GEMM),
+    JoinSpec: _family("CUDA", _cuda(JoinSpec), functools.partial(_join_cost, CUDA_GEMM)),
+    StemSpec: _family("CUDA", _cuda(StemSpec), _stem_cost),
 }

@@ -21,6 +21,7 @@ from resnet_fast.dispatch.problem import (
     Binder,
     ConvProblem,
     JoinProblem,
+    MaskProblem,
     StemProblem,
     SumProblem,
     binder,
@@ -31,7 +32,7 @@ from resnet_fast.dispatch.problem import (
     sum_refusal,
 )
 from resnet_fast.dispatch.row import Row
-from resnet_fast.spec import TileConfig
+from resnet_fast.spec import ConvSpec, JoinSpec, StemSpec, TileConfig
 
 
 def missing(arch: int) -> str | None:
@@ -120,6 +121,10 @@ def join_build(problem: JoinProblem, tile: TileConfig) -> Binder:
 # ---- a stem's pool, behind the convolution's kernel
 
 
+def stem_refusal(problem: StemProblem) -> str | None:
+    return conv_refusal(problem.normalized())
+
+
 def _build_pool(problem: StemProblem) -> Callable[[Tensor], Tensor]:
     from resnet_fast.kernels import stem_pool as kernel
 
@@ -159,12 +164,10 @@ _row = functools.partial(
     fuses=True, tried=True,
 )  # fmt: skip
 ROWS = (
-    _row("conv_bn_act", build=conv_build, refusal=conv_refusal, family=tiles.TRITON["conv_bn_act"]),
-    _row("conv_bn_join", build=join_build, refusal=join_refusal,
-         family=tiles.TRITON["conv_bn_join"]),
-    _row("stem_pool", build=steps.stem(conv_build, _build_pool), family=tiles.TRITON["stem_pool"],
-         refusal=lambda problem: conv_refusal(problem.normalized())),
-    _row("add_relu", build=functools.partial(sum_build, gradient=False), refusal=sum_refusal),
-    _row("_add_relu_backward", build=functools.partial(sum_build, gradient=True),
-         refusal=sum_refusal),
+    _row(ConvProblem.op, build=conv_build, refusal=conv_refusal, family=tiles.TRITON[ConvSpec]),
+    _row(JoinProblem.op, build=join_build, refusal=join_refusal, family=tiles.TRITON[JoinSpec]),
+    _row(StemProblem.op, build=steps.stem(conv_build, _build_pool), refusal=stem_refusal,
+         family=tiles.TRITON[StemSpec]),
+    _row(SumProblem.op, build=functools.partial(sum_build, gradient=False), refusal=sum_refusal),
+    _row(MaskProblem.op, build=functools.partial(sum_build, gradient=True), refusal=sum_refusal),
 )  # fmt: skip

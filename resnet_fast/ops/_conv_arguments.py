@@ -42,7 +42,7 @@ class Call(NamedTuple):
 class Names:
     """What the op at hand is called, and its arguments where they have other names than `Call`'s.
 
-    `conv_bn_join` checks its two convolutions here, each in its own words.
+    A join checks its two convolutions here, each in its own words.
     """
 
     op: str = NAME

@@ -39,17 +39,31 @@ TYPES = {
 class Op:
     """One op of `torch.ops.resnet_fast`. A subclass says what it computes; an instance defines it.
 
-    Args:
-        name: without its namespace.
-        Call: its arguments, a NamedTuple in the schema's order and with its defaults.
+    Attributes:
         overload: the bare torch overload: all arguments by position, least overhead.
         overloads: it, and those of variants that have the same arguments.
+
+    A subclass has, each method of a `Call`:
+        name, Call, Problem: its name, its arguments (a NamedTuple in the schema's order and with
+            its defaults), and how the backends see it.
+        reference: the result step by step in torch's own functions, at the arguments' dtype.
+        check_args: raises ArgumentError unless the op can take it; real and fake tensors alike.
+        output: an uninitialised result, the arguments checked.
+        key_of: all that `check_args` and the choice of a plan read.
+        spec_of, problem_of: what it computes; and how its tensors lie, once they are checked.
+        layer, inputs: the arguments that a plan is bound to, and those it is then called with.
+        typical(dtype): the spec that `explain` asks for.
+        sample(spec, device): a `Call` of random tensors, as models would ask for it.
+        flops: operations as torch's counter counts them, from the shapes of the arguments.
+        cast(call, dtype), gradient: the call under autocast; how to differentiate, if not by the
+            reference: (save(ctx, inputs, output), backward(ctx, gradient)).
     """
 
     name: str
     Call: type[NamedTuple]
     Problem: type[Problem]
-    overload: Callable[..., Tensor]
+    cast: Callable[[tuple, torch.dtype], tuple] | None = None
+    gradient: tuple[Callable, Callable] | None = None
 
     def __init__(self) -> None:
         self._plans: dict[tuple, Plan] = {}
@@ -57,56 +71,11 @@ class Op:
         self.overloads: list[Callable] = []
         self.overload = self.define(self.name, self._implementation, self._fake, self.reference)
 
-    # ---- what a subclass says
-
-    def reference(self, call) -> Tensor:
-        """The op step by step in torch's own functions, at the dtype of its arguments."""
-        raise NotImplementedError
-
-    def check_args(self, call) -> object:
-        """Raise ArgumentError unless the op can take `call`; real and fake tensors alike."""
-        raise NotImplementedError
-
-    def output(self, call) -> Tensor:
-        """An uninitialised result of a call, its arguments checked."""
-        raise NotImplementedError
-
-    def key_of(self, call) -> tuple:
-        """All that `check_args` and the choice of a plan read: the same key needs neither again."""
-        raise NotImplementedError
-
-    def spec_of(self, call) -> Spec:
-        """What a call computes."""
-        raise NotImplementedError
-
-    def problem_of(self, call) -> Problem:
-        """A call, its arguments checked, as the backends see it."""
-        raise NotImplementedError
-
     def layer(self, call) -> tuple:
-        """The arguments that a plan is bound to: a layer's, the same at every call."""
         return ()
 
-    def inputs(self, call) -> tuple:
-        """The arguments with which a bound plan is called."""
-        raise NotImplementedError
-
-    def typical(self, dtype: str) -> Spec:
-        """What `explain` asks for."""
-        raise NotImplementedError
-
-    def sample(self, spec: Spec, device: torch.device) -> tuple:
-        """A `Call` that computes `spec` on random tensors, as models would ask for it."""
-        raise NotImplementedError
-
     def flops(self, *shapes, out_shape=None, **keywords) -> int:
-        """Operations as torch's flop counter counts them: of products, not of what follows."""
         return 0
-
-    # what a subclass may say: the call in autocast's dtype; how to differentiate, if not by the
-    # reference: (save(ctx, inputs, output), backward(ctx, gradient))
-    cast: Callable[[tuple, torch.dtype], tuple] | None = None
-    gradient: tuple[Callable, Callable] | None = None
 
     # ---- the definition
 
@@ -211,10 +180,6 @@ class Op:
     def plans(self) -> list[Plan]:
         """All problems met so far, with the backend chosen for each and how often it was called."""
         return list(self._plans.values())
-
-    def forget_plans(self) -> None:
-        """Plan anew whatever is called from now on."""
-        self._plans.clear()
 
     # ---- what it tells of itself
 

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast.dispatch.problem import SumProblem
+from resnet_fast.dispatch.problem import MaskProblem, SumProblem
 from resnet_fast.kernels import aten
 from resnet_fast.ops._library import describe, dtype_name, reject
 from resnet_fast.ops._op import Op, are_aligned, facts, where
 from resnet_fast.spec import SumSpec
 
-NAME, BACKWARD = "add_relu", "_add_relu_backward"
+NAME, BACKWARD = SumProblem.op, MaskProblem.op
 
 
 class SumCall(NamedTuple):
@@ -84,8 +84,7 @@ class AddRelu(Op):
     def problem_of(self, call: SumCall) -> SumProblem:
         first, second = call
         nhwc = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-        return SumProblem(
-            op=self.name,
+        return self.Problem(
             spec=self.spec_of(call),
             **where(first),
             dense=(first.is_contiguous() or nhwc) and first.stride() == second.stride(),
@@ -94,9 +93,6 @@ class AddRelu(Op):
 
     def inputs(self, call: SumCall) -> tuple:
         return call
-
-    def usual(self, spec: SumSpec, **where) -> SumProblem:
-        return SumProblem(op=self.name, spec=spec, **where)
 
     def typical(self, dtype: str) -> SumSpec:
         return SumSpec(8 * 56 * 56 * 64, dtype)
@@ -121,7 +117,7 @@ class AddReluBackward(AddRelu):
     it is its own gradient.
     """
 
-    name, Call = BACKWARD, GradCall
+    name, Call, Problem = BACKWARD, GradCall, MaskProblem
     gradient = (
         lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
         lambda ctx, grad: (BACKWARD_OP.overload(grad, *ctx.saved_tensors), None),

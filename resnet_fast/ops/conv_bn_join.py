@@ -25,7 +25,7 @@ from resnet_fast.ops._op import Op
 from resnet_fast.ops.conv_bn_act import CONV_BN_ACT, key_of, new_output, problem_of, spec_of
 from resnet_fast.spec import ConvSpec, JoinSpec
 
-NAME = "conv_bn_join"
+NAME = JoinProblem.op
 OF_MAIN = Names(NAME, {"x": "h"})
 OF_PROJECTION = Names(
     NAME, {name: f"proj_{name}" for name in ("weight", "scale", "shift", "mean", "var")}

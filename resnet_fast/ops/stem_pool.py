@@ -23,7 +23,7 @@ from resnet_fast.ops._op import Op, are_aligned, facts, layout_of, precision, wh
 from resnet_fast.ops.conv_bn_act import CONV_BN_ACT
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, StemSpec
 
-NAME = "stem_pool"
+NAME = StemProblem.op
 FILTER = (3, 7, 7)  # [C, R, S]
 
 

@@ -23,8 +23,8 @@ from tests.support.tolerance import assert_within
 
 CSRC = Path(__file__).parents[2] / "csrc"
 CONV = "conv_bn_act"
-CUDA, TRITON = tiles.CUDA[CONV], tiles.TRITON[CONV]
-CUDA_TILES = tiles.CUDA_TILES[CONV]
+CUDA, TRITON = tiles.CUDA[ConvSpec], tiles.TRITON[ConvSpec]
+CUDA_TILES = tiles.CUDA_TILES[ConvSpec]
 SPEC = ConvSpec(2, 9, 7, 64, 40, 3, 3, (2, 2), (1, 1), norm=True, residual=True)
 
 
@@ -181,7 +181,7 @@ def test_by_default_the_tile_is_the_heuristics(op):
     run(SPEC)
     tile = heuristics.choose(SPEC, 80, CUDA)
     assert (op.calls[0]["tile"], op.calls[0]["split_k"]) == (
-        tiles.cuda_index(CONV, tile, SPEC.dtype), tile.SPLIT_K,
+        tiles.cuda_index(SPEC, tile), tile.SPLIT_K,
     )  # fmt: skip
 
 
@@ -236,7 +236,7 @@ def test_add_relu_takes_it_first(built, monkeypatch):
     chosen, others = explain("cuda", "float16")
     assert chosen == "triton" and others["cuda"] == "no code for 90"
     x = torch.randn(3, 5)
-    asked = SumProblem(op="add_relu", spec=SumSpec(15, "float32"), device="cuda", arch=90)
+    asked = SumProblem(spec=SumSpec(15, "float32"), device="cuda", arch=90)
     assert torch.equal(cuda.sum_build(asked)()(x, -2 * x), aten.add_relu(x, -2 * x))
 
 
@@ -280,7 +280,7 @@ def test_every_row_has_a_reason_and_is_chosen_somewhere():
             for spec in cases.resnet_convs(depth, n, dtype=dtype).values():
                 if cuda.spec_refusal(spec) is None:
                     tile = heuristics.choose(spec, arch, CUDA)
-                    chosen.add(tiles.cuda_index(CONV, tile, spec.dtype))
+                    chosen.add(tiles.cuda_index(spec, tile))
     assert chosen == set(range(len(CUDA_TILES)))
 
 
@@ -350,7 +350,7 @@ def test_a_plan_tells_the_tile_that_its_kernel_is_given(spec, op):
     t = cases.conv_tensors(spec)
     plan = table.plan(problem(spec), "cuda")
     plan.bind(t.weight, t.scale, t.shift, t.mean, t.var, t.eps)(t.x, t.residual)
-    given = tiles.cuda_tiles(CONV, spec.dtype)[op.calls[-1]["tile"]]
+    given = tiles.cuda_tiles(ConvSpec, spec.dtype)[op.calls[-1]["tile"]]
     assert plan.tile == replace(given, SPLIT_K=op.calls[-1]["split_k"])
     assert str(plan.tile).startswith(f"{given.BLOCK_M}x{given.BLOCK_N}x{given.BLOCK_K} stages")
 

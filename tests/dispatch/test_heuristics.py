@@ -15,7 +15,7 @@ from resnet_fast.kernels.filter_walk import filter_walk
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.support import cases
 
-FAMILY, TILES = tiles.TRITON["conv_bn_act"], tiles.TRITON_TILES["conv_bn_act"]
+FAMILY, TILES = tiles.TRITON[ConvSpec], tiles.TRITON_TILES[ConvSpec]
 ARCHS = list(TILES)
 STAGE4 = ConvSpec(1, 7, 7, 512, 512, 3, 3, (1, 1), (1, 1))
 STEM = ConvSpec(8, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3))
@@ -131,7 +131,7 @@ def test_choosing_needs_no_triton():
         "import sys; sys.modules['triton'] = None\n"
         "from resnet_fast.dispatch import heuristics, tiles\n"
         "from resnet_fast.spec import ConvSpec\n"
-        "heuristics.choose(ConvSpec(1, 7, 7, 512, 512, 3, 3), 90, tiles.TRITON['conv_bn_act'])\n"
+        "heuristics.choose(ConvSpec(1, 7, 7, 512, 512, 3, 3), 90, tiles.TRITON[ConvSpec])\n"
         "try:\n    import resnet_fast.kernels.conv_bn_act\n"
         "except ImportError:\n    print('ImportError')\n"
     )

@@ -14,13 +14,14 @@ from resnet_fast import _hardware, ops
 from resnet_fast.dispatch import cuda, gemm, heuristics, table, tiles
 from resnet_fast.dispatch.problem import ConvProblem, JoinProblem
 from resnet_fast.kernels import cuda as kernel
+from resnet_fast.spec import JoinSpec
 from tests.support import join_cases
 
 SPEC = join_cases.join(2, 6, 6, 16, 32, 24, stride=(2, 2))
 FP32 = ("float32",) * 4
-JOIN = "conv_bn_join"
-TRITON, TRITON_TILES = tiles.TRITON[JOIN], tiles.TRITON_TILES[JOIN]
-CUDA_TILES = tiles.CUDA_TILES[JOIN]
+JOIN = JoinProblem.op
+TRITON, TRITON_TILES = tiles.TRITON[JoinSpec], tiles.TRITON_TILES[JoinSpec]
+CUDA_TILES = tiles.CUDA_TILES[JoinSpec]
 
 
 def nothing(*_) -> None:
@@ -28,7 +29,7 @@ def nothing(*_) -> None:
 
 
 def chosen_cuda(spec, arch: int):
-    return heuristics.choose(spec, arch, tiles.CUDA[JOIN])
+    return heuristics.choose(spec, arch, tiles.CUDA[JoinSpec])
 
 
 def problem_of(spec, device="cuda", arch=90) -> JoinProblem:
@@ -225,7 +226,7 @@ def test_both_sums_of_a_thread_count_as_registers():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_plan_tells_its_tile(dtype, built, monkeypatch):
     op = SimpleNamespace(default=None)
-    monkeypatch.setattr(torch.ops.resnet_fast, "_conv_bn_join_cuda", op, raising=False)
+    monkeypatch.setattr(torch.ops.resnet_fast, f"_{JOIN}_cuda", op, raising=False)
     problem = changed(ON_CUDA, "main", dtype=dtype)
     tile = chosen_cuda(problem.spec, 90)
     assert {"float16": 64, "float32": 32}[dtype] == tile.BLOCK_K
@@ -238,7 +239,7 @@ def test_cuda_gets_the_arguments_of_its_schema(monkeypatch):
     """Against the schema that the launcher registers, where there is one; no GPU is needed."""
     given = []
     namespace = type("Packet", (), {"default": staticmethod(lambda *a: given.append(a))})
-    monkeypatch.setattr(torch.ops.resnet_fast, "_conv_bn_join_cuda", namespace, raising=False)
+    monkeypatch.setattr(torch.ops.resnet_fast, f"_{JOIN}_cuda", namespace, raising=False)
     row = table.row_of(JOIN, "cuda")
     tensors = join_cases.join_tensors(SPEC)
     h, *of_main, x = tensors.arguments()[:8]

@@ -204,6 +204,7 @@ def test_a_model_runs_and_its_report_says_why(gpu, broken):
     assert not any("cuda" in row.backend for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore:resnet_fast. backend")
 def test_an_addition_is_passed_on_as_well(gpu):
     gpu.errors["cuda"] = NO_COMPILER
     x = torch.randn(2, 8)

@@ -32,10 +32,10 @@ PROBLEM = ConvProblem(
     tracked=True, aligned=True, gpu=GPU,
 )  # fmt: skip
 SLOWEST = max(
-    (row for row in heuristics.explain(SPEC, 80, tables.CUDA[OP]) if row.refusal is None),
+    (row for row in heuristics.explain(SPEC, 80, tables.CUDA[ConvSpec]) if row.refusal is None),
     key=lambda row: row.microseconds,
 ).tile
-USUAL = heuristics.choose(SPEC, 80, tables.CUDA[OP])
+USUAL = heuristics.choose(SPEC, 80, tables.CUDA[ConvSpec])
 CHOICES = (
     Choice("aten", None, 10.0),
     Choice("cuda", replace(SLOWEST, reason=""), 11.5),
@@ -244,7 +244,7 @@ def test_who_asks_for_a_backend_gets_it_with_its_measured_tile(tiles, monkeypatc
 
 
 REFUSED = next(
-    row for row in heuristics.explain(SPEC, 80, tables.CUDA[OP])
+    row for row in heuristics.explain(SPEC, 80, tables.CUDA[ConvSpec])
     if row.refusal and row.tile.SPLIT_K > 1
 ).tile  # fmt: skip
 

@@ -16,7 +16,7 @@ from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
 from tests.support import cases, compiled, join_cases
 
-FAMILY, TILES = tiles.TRITON["conv_bn_join"], tiles.TRITON_TILES["conv_bn_join"]
+FAMILY, TILES = tiles.TRITON[JoinSpec], tiles.TRITON_TILES[JoinSpec]
 TILE = TileConfig(32, 32, 32, 3, 4, GROUP_M=2)  # several tiles, the last one cut
 SMALL = join_cases.join(2, 7, 9, 64, 96, 48, stride=(2, 2), odd=(1, 0))
 FILTER = join_cases.join(2, 7, 9, 64, 32, 48, r=3, s=3, stride=(2, 2), odd=(0, 1))

@@ -19,7 +19,7 @@ from tests.support.families import in_elements, whole_join
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 
 DTYPES = ("float16", "bfloat16", "float32")
-CUDA_TILES = tiles.CUDA_TILES["conv_bn_join"]
+CUDA_TILES = tiles.CUDA_TILES[JoinSpec]
 SMALL = CUDA_TILES[-1]
 ODD = {
     name: spec

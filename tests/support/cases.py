@@ -110,7 +110,7 @@ ODD = {
 }
 
 
-TRITON, TILES = tiles.TRITON["conv_bn_act"], tiles.TRITON_TILES["conv_bn_act"]
+TRITON, TILES = tiles.TRITON[ConvSpec], tiles.TRITON_TILES[ConvSpec]
 
 # The most demanding forms: taps with a mask, steps that are not full, norm, residual, activation.
 DEMANDING = (

@@ -23,7 +23,7 @@ from tests.support.join_cases import JoinTensors
 ADD_RELU, ADD_RELU_THREADS = "cuda/device/add_relu.cuh", 256
 CONV, JOIN = "cuda/device/conv_implicit_gemm.cuh", "cuda/device/conv_bn_join.cuh"
 WARPS_M = 2  # of every tile: two rows of warps
-TILES = tiles.CUDA_TILES["conv_bn_act"]
+TILES = tiles.CUDA_TILES[ConvSpec]
 REDUCE_THREADS, REDUCE_CHANNELS = 256, 4  # of a block of reduce_splits, and of each thread
 
 

@@ -19,7 +19,7 @@ import torch
 from resnet_fast import _hardware
 from resnet_fast.dispatch import tiles
 from resnet_fast.kernels import stem_pool
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, StemTile, TileConfig
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, StemSpec, StemTile, TileConfig
 from tests.support import cases, compiled, cuda_kernels, join_cases, stem
 from tests.support.compiled import CompiledKernel
 
@@ -81,10 +81,10 @@ def _triton_convs(arch: int) -> Iterator[Work]:
 
 
 def _triton_joins(arch: int) -> Iterator[Work]:
-    for tile in tiles.TRITON_TILES["conv_bn_join"][arch]:
+    for tile in tiles.TRITON_TILES[JoinSpec][arch]:
         for dtype, precision in cases.KINDS:
             spec = whole_join(tile, dtype=dtype, precision=precision)
-            if tiles.TRITON["conv_bn_join"].refusal(spec, tile, _hardware.GPUS[arch]) is None:
+            if tiles.TRITON[JoinSpec].refusal(spec, tile, _hardware.GPUS[arch]) is None:
                 yield _join(join_cases.join_kernels, spec, tile, arch)
 
 
@@ -120,7 +120,7 @@ def _cuda_convs(arch: int) -> Iterator[Work]:
 
 
 def _cuda_joins(arch: int) -> Iterator[Work]:
-    for row in tiles.CUDA_TILES["conv_bn_join"]:
+    for row in tiles.CUDA_TILES[JoinSpec]:
         for dtype in map(_name, cases.DTYPES):
             tile = in_elements(row, dtype)
             for r in (3, 1):
@@ -130,7 +130,7 @@ def _cuda_joins(arch: int) -> Iterator[Work]:
 
 def _cuda_stems(arch: int) -> Iterator[Work]:
     for dtype in cases.DTYPES:
-        for tile in tiles.CUDA_TILES["stem_pool"]:
+        for tile in tiles.CUDA_TILES[StemSpec]:
             make = partial(_stem_kernels, dtype, tile, arch)
             yield Work((1, 33, 30, 64), tile, _name(dtype), make)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet_fast.dispatch import tiles
-from resnet_fast.spec import ELEMENT_SIZE, StemTile, conv_output_size
+from resnet_fast.spec import ELEMENT_SIZE, StemSpec, StemTile, conv_output_size
 from softgpu import ptx
 from tests.support import nvcc
 from tests.support.cases import channel_vectors
@@ -60,7 +60,7 @@ def _banks_apart(least: int, remainder: int) -> int:
 
 
 # The first tile, and the one that gives small batches more blocks.
-TILES = tiles.CUDA_TILES["stem_pool"]
+TILES = tiles.CUDA_TILES[StemSpec]
 
 
 @dataclass
