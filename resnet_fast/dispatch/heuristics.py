@@ -49,6 +49,10 @@ class Candidate:
 Rule = Callable[[Spec, Tile, _hardware.Gpu], str | None]
 
 
+def _allowed(spec: Spec, tile: Tile, gpu: _hardware.Gpu) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """The tiles of one backend's kernel of one op, and how one of them is chosen.
@@ -56,18 +60,18 @@ class Family:
     Args:
         name: of the kernels, for messages.
         tiles: (arch, dtype) -> the rows of the table, in the elements of dtype.
-        refusal: why a tile cannot or should not cut a spec on a GPU, its split aside; else None.
         cost: the estimated time of a legal tile, split included.
+        refusal: why a tile cannot or should not cut a spec on a GPU, its split aside; else None.
         splits: shares into which a tile's products may be split.
         split_refusal: why a tile's split should not be used, else None.
     """
 
     name: str
     tiles: Callable[[int, str], tuple[Tile, ...]]
-    refusal: Rule
     cost: Callable[[Spec, Tile, _hardware.Gpu], Candidate]
+    refusal: Rule = _allowed
     splits: tuple[int, ...] = (1,)
-    split_refusal: Rule = lambda spec, tile, gpu: None
+    split_refusal: Rule = _allowed
 
     def of(self, part: Callable[[Spec], Spec]) -> Family:
         """The same tiles for an op of which this family's kernel computes a part."""

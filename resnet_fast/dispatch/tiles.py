@@ -261,14 +261,14 @@ def _stem_cost(spec: StemSpec, tile: StemTile, gpu: _hardware.Gpu) -> Candidate:
 # ---- the families, by backend and by what is computed
 
 
-def _family(name: str, tiles, cost, refusal=lambda spec, tile, gpu: None) -> Family:
-    return Family(name, tiles, refusal, cost)
+def _of_conv(name: str, tiles, kernel: gemm.Kernel) -> Family:
+    rules = (gemm.cost, gemm.refusal, gemm.split_refusal)
+    cost, refusal, split_refusal = (functools.partial(rule, kernel) for rule in rules)
+    return Family(name, tiles, cost, refusal, gemm.SPLITS, split_refusal)
 
 
-def _conv_family(name: str, tiles, kernel: gemm.Kernel) -> Family:
-    rules = (gemm.refusal, gemm.cost, gemm.split_refusal)
-    refusal, cost, split_refusal = (functools.partial(rule, kernel) for rule in rules)
-    return Family(name, tiles, refusal, cost, gemm.SPLITS, split_refusal)
+def _of_join(name: str, tiles, kernel: gemm.Kernel, **rules) -> Family:
+    return Family(name, tiles, functools.partial(_join_cost, kernel), **rules)
 
 
 def _triton(kind: type[Spec]):
@@ -280,14 +280,12 @@ def _cuda(kind: type[Spec]):
 
 
 TRITON: dict[type[Spec], Family] = {
-    ConvSpec: _conv_family("Triton", _triton(ConvSpec), TRITON_GEMM),
-    JoinSpec: _family(
-        "Triton", _triton(JoinSpec), functools.partial(_join_cost, TRITON_GEMM), _join_refusal
-    ),
+    ConvSpec: _of_conv("Triton", _triton(ConvSpec), TRITON_GEMM),
+    JoinSpec: _of_join("Triton", _triton(JoinSpec), TRITON_GEMM, refusal=_join_refusal),
 }
 TRITON[StemSpec] = TRITON[ConvSpec].of(lambda spec: spec.conv)
 CUDA: dict[type[Spec], Family] = {
-    ConvSpec: _conv_family("CUDA", _cuda(ConvSpec), CUDA_GEMM),
-    JoinSpec: _family("CUDA", _cuda(JoinSpec), functools.partial(_join_cost, CUDA_GEMM)),
-    StemSpec: _family("CUDA", _cuda(StemSpec), _stem_cost),
+    ConvSpec: _of_conv("CUDA", _cuda(ConvSpec), CUDA_GEMM),
+    JoinSpec: _of_join("CUDA", _cuda(JoinSpec), CUDA_GEMM),
+    StemSpec: Family("CUDA", _cuda(StemSpec), _stem_cost),
 }

@@ -82,8 +82,8 @@ def tile_of(found: Tile | None, candidates: Iterable[Candidate]) -> Tile | None:
 def store(gpu: str, choices: Choices) -> Path:
     """Add to, or replace in, what is kept for a GPU; where it was written.
 
-    The file is replaced as a whole or not at all, whoever reads it at the same time; and whoever
-    writes it at the same time loses nothing, as one waits for the other.
+    The file is replaced as a whole or not at all, so that one who reads it meanwhile sees no half;
+    and two that write at the same time lose nothing, as one waits for the other.
 
     Raises:
         OSError: the folder cannot be written, or another process keeps it locked.

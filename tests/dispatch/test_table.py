@@ -182,8 +182,8 @@ TILES = (TileConfig(64, 64, 64, 3, 4), TileConfig(32, 64, 64, 3, 4), TileConfig(
 FAMILY = Family(
     "Toy",
     lambda arch, dtype: TILES,
-    lambda spec, tile, gpu: "too large" if tile.BLOCK_M == 64 else None,
     lambda spec, tile, gpu: Candidate(tile, None, float(tile.BLOCK_M), "latency"),
+    lambda spec, tile, gpu: "too large" if tile.BLOCK_M == 64 else None,
 )
 
 

@@ -153,8 +153,11 @@ def test_a_file_of_other_versions_is_refused_by_name(name, cache):
 
 def test_another_format_or_gpu_is_refused(cache):
     file = tuning.store(GPU, {(OP, SPEC): CHOICES})
-    edit(file, format=99)
-    assert "format 99" in warned(lambda: tuning.measured(GPU, OP, SPEC))[1][0]
+    for other in (1, 99):  # 1: by convolution alone, without its op
+        edit(file, format=other)
+        found, said = warned(lambda: tuning.measured(GPU, OP, SPEC))
+        assert found == () and f"format {other}" in said[0] and "resnet-fast tune" in said[0]
+        tuning._loaded.cache_clear()
     edit(file, format=tuning.FORMAT, gpu="NVIDIA A100 SXM4 80GB")  # whose file has the same name
     assert "measured on" in warned(lambda: tuning.measured(GPU, OP, SPEC))[1][0]
 
