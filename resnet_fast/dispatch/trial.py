@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU backend's first launch of a plan: where it fails, the next backend serves the call.
+"""The first launch of a plan on a GPU: if it fails, the next backend serves the call.
 
-A refusal is known before anything runs. What a compiler, a driver or a device makes of a kernel is
-not: a tool that is missing, a kernel that does not fit. So the first launch of a plan is a trial.
-Where it raises, the plan is chosen anew without that backend, with the reason among its refusals
-and one warning; where it returns, nothing stands between the plan and its launches any more.
+Refusals are known before anything runs. Failures of a compiler, a driver or a device are not: a
+missing tool, a kernel that does not fit. So the first launch of a plan is a trial. If it raises,
+the plan is chosen again without that backend, with the reason among its refusals and one warning.
+Once it has returned, nothing stands between the plan and its launches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def on_trial(choose: Choose, named: str):
     """The plan that `choose({})` makes, on trial.
 
     Args:
-        choose: makes a plan; backends in the refusals that it is given are not asked.
-        named: the backend that was asked for by argument, whose place none may take.
+        choose: makes a plan; it does not ask the backends in the refusals that it is given.
+        named: the backend asked for by argument, which no other may replace.
     """
     plan = choose({})
     _arm(plan, choose, named)
@@ -41,10 +41,10 @@ def _arm(plan, choose: Choose, named: str) -> None:
 
 
 def reason_to_pass_on(error: Exception) -> str:
-    """What a failed launch says against its backend, in words.
+    """Why a backend whose launch failed is passed over, in words.
 
     Raises:
-        Exception: the error itself, where it says nothing against it: memory is short, or a CUDA
+        Exception: the error itself, where the backend is not at fault: memory is short, or a CUDA
             graph is being recorded, which any failure spoils.
     """
     recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -55,7 +55,7 @@ def reason_to_pass_on(error: Exception) -> str:
 
 
 class Trial:
-    """What stands for the `bind` of a plan until a launch of it has returned."""
+    """Takes the place of a plan's `bind` until one of its launches has returned."""
 
     def __init__(self, plan, choose: Choose, named: str) -> None:
         self.plan, self.bind, self.choose, self.named = plan, plan.bind, choose, named
@@ -68,7 +68,7 @@ class Trial:
         return self.plan.bind is not self
 
     def succeeded(self) -> None:
-        """The plan's launches need no watching any more."""
+        """The plan's launches need no more watching."""
         if not self.is_over():
             self.plan.bind = self.bind
 
@@ -76,7 +76,7 @@ class Trial:
         """Give the plan to the next backend, unless no other could do better: then raise."""
         reason = reason_to_pass_on(error)
         with _lock:
-            if self.is_over():  # another thread's launch has failed as well
+            if self.is_over():  # another thread's launch failed too
                 return
             plan = self.plan
             found = self.choose({**plan.refusals, plan.backend: reason})
