@@ -172,10 +172,13 @@ def explain(problem: Problem) -> tuple[str, dict[str, str]]:
 
 
 def may_fuse(op: str, device: str, backend: str = AUTO) -> bool:
-    """Whether some row of the op that fuses could run where this device and name are asked for."""
-    wanted = _wanted(backend)
-    rows = (row for row in of(op) if row.fuses and row.runs_on(device))
-    return any(wanted in (AUTO, row.backend) for row in rows)
+    """Whether some row of the op that fuses could run where this device and name are asked for.
+
+    Models ask at every call, so no name is looked at where no device is right.
+    """
+    fusing = [row for row in ROWS if row.fuses and row.op == op and row.runs_on(device)]
+    wanted = _wanted(backend) if fusing else AUTO
+    return any(wanted in (AUTO, row.backend) for row in fusing)
 
 
 def _only_layout_is_amiss(problem: Problem) -> bool:
