@@ -20,7 +20,6 @@ from resnet_fast.dispatch.problem import (
     SumProblem,
     binder,
     layout_refusal,
-    stem_binder,
 )
 from resnet_fast.dispatch.row import Row
 from resnet_fast.kernels import aten
@@ -41,30 +40,12 @@ def conv_build(
     return binder(launch)
 
 
-def stem_pool(
-    x: Tensor,  # [N, 3, H, W]
-    weight: Tensor,  # [K, 7, 7, 3]
-    scale: Tensor,  # [K]
-    shift: Tensor,  # [K]
-    mean: Tensor | None,  # [K]
-    var: Tensor | None,  # [K]
-    eps: float,
-    image_mean: Tensor | None,  # [3]
-    image_std: Tensor | None,  # [3]
-) -> Tensor:  # [N, PP, PQ, K]
-    """The op step by step in torch's own functions, at weight's dtype."""
-    x = steps.normalize(x, image_mean, image_std, weight.dtype)
-    geometry = ((2, 2), (3, 3), (1, 1), 1, "relu")
-    y = aten.conv_bn_act(x, weight, scale, shift, None, *geometry, mean, var, eps)
-    return F.max_pool2d(y, 3, 2, 1).contiguous(memory_format=torch.channels_last)
+def _build_pool(problem: StemProblem) -> Callable[[Tensor], Tensor]:
+    return lambda y: F.max_pool2d(y, 3, 2, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _call(function: Callable[..., Tensor]) -> Callable[..., Binder]:
     return lambda problem, tile=None: binder(function)
-
-
-def _stem(weight, scale, shift, mean, var, eps, image_mean, image_std, x, *_) -> Tensor:
-    return stem_pool(x, weight, scale, shift, mean, var, eps, image_mean, image_std)
 
 
 # ---- cuDNN's
@@ -84,7 +65,7 @@ _row = functools.partial(Row, backend="aten")
 ROWS = (
     _row(ConvProblem.op, build=conv_build),
     _row(JoinProblem.op, build=steps.join(conv_build)),
-    _row(StemProblem.op, build=lambda problem, tile=None: stem_binder(_stem)),
+    _row(StemProblem.op, build=steps.stem(conv_build, _build_pool)),
     _row(SumProblem.op, build=_call(aten.add_relu)),
     _row(MaskProblem.op, build=_call(aten.add_relu_backward)),
     Row(

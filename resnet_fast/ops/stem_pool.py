@@ -12,12 +12,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from resnet_fast.dispatch import table
-from resnet_fast.dispatch.aten import stem_pool as by_torch
 from resnet_fast.dispatch.problem import ConvProblem, StemProblem, new_pooled
+from resnet_fast.dispatch.steps import normalize
 from resnet_fast.dispatch.table import AUTO
+from resnet_fast.kernels import aten
 from resnet_fast.ops._library import describe, dtype_name, reject
 from resnet_fast.ops._op import Op, are_aligned, facts, layout_of, precision, where
 from resnet_fast.ops.conv_bn_act import CONV_BN_ACT
@@ -44,7 +46,12 @@ class StemCall(NamedTuple):
 
 def reference(call: StemCall) -> Tensor:  # [N, PP, PQ, K]
     """The op step by step in torch's own functions, at weight's dtype."""
-    return by_torch(*call[:-1])
+    weight = call.weight
+    x = normalize(call.x, call.image_mean, call.image_std, weight.dtype)
+    geometry = ((2, 2), (3, 3), (1, 1), 1, "relu")
+    vectors = (call.scale, call.shift, None, *geometry, call.mean, call.var, call.eps)
+    y = F.max_pool2d(aten.conv_bn_act(x, weight, *vectors), 3, 2, 1)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def check_args(call: StemCall) -> None:
