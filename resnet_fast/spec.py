@@ -196,7 +196,6 @@ class SumSpec:
 
 
 Spec = ConvSpec | JoinSpec | StemSpec | SumSpec
-SPECS = {kind.__name__: kind for kind in (ConvSpec, JoinSpec, StemSpec, SumSpec)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +222,11 @@ class TileConfig:
     reason: str = ""
 
     def __str__(self) -> str:
-        split = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
+        extras = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
+        extras += f" groups of {self.GROUP_M}" if self.GROUP_M != 8 else ""
         return (
             f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} "
-            f"stages {self.NUM_STAGES} warps {self.NUM_WARPS}{split}"
+            f"stages {self.NUM_STAGES} warps {self.NUM_WARPS}{extras}"
         )
 
 

@@ -79,18 +79,17 @@ class Result:
 
     work: Work
     usual: Contender
-    choices: tuple[tuning.Choice, ...] = ()
+    choices: tuning.Choices = ()
     timings: dict[Contender, Timing] = field(default_factory=dict)
     faults: dict[Contender, str] = field(default_factory=dict)
 
     def to_rows(self) -> list[dict]:
         """Flat rows, as for a CSV file: one per contender."""
-        first = self.choices[0] if self.choices else None
-        chosen = first and Contender(first.backend, first.tile)
+        chosen = str(self.choices[0]) if self.choices else ""
         return [
             {
                 "op": self.work.op, "convolution": str(self.work), "candidate": str(contender),
-                "chosen": contender == chosen, "usual": contender == self.usual,
+                "chosen": str(contender) == chosen, "usual": contender == self.usual,
                 "median_us": time and time.median, "p20_us": time and time.p20,
                 "p80_us": time and time.p80, "fault": self.faults.get(contender, ""),
             }
@@ -293,7 +292,7 @@ def _poison(like: Tensor) -> None:
     torch.full_like(like, float("nan"))
 
 
-def choose(timings: dict[Contender, Timing], usual: Contender) -> tuple[tuning.Choice, ...]:
+def choose(timings: dict[Contender, Timing], usual: Contender) -> tuning.Choices:
     """The fastest contender of each backend, and the backend to take first.
 
     `usual` comes first unless another is faster beyond the noise: at least 2 % at the median, and
@@ -312,7 +311,7 @@ def choose(timings: dict[Contender, Timing], usual: Contender) -> tuple[tuning.C
         if not _beats(timings[order[0]], timings[kept]):
             order.remove(kept)
             order.insert(0, kept)
-    return tuple(tuning.Choice(*c, timings[c].median) for c in order)
+    return tuple(tuning.Choice(c.backend, str(c.tile or ""), timings[c].median) for c in order)
 
 
 def _beats(one: Timing, other: Timing) -> bool:

@@ -147,8 +147,7 @@ def _results(results, device) -> Iterator[Table | str]:
             table.add("  usual", str(result.usual), why)
             continue
         best, usual = result.choices[0], result.timings.get(result.usual)
-        chosen = str(tuner.Contender(best.backend, best.tile))
         ratio = f"{best.microseconds / usual.median:.2f}" if usual else ""
-        table.add("  chosen", chosen, f"{best.microseconds:.1f}", ratio, style="bold")
+        table.add("  chosen", str(best), f"{best.microseconds:.1f}", ratio, style="bold")
         table.add("  usual", str(result.usual), f"{usual.median:.1f}" if usual else "", "")
     yield table

@@ -135,12 +135,12 @@ def _choose(problem: Problem, backend: str, wanted: str, known: dict[str, str]) 
 def _tile(row: Row, problem: Problem) -> Tile | None:
     """The measured tile, where there is one that is still legal; else the chooser's."""
     choices = tuning.measured(problem.gpu, problem.op, problem.spec)
-    found = next((c.tile for c in choices if c.backend == row.backend), None)
-    return tuning.tile_of(found, row.candidates(problem)) or row.choose(problem)
+    found = tuning.tile_of(choices, row.backend, row.candidates(problem))
+    return found or row.choose(problem)
 
 
 def in_order(
-    problem: Problem, wanted: str = AUTO, measured: tuple[tuning.Choice, ...] | None = None
+    problem: Problem, wanted: str = AUTO, measured: tuning.Choices | None = None
 ) -> Iterator[tuple[Row, str]]:
     """The rows in the order in which they are asked, each with why it stands where it does.
 

@@ -20,22 +20,19 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from resnet_fast import _env
 from resnet_fast.dispatch.heuristics import Candidate
-from resnet_fast.spec import SPECS, ConvSpec, Spec, Tile
+from resnet_fast.spec import Spec, Tile
 
 FORMAT = 2
 SUFFIX = ".tuned.json"
 LOCK = ".lock"  # stays in the folder: removed, it could not be waited for
 LOCK_SECONDS = 60  # it is held for milliseconds: longer means that its owner hangs
-# by the names of a kind's fields, as the file has them
-TILES = {frozenset(f.name for f in fields(kind)) - {"reason"}: kind for kind in get_args(Tile)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,42 +41,43 @@ class Choice:
 
     Args:
         backend: its name.
-        tile: the tile, split included; None for a backend that has none.
+        tile: the tile as it prints, split included; "" for a backend that has none.
         microseconds: median of the measured times.
     """
 
     backend: str
-    tile: Tile | None
+    tile: str
     microseconds: float
 
+    def __str__(self) -> str:
+        return f"{self.backend} {self.tile}".strip()
 
-Key = tuple[str, Spec]  # an op's name and what it computes
-Choices = dict[Key, tuple[Choice, ...]]  # the one to take first
+
+Choices = tuple[Choice, ...]  # the one to take first
 
 
-def measured(gpu: str, op: str, spec: Spec) -> tuple[Choice, ...]:
+def measured(gpu: str, op: str, spec: Spec) -> Choices:
     """The measured choices for an op on the GPU of that name, the one to take first; or none."""
-    return _loaded(gpu).get((op, _bare(spec)), ()) if gpu else ()
+    return _loaded(gpu).get(_key(op, spec), ()) if gpu else ()
 
 
-def _bare(spec: Spec) -> Spec:
-    """The spec without what makes no difference: TF32 or not matters in float32 alone."""
-    if isinstance(spec, ConvSpec):
-        return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
-    parts = {f.name: getattr(spec, f.name) for f in fields(spec)}
-    return type(spec)(**{k: _bare(v) if is_dataclass(v) else v for k, v in parts.items()})
+def _key(op: str, spec: Spec) -> str:
+    """An op and what it computes, but for what makes no difference: TF32 matters to float32."""
+    text = f"{op}: {spec!r}"
+    return text if spec.dtype == "float32" else text.replace("precision='ieee'", "precision='tf32'")
 
 
-def tile_of(found: Tile | None, candidates: Iterable[Candidate]) -> Tile | None:
-    """A measured tile as its table has it now.
+def tile_of(choices: Choices, backend: str, candidates: Iterable[Candidate]) -> Tile | None:
+    """The tile that was measured for a backend, as its table has it now.
 
     None for a tile that is no longer in the table, or no longer legal: the chooser takes another.
     """
-    legal = (row.tile for row in candidates if row.refusal is None)
-    return next((tile for tile in legal if replace(tile, reason="") == found), None)
+    found = next((choice.tile for choice in choices if choice.backend == backend), "")
+    legal = (candidate.tile for candidate in candidates if candidate.refusal is None)
+    return next((tile for tile in legal if str(tile) == found), None)
 
 
-def store(gpu: str, choices: Choices) -> Path:
+def store(gpu: str, choices: dict[tuple[str, Spec], Choices]) -> Path:
     """Add to, or replace in, what is kept for a GPU; where it was written.
 
     The file is replaced as a whole or not at all, so that one who reads it meanwhile sees no half;
@@ -92,8 +90,7 @@ def store(gpu: str, choices: Choices) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         kept, _ = _read(path, gpu)
-        for (op, spec), found in choices.items():
-            kept[op, _bare(spec)] = tuple(map(_without_reason, found))
+        kept |= {_key(op, spec): found for (op, spec), found in choices.items()}
         _replace(path, gpu, kept)
     _loaded.cache_clear()
     return path
@@ -106,15 +103,12 @@ def _locked(folder: Path):
     return FileLock(folder / LOCK, timeout=LOCK_SECONDS)
 
 
-def _replace(path: Path, gpu: str, kept: Choices) -> None:
+def _replace(path: Path, gpu: str, kept: dict[str, Choices]) -> None:
     content = {
         "format": FORMAT,
         "gpu": gpu,
         "versions": versions(),
-        "choices": [
-            {"op": op, "spec": _spec_to_json(spec), "choices": [_to_json(c) for c in found]}
-            for (op, spec), found in kept.items()
-        ],
+        "choices": {key: [asdict(choice) for choice in found] for key, found in kept.items()},
     }
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -176,7 +170,7 @@ def _extension() -> str:
 
 
 @functools.cache
-def _loaded(gpu: str) -> Choices:
+def _loaded(gpu: str) -> dict[str, Choices]:
     try:
         path = path_of(gpu)
     except OSError:
@@ -188,7 +182,7 @@ def _loaded(gpu: str) -> Choices:
     return choices
 
 
-def _read(path: Path, gpu: str) -> tuple[Choices, str]:
+def _read(path: Path, gpu: str) -> tuple[dict[str, Choices], str]:
     """What a file holds, or why it is not used."""
     try:
         text = path.read_text()
@@ -207,41 +201,11 @@ def _read(path: Path, gpu: str) -> tuple[Choices, str]:
             other = [name for name in now if then.get(name) != now[name]]
             facts = [f"{name} {then.get(name)}, here it is {now[name]}" for name in other]
             return {}, f"it was measured with {'; '.join(facts)}"
-        return {
-            (str(entry["op"]), _spec(entry["spec"])): tuple(map(_from_json, entry["choices"]))
-            for entry in content["choices"]
-        }, ""
+        found = content["choices"].items()
+        return {key: tuple(map(_from_json, choices)) for key, choices in found}, ""
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return {}, f"it is damaged ({type(error).__name__}: {error})"
 
 
-def _spec_to_json(spec: Spec) -> dict:
-    parts = {f.name: getattr(spec, f.name) for f in fields(spec)}
-    kind = {"kind": type(spec).__name__}
-    return kind | {k: _spec_to_json(v) if is_dataclass(v) else v for k, v in parts.items()}
-
-
-def _spec(entry: dict) -> Spec:
-    def value(found):
-        if isinstance(found, dict):
-            return _spec(found)
-        return tuple(found) if isinstance(found, list) else found
-
-    parts = {k: value(v) for k, v in entry.items() if k != "kind"}
-    return SPECS[entry["kind"]](**parts)
-
-
-def _without_reason(choice: Choice) -> Choice:
-    return replace(choice, tile=choice.tile and replace(choice.tile, reason=""))
-
-
-def _to_json(choice: Choice) -> dict:
-    tile = choice.tile and {k: v for k, v in asdict(choice.tile).items() if k != "reason"}
-    return {"backend": choice.backend, "tile": tile, "microseconds": choice.microseconds}
-
-
 def _from_json(entry: dict) -> Choice:
-    tile = entry["tile"]
-    if tile:
-        tile = TILES[frozenset(tile)](**{name: int(value) for name, value in tile.items()})
-    return Choice(str(entry["backend"]), tile, float(entry["microseconds"]))
+    return Choice(str(entry["backend"]), str(entry["tile"]), float(entry["microseconds"]))

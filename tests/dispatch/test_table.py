@@ -111,9 +111,9 @@ def test_it_is_measured_for_every_op_and_then_chosen(op, logged, built):
     spec = SumSpec(64, "float32") if op == "add_relu" else ops.OPS[op].typical("float32")
     problem = tune.problem_of(Work(op, spec), 80, GPU)
     assert Contender("log") in tune.candidates(problem)
-    tuning.store(GPU, {(op, spec): (tuning.Choice("aten", None, 1.0),)})
+    tuning.store(GPU, {(op, spec): (tuning.Choice("aten", "", 1.0),)})
     assert table.plan(problem).backend == "aten"
-    tuning.store(GPU, {(op, spec): (tuning.Choice("log", None, 1.0),)})
+    tuning.store(GPU, {(op, spec): (tuning.Choice("log", "", 1.0),)})
     plan = table.plan(problem)
     assert (plan.backend, plan.why) == ("log", "measured: 1.0 us")
 
