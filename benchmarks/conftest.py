@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from resnet_fast.benchmarking import clocks, rows, suite
-from resnet_fast.benchmarking.environment import environment
+from resnet_fast.benchmarking import rows, suite
+from resnet_fast.measuring import protocol
+from resnet_fast.measuring.clock import clock_of
+from resnet_fast.measuring.machine import environment
 
 
 def pytest_addoption(parser):
@@ -64,7 +66,7 @@ def pytest_generate_tests(metafunc):
 def measured(pytestconfig) -> Callable:
     """A case's rows, measured when they are first asked for; only the last case's are kept."""
     request = suite.Request(extent=_extent(pytestconfig))
-    clock, facts = clocks.clock_of(request.place), environment(request.place)
+    clock, facts = clock_of(request.place), environment(request.place)
     last = {}
 
     def rows_of(case) -> dict[str, tuple[rows.Row, tuple[float, ...]]]:
@@ -86,7 +88,7 @@ def replay(benchmark, measured) -> Callable:
 
     def show(case, provider: str) -> None:
         row, samples = measured(case)[provider]
-        if row.status in (rows.FAILED, rows.THREW):
+        if row.status in (protocol.FAILED, protocol.THREW):
             pytest.fail(f"{provider} gets no time: {row.status}: {row.reason}", pytrace=False)
         if not row.measured:
             pytest.skip(f"{row.status}: {row.reason}")

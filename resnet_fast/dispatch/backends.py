@@ -179,6 +179,11 @@ def names() -> list[str]:
     return [AUTO, *(row.name for row in BACKENDS)]
 
 
+def devices() -> dict[str, str | None]:
+    """The device type that each backend runs on; None for any."""
+    return {row.name: row.device for row in BACKENDS}
+
+
 def check_name(backend: str) -> None:
     """Raise ValueError unless `backend` is a backend's name or "auto"."""
     if backend not in names():

@@ -6,6 +6,7 @@ calls `dispatch`.
 """
 
 from resnet_fast.dispatch.backends import check_name as check_backend
+from resnet_fast.dispatch.backends import devices as backend_devices
 from resnet_fast.kernels.cpu import forget, magnitude, max_pool_3x3_2, packed_bytes
 from resnet_fast.kernels.cuda import architecture_refusal as explain_extension_on
 from resnet_fast.kernels.cuda import explain as explain_extension
@@ -51,6 +52,7 @@ __all__ = [
     "JoinCall",
     "StemCall",
     "add_relu",
+    "backend_devices",
     "check_backend",
     "conv_bn_act",
     "conv_bn_act_",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from resnet_fast.comparison import steadiness
+from resnet_fast.measuring import steadiness
 from resnet_fast.profiling import rows as _rows
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.profiling.rows import Row

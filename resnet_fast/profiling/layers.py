@@ -188,7 +188,7 @@ class _Recorder(TorchDispatchMode):
         parameters = sum(_nbytes(t) for t in read if id(t) in self._owners)
         moved = sum(map(_nbytes, read)) + _nbytes(written)
         if spec is not None:
-            moved -= _nbytes(call.x) - _touched_pixels(spec) * spec.c * call.x.element_size()
+            moved -= _nbytes(call.x) - touched_pixels(spec) * spec.c * call.x.element_size()
         if name == "conv_bn_join":  # of its second input, the pixels that the 1x1 filter samples
             x = args[4]
             sampled = written.numel() // written.shape[1] * x.shape[1]
@@ -292,7 +292,7 @@ def _spec(call: ops.Call, written: Tensor) -> ConvSpec | None:
     )  # fmt: skip
 
 
-def _touched_pixels(spec: ConvSpec) -> int:
+def touched_pixels(spec: ConvSpec) -> int:
     """Pixels of x that the filter meets: with a stride of two, a 1x1 filter needs a quarter."""
     rows = spec.h if spec.r >= spec.stride[0] else min(spec.h, spec.p * spec.r)
     columns = spec.w if spec.s >= spec.stride[1] else min(spec.w, spec.q * spec.s)

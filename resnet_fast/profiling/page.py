@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 from string import Template
 
-from resnet_fast.comparison.steadiness import is_stable, marked
+from resnet_fast.measuring.steadiness import is_stable, marked
 from resnet_fast.profiling import picture, text
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row

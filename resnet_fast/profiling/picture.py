@@ -17,7 +17,7 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from resnet_fast.comparison.steadiness import marked
+from resnet_fast.measuring.steadiness import marked
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import Row, total
 from resnet_fast.profiling.trace import block_of

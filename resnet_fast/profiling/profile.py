@@ -18,9 +18,12 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.comparison import steadiness
-from resnet_fast.comparison.measure import describe_machine
 from resnet_fast.conversion.find import owners
+from resnet_fast.measuring import steadiness
+from resnet_fast.measuring.clock import Clock, clock_of
+from resnet_fast.measuring.machine import environment
+from resnet_fast.measuring.rounds import rounds as numbered
+from resnet_fast.measuring.twins import torchvision_twin
 from resnet_fast.nn.program import Step
 from resnet_fast.profiling import page, picture
 from resnet_fast.profiling import rows as _rows
@@ -28,17 +31,15 @@ from resnet_fast.profiling import text as _text
 from resnet_fast.profiling.calls import Calls, around_calls
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.layers import as_run
-from resnet_fast.profiling.peers import torchvision_twin
 from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.profiling.rows import LAUNCHES, REMAINDER, Row
 from resnet_fast.profiling.suggest import suggestions
-from resnet_fast.profiling.timeline import Clock, Replay, Timeline, clock_of
+from resnet_fast.profiling.timeline import Replay, Timeline
 from resnet_fast.profiling.trace import trace_of
 
 FORMAT = 1  # of `to_json`
 WARM_UP = 3
 SECONDS = 4.0
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
 # Untimed runs before each timed one: after another model's run, a ResNet-50 at batch 1 is 8 %
 # slower in its first run, 3 % in the third and 0.5 % in the fifth (CPU, bfloat16).
 SETTLING_RUNS, SETTLING_SECONDS = 4, 0.2
@@ -122,7 +123,7 @@ def profile(
     Raises:
         TypeError: model is not a module, or example not a tensor.
         ValueError: model is in training mode; warmup, seconds or rounds is out of range; compare
-            names nobody that is known, or torchvision has no such model.
+            is not a known name, or torchvision has no such model.
 
     Example:
         >>> profile = resnet_fast.profile(model, torch.randn(1, 3, 224, 224))
@@ -142,7 +143,7 @@ def profile(
     with clock.current():
         for who, subject in subjects.items():
             subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
-        with steadiness.Others(1 if clock.device_apart else torch.get_num_threads()) as rest:
+        with clock.others as rest:
             interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
     ours, *others = subjects.values()
     found = _profile(ours, example, roofline, clock)
@@ -198,18 +199,15 @@ def _measure(
     progress: Callable[[str], None],
 ) -> bool:
     """Rounds until the time is up; whether they were interrupted."""
-    end = time.perf_counter() + seconds
     done = 0
     try:
         with around_calls() as calls:
-            while done < (MIN_ROUNDS if rounds is None else rounds) or (
-                rounds is None and time.perf_counter() < end and done < MAX_ROUNDS
-            ):
-                progress(f"round {done + 1}")
+            for number in numbered(seconds, count=rounds):
+                progress(f"round {number}")
                 for subject in subjects:
                     for marked in (done % 2 == 0, done % 2 == 1):  # each kind goes first in turn
                         _once(subject, clock, calls, marked)
-                done += 1
+                done = number
     except KeyboardInterrupt:
         for subject in subjects:  # the pairs that are complete
             for kept in (subject.walls, subject.replays, *subject.busy.values()):
@@ -264,7 +262,7 @@ def _profile(
         dtype=str(example.dtype).removeprefix("torch."),
         batch=example.shape[0] if example.dim() else 1,
         shape=tuple(example.shape),
-        machine=describe_machine(example.device),
+        machine=environment(example.device).named(),
         roofline=roofline,
         rows=rows,
         seconds=whole,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from resnet_fast.comparison import steadiness
+from resnet_fast.measuring import steadiness
 from resnet_fast.profiling.layers import Layer
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.profiling.timeline import POOL, RANGE_CHECK, Edge, Replay
@@ -23,7 +23,6 @@ GAP = "between layers"  # the host, and on a GPU the launches that the device wa
 # What hits a few layers of every run, other ones each time, is in the median of no layer: other
 # processes, as a rule.
 REMAINDER = "interruptions"
-ROUNDS = 7  # at the least, behind each median, unless fewer are asked for
 LAUNCHES = "host and launches"  # of a GPU's wall time, what the device's layers are not
 
 
@@ -69,7 +68,9 @@ class Row:
         """The time over the peer's; None where there is none, or where it would say nothing."""
         if self.peer is None:
             return None
-        ours, theirs = (steadiness.scatter(s, ROUNDS) for s in (self.spread, self.peer_spread))
+        ours, theirs = (
+            steadiness.scatter(s, steadiness.MIN_ROUNDS) for s in (self.spread, self.peer_spread)
+        )
         return steadiness.ratio(self.seconds, ours, self.peer, theirs)
 
     @property

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from resnet_fast._table import Column, Table, wrapped
-from resnet_fast.comparison.steadiness import is_stable, marked, ratio_text
+from resnet_fast.measuring.steadiness import is_stable, marked, ratio_text
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.rows import REMAINDER, Row
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from resnet_fast.benchmarking.clocks import Clock
-from resnet_fast.benchmarking.protocol import Candidate, Case
-from resnet_fast.benchmarking.rows import MEASURED, Environment, Row
-from resnet_fast.comparison.steadiness import Others
+from resnet_fast.benchmarking.rows import Row
+from resnet_fast.measuring.clock import Clock
+from resnet_fast.measuring.machine import Environment
+from resnet_fast.measuring.protocol import MEASURED, Case, Contender
+from resnet_fast.measuring.steadiness import Others
 
 ENVIRONMENT = Environment(
     device="Test Processor", kind="cpu", threads=2, clocks="2000 MHz", driver="", python="3.12",
@@ -51,7 +52,7 @@ def right(clock: FakeClock, milliseconds: float = 1.0, log: list | None = None, 
             log.append((name, int(x[0, 0])))
         return x.clone()
 
-    return lambda: Candidate(call)
+    return lambda: Contender(call)
 
 
 def row(provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, **changes) -> Row:

@@ -20,13 +20,14 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import ops
+from resnet_fast.measuring.clock import Clock, CudaClock
 from resnet_fast.nn import program
 from resnet_fast.profiling import profile as module
 from resnet_fast.profiling import suggest
 from resnet_fast.profiling.calls import around_calls
 from resnet_fast.profiling.layers import as_run
 from resnet_fast.profiling.rows import GAP, LAUNCHES, REMAINDER, Row, peer_rows, places
-from resnet_fast.profiling.timeline import Edge, EventClock, HostClock, Replay, Timeline
+from resnet_fast.profiling.timeline import Edge, Replay, Timeline
 from resnet_fast.spec import TileConfig
 
 SLEEP = 0.06
@@ -90,7 +91,7 @@ def test_a_sleep_in_a_plain_layer_is_in_its_row(theirs):
 def test_a_sleep_in_a_fused_layer_is_in_its_row(ours, name):
     with torch.inference_mode():
         ours(X), ours(X)
-    step = Timeline(ours, X, HostClock()).steps[name]
+    step = Timeline(ours, X, Clock()).steps[name]
     with torch.inference_mode():
         ours(X)  # whose launches are bound by now
     step.launch = SlowLaunch(step.launch)
@@ -169,14 +170,14 @@ def test_a_cost_of_marking_that_noise_makes_is_no_cost(overhead, text):
 def anticorrelated() -> module.Profile:
     """Of two layers of which each run has another slow one: medians that add up to more."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
-    subject = module._Subject(model, X, Timeline(model, X, HostClock()))
+    subject = module._Subject(model, X, Timeline(model, X, Clock()))
     for one, other in ((1.0, 3.0), (3.0, 1.0), (3.0, 3.0), (1.0, 3.0), (3.0, 1.0)):
         edges = [Edge(s, s) for s in (0.0, one, 0.0, other, 0.0)]
         subject.replays.append(Replay(("0", "1"), edges))
         subject.walls.append(4.0)
         subject.busy[True].append(1.0)
         subject.busy[False].append(1.0)
-    return module._profile(subject, X, None, HostClock())
+    return module._profile(subject, X, None, Clock())
 
 
 def test_interruptions_are_no_less_than_nothing():
@@ -225,7 +226,7 @@ def test_nothing_stays_behind_after_an_error(theirs):
     call = nn.Module.__call__
     with pytest.raises(RuntimeError, match="expected input"):
         profile(theirs, torch.zeros(1, 5, 64, 64))
-    timeline = Timeline(theirs, X, HostClock())
+    timeline = Timeline(theirs, X, Clock())
     with pytest.raises(KeyError), timeline.open():
         raise KeyError
     assert nn.Module.__call__ is call and program.watch is None
@@ -235,7 +236,7 @@ def test_a_replay_outside_of_open_has_no_marks_inside(theirs, ours):
     with torch.inference_mode(), around_calls() as calls:
         for model in (theirs, ours):
             model(X)
-            timeline = Timeline(model, X, HostClock())
+            timeline = Timeline(model, X, Clock())
             with timeline.open(calls):
                 assert len(timeline.replay().names) > 20
             bare = timeline.replay()
@@ -440,7 +441,7 @@ class Event:
 
 def test_events_tell_the_devices_time(ours):
     cuda = StandIn()
-    clock = EventClock(torch.device("cpu"), cuda)
+    clock = CudaClock(torch.device("cpu"), cuda=cuda)
     with torch.inference_mode():
         ours(X), ours(X)
         timeline = Timeline(ours, X, clock)
@@ -456,7 +457,7 @@ def test_events_tell_the_devices_time(ours):
 
 def test_a_gpus_profile_tells_host_and_device_apart(ours, monkeypatch):
     cuda = StandIn()
-    clock = EventClock(torch.device("cpu"), cuda)
+    clock = CudaClock(torch.device("cpu"), cuda=cuda)
     monkeypatch.setattr(module, "clock_of", lambda device: clock)
     found = profile(ours)
     assert cuda.events and not cuda.elsewhere  # an event is recorded on the current device

@@ -3,7 +3,7 @@
 
 Counts come from files that `python -m benchmarks.counts --json FILE` writes, where the compiled PTX
 was run and its traffic counted. A roofline turns bytes and FLOPs into the least time that a GPU
-could need: a bound, modelled, and nowhere beside a measured number.
+could need: a bound, modelled, and never in a column with measured numbers.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from resnet_fast import _hardware
 from resnet_fast.benchmarking import cases
-from resnet_fast.benchmarking.environment import ROOT
-from resnet_fast.benchmarking.rows import Modelled
+from resnet_fast.measuring.machine import ROOT
 from resnet_fast.profiling.roofline import roofline_of_gpu
 
 COUNTS = ROOT / "benchmarks" / "results" / "counts"
@@ -30,6 +30,37 @@ FOLDED = "BatchNorm folded"
 RELU = "ReLU in the convolution"
 FUSED = "shortcut too (conv_bn_act)"
 JOINED = "projections and stem too (conv_bn_join, stem_pool)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """One layer under one kernel: what was counted, and what rooflines make of it.
+
+    Args:
+        where, shape, dtype, batch: the layer.
+        kernel, tile: whose compiled code was counted, for `arch`; empty where nothing was counted
+            and only the shape speaks.
+        counted_dram_bytes: distinct 32-byte sectors of global memory, in bytes.
+        counted_sectors: sectors requested, over the fewest that this tile can do with.
+        counted_wavefronts: of shared memory, over the fewest.
+        counted_sass_per_hmma: instructions per tensor-core product in the main loop.
+        modelled_from: whether the bytes are "counted" ones, or those of the "shape" alone.
+        modelled_ms: per GPU, max(bytes / bandwidth, FLOPs / peak): no kernel can be faster.
+    """
+
+    where: str
+    shape: str
+    dtype: str
+    batch: int
+    kernel: str = ""
+    tile: str = ""
+    arch: int | None = None
+    counted_dram_bytes: int | None = None
+    counted_sectors: float | None = None
+    counted_wavefronts: float | None = None
+    counted_sass_per_hmma: float | None = None
+    modelled_from: str = "shape"
+    modelled_ms: dict[str, float] = field(default_factory=dict)
 
 
 def modelled(models: Sequence[str], folder: Path = COUNTS) -> list[Modelled]:

@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks import counted
 from resnet_fast import _hardware
-from resnet_fast.benchmarking import cases, counted
-from resnet_fast.benchmarking.providers import EAGER, OURS
+from resnet_fast.benchmarking import cases
+from resnet_fast.benchmarking.providers import EAGER
 from resnet_fast.benchmarking.rows import Results, Row
 from resnet_fast.benchmarking.tables import eager_of
+from resnet_fast.measuring.peers import OURS
 from resnet_fast.profiling.roofline import Roofline, roofline_of_gpu
 
 OURS_COLOR = "#d1495b"

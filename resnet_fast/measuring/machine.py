@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a benchmark runs and with what: the part of a row that makes it repeatable."""
+"""What something was measured on and with: the part of a result that makes it repeatable."""
 
 from __future__ import annotations
 
@@ -7,18 +7,56 @@ import platform
 import re
 import shutil
 import subprocess
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import resnet_fast
-from resnet_fast.benchmarking.rows import Environment
-from resnet_fast.comparison.measure import processor_name
 
 ROOT = Path(resnet_fast.__file__).parent.parent  # of a checkout
+CPUINFO = Path("/proc/cpuinfo")
 # Words of a processor's name that do not tell it apart.
 COMMON = {"intel", "amd", "cpu", "processor", "nvidia", "geforce", "core", "with", "r", "tm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where and with what something was measured; empty text where a thing is absent.
+
+    Args:
+        device: the processor's or GPU's name.
+        kind: "cpu" or "cuda".
+        threads: of torch on the CPU.
+        clocks: as the machine tells them; of a row, right after its rounds.
+        driver: of the GPU.
+        commit: of the checkout, with "-dirty" where files differ from it.
+        processor: beside a GPU.
+    """
+
+    device: str
+    kind: str
+    threads: int
+    clocks: str
+    driver: str
+    python: str
+    torch: str
+    triton: str
+    cudnn: str
+    resnet_fast: str
+    commit: str
+    processor: str = ""
+
+    def named(self) -> dict[str, str]:
+        """All that is known, by name, in the order in which it matters."""
+        facts = asdict(self)
+        kind, device = facts.pop("kind"), facts.pop("device")
+        known = {name: str(value) for name, value in facts.items() if value}
+        return {"gpu" if kind == "cuda" else "processor": device} | known
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.named().items())
 
 
 def environment(device: torch.device) -> Environment:
@@ -32,11 +70,46 @@ def environment(device: torch.device) -> Environment:
         driver=_gpu_fact(device, "driver_version") if cuda else "",
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=version_of("triton"),
         cudnn=str(torch.backends.cudnn.version() or "") if cuda else "",
         resnet_fast=resnet_fast.__version__,
         commit=commit(),
+        processor=processor_name() if cuda else "",
     )
+
+
+def processor_name() -> str:
+    """The CPU's name as its maker gives it, told apart by numbers, and what it computes with."""
+    facts: dict[str, str] = {}
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            facts.setdefault(name.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if not re.search(r"\d", name) and "model" in facts:  # a virtual machine's, as a rule
+        name += f" (family {facts.get('cpu family', '?')}, model {facts['model']})"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that a name stands for; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: torch knows no such device, or has none here; or nothing is timed on its kind.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        if place.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"nothing is timed on {place.type}")
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        known = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        text = f"device {device!r} cannot be used: {reason}; known here are {', '.join(known)}"
+        raise ValueError(text) from None
+    return place
 
 
 def clocks_of(device: torch.device) -> str:
@@ -46,7 +119,7 @@ def clocks_of(device: torch.device) -> str:
 
 def machine_name(facts: Environment) -> str:
     """A folder's name for results, of the processor and no host: "cpu-xeon-2-threads"."""
-    words = re.findall(r"[a-z0-9]+", facts.device.partition("@")[0].lower())
+    words = re.findall(r"[a-z0-9]+", re.split("@| [(]|,", facts.device)[0].lower())
     kept = [word for word in words if word not in COMMON] or ["unknown"]
     if facts.kind == "cuda":
         return "gpu-" + "-".join(kept)
@@ -62,7 +135,8 @@ def commit() -> str:
     return head + ("-dirty" if changed else "")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version that is installed; "" where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's model of the same shape and with the same weights as a given one."""
+"""torchvision's models and ours with the same weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,34 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import models
+from resnet_fast.measuring.checkpoints import torchvision_model
+
+
+def build_pair(name: str, weights: str | None, pixels: Tensor) -> tuple[nn.Module, nn.Module]:
+    """torchvision's model and ours with the same weights, float32, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: unknown model, whose known ones are listed; or weights that do not fit it.
+    """
+    name = models.registry.model_name(name)
+    torch.manual_seed(0)
+    theirs = torchvision_model(name, weights)
+    if weights is None:
+        _calibrate(theirs, pixels)
+    ours = models.get_model(name)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.eval(), ours.eval()
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, pixels: Tensor) -> None:
+    """Give random weights the BatchNorm statistics of the photographs: signals stay in range."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a cumulative average: the statistics of all that is seen
+    model.train()(pixels)
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 def torchvision_twin(model: nn.Module, x: Tensor) -> nn.Module:
