@@ -27,6 +27,7 @@ from resnet_fast.benchmarking.plan import (
     Request,
     TimeLeft,
     label,
+    seconds_of,
 )
 from resnet_fast.benchmarking.providers import OpWork
 from resnet_fast.benchmarking.rows import Results, Row
@@ -77,9 +78,8 @@ def run(
             for number, case in enumerate(listed, 1):
                 text = f"{suite} {number}/{len(listed)}, {left.said()}: {label(case)}"
                 tell = partial(_tell, progress, done / total, text)
-                found, left_out, interrupted = measure_case(
-                    case, request, clock, facts, deadline, tell
-                )
+                end = _share(listed[number - 1 :], request, clock.now(), deadline)
+                found, left_out, interrupted = measure_case(case, request, clock, facts, end, tell)
                 left.done(case)
                 results.rows += found
                 results.left_out |= {f"{suite}: {name}": why for name, why in left_out.items()}
@@ -93,6 +93,14 @@ def run(
     results.rows = with_shares(results.rows, roofs)
     results.seconds = time.perf_counter() - start
     return results
+
+
+def _share(listed: list, request: Request, now: float, deadline: float) -> float:
+    """When the first of the cases left has to end, so that each has its part of the time."""
+    if deadline == math.inf or now > deadline:
+        return deadline
+    seconds = [seconds_of(case, request) for case in listed]
+    return now + (deadline - now) * seconds[0] / sum(seconds)
 
 
 def _tell(progress: Progress, share: float, label: str, text: str) -> None:

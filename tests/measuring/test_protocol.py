@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from resnet_fast.measuring import protocol
+from resnet_fast.measuring import rounds as rounds_module
 from resnet_fast.measuring.clock import CudaClock
 from resnet_fast.measuring.protocol import Contender, LeftOut, Missing
-from resnet_fast.measuring.rounds import WARM_UP_LIMIT, warm_up
+from resnet_fast.measuring.rounds import WARM_UP_LIMIT, rounds, warm_up
 from resnet_fast.measuring.steadiness import MIN_ROUNDS, Timing
 from tests.benchmarking.fakes import FakeClock, case, right
 
@@ -436,3 +437,41 @@ def test_a_lap_of_the_host_has_no_device_time():
     clock = FakeClock()
     assert clock.lap(lambda: None) == 0.0
     assert clock.device_lap(lambda: pytest.fail("called"), cold=True, ahead_ms=1.0) is None
+
+
+@pytest.mark.parametrize(("rounds", "kept"), [(2, False), (3, True), (6, True)])
+def test_a_deadline_keeps_three_rounds_and_more_as_times_that_are_not_stable(rounds, kept):
+    """On a busy machine little else would be left of a quick run."""
+    clock = FakeClock()
+    before = 6.0  # seconds: the first call, three to warm up, one checked, one for its memory
+    outcomes, _ = measure({"slow": right(clock, 1000)}, clock, deadline=before + rounds - 0.5)
+    found = outcomes["slow"]
+    assert (found.status == protocol.MEASURED) == kept
+    if kept:
+        assert found.wall.rounds == rounds and not found.wall.stable
+        assert found.reason == f"{rounds} rounds of at least 7: {protocol.TIME_IS_UP}"
+    else:
+        assert found.wall is None and found.reason == protocol.TIME_IS_UP
+
+
+def test_rounds_are_seven_at_least_and_two_hundred_at_most():
+    def numbers(seconds, **options):
+        return list(rounds(seconds, lambda: clock.seconds, **options))
+
+    clock = FakeClock()
+    assert numbers(0.0) == list(range(1, 8))  # whatever the time is
+    assert len(numbers(1.0)) == 200  # of a clock that stands still
+    assert numbers(9.0, deadline=0.0) == []
+    assert numbers(0.0, count=3) == [1, 2, 3]
+
+
+def test_a_timer_for_kernels_takes_turns_flushes_and_times_the_call_alone(gpu, monkeypatch):
+    device, timer, _ = gpu
+    monkeypatch.setattr(rounds_module, "clock_of", lambda place: timer)
+    work = {"a": 3e-6, "b": 5e-6}
+    functions = {name: lambda n=name: device.launch(40e-6, work[n], n) for name in work}
+    times = rounds_module.event_timer(torch.device("cuda:1"))(functions, 0.0)
+    assert {name: time.median for name, time in times.items()} == pytest.approx({"a": 3, "b": 5})
+    assert [word for word in device.log if word in "ab"] == list("ab") * MIN_ROUNDS
+    one = ["synchronize", "sleep", "flush", "event", "b", "event", "synchronize"]
+    assert device.log[-len(one) :] == one
