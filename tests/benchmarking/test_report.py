@@ -213,6 +213,6 @@ def colors(png: bytes) -> set[bytes]:
 def test_a_row_of_few_rounds_says_so_below_its_time():
     few = row(EAGER, 20.0, rounds=4, stable=False, reason="4 rounds of at least 7: no time")
     (table,) = (part for part in tables.render(Results(rows=[few])) if not isinstance(part, str))
-    case, time, why = table.rows
+    _, time, why = table.rows
     assert time.cells[3] == "~20" and "4 rounds of at least 7" in why.text
     assert "4 rounds of at least 7" in report.page(Results(rows=[few]), {})
