@@ -3,8 +3,9 @@
 
 All times of models come from one run, of about ten minutes on two cores:
 
-    resnet-fast bench models --models resnet18 resnet50 --batch 1 8 --dtype fp32 bf16 --providers
-        torchvision-channels_last compile openvino resnet_fast --out benchmarks/results/cpu
+    resnet-fast bench models --models resnet18 resnet50 --batch 1 8 --dtype fp32 bf16 --out \\
+        benchmarks/results/cpu --providers torchvision-contiguous torchvision-channels_last \\
+        resnet_fast compile openvino
 
 The other tables are of
 
@@ -23,17 +24,16 @@ from pathlib import Path
 
 from resnet_fast.benchmarking import rows
 from resnet_fast.benchmarking.rows import Results, Row
-from resnet_fast.benchmarking.tables import case_text, ratio_cell
+from resnet_fast.benchmarking.tables import case_text
 from resnet_fast.measuring import peers
-from resnet_fast.measuring.peers import NHWC, OURS
-from resnet_fast.measuring.steadiness import MARK, NO_RATIO, NOTE, is_stable, marked
+from resnet_fast.measuring.peers import EAGER, OURS
+from resnet_fast.measuring.steadiness import MARK, NO_RATIO, NOTE, is_stable, marked, ratio_text
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "benchmarks" / "README.md"]
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "benchmarks" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 RUN = RESULTS / "cpu" / "rows.json"
-
-Cells = dict[tuple, dict[str, Row]]  # by case and provider
 
 
 def table(heads: list[str], lines: list[list[str]]) -> str:
@@ -41,41 +41,46 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
 
 
-def cells_of(results: Results) -> tuple[list[str], Cells]:
-    """The providers, eager first and ours last, and the measured rows of each model's case."""
-    found: Cells = {}
+def cases_of(results: Results) -> tuple[list[str], list[dict[str, Row]]]:
+    """Ours and its peers by name, and the measured rows of each model's case by provider."""
+    found: dict[tuple, dict[str, Row]] = {}
     for row in results.rows:
         if row.suite == "models" and row.measured:
             found.setdefault(row.case, {})[row.provider] = row
-    names = list(dict.fromkeys(name for row in found.values() for name in row))
-    return sorted(names, key=lambda name: (name != NHWC, name == OURS)), found
+    names = dict.fromkeys(name for case in found.values() for name in case)
+    return sorted(set(names) - set(EAGER), key=lambda name: (name != OURS, name)), [*found.values()]
 
 
 def ratios(results: Results) -> str:
-    """Eager's time and the others' over it, and what follows from these cells."""
-    names, found = cells_of(results)
+    """torchvision's time at its best and the others' over it, and what follows from the cells."""
+    names, found = cases_of(results)
     lines = []
-    for case in (case for case in found.values() if NHWC in case):
-        eager, cells = case[NHWC], [case.get(name) for name in names if name != NHWC]
-        lines.append([
-            eager.subject, eager.dtype, str(eager.batch),
-            marked(f"{eager.time_ms:.1f}", eager.stable),
-            *(ratio_cell(cell, results.rows) if cell else "-" for cell in cells),
-        ])  # fmt: skip
+    for case in found:
+        eager = [case[name] for name in EAGER if name in case]
+        if eager:
+            best = min(eager, key=lambda row: row.time_ms)
+            start = [best.subject, best.dtype, str(best.batch)]
+            start.append(marked(f"{best.time_ms:.1f}", best.stable))
+            lines.append([*start, *(ratio(case.get(name), best) for name in names)])
     if not lines:
         return "No model was measured."
-    text = table(["model", "dtype", "batch", f"{NHWC} (ms)", *names[1:]], lines)
-    return f"{text}\n\n{counts(names, found)} {about(results, text)}"
+    text = table(["model", "dtype", "batch", "torchvision at its best (ms)", *names], lines)
+    return f"{text}\n\n{counted_out(found)} {about(results, text)}"
 
 
-def counts(names: list[str], found: Cells) -> str:
-    """In how many cases ours is faster than each other, by the medians of both."""
+def ratio(row: Row | None, best: Row) -> str:
+    """A cell: a time over eager's; a dash where there is none."""
+    return "-" if row is None else ratio_text(row.over(best), row.stable and best.stable)
+
+
+def counted_out(found: list[dict[str, Row]]) -> str:
+    """In how many cases ours is faster than each other, of those where the times can tell."""
     parts = []
-    for name in names:
-        pairs = [(case[OURS], case[name]) for case in found.values() if {OURS, name} <= set(case)]
-        if name != OURS and pairs:
-            faster = sum(ours.time_ms < other.time_ms for ours, other in pairs)
-            parts.append(f"than {name} in {faster} of {len(pairs)} rows")
+    for name in dict.fromkeys(name for case in found for name in case if name != OURS):
+        pairs = [(case[OURS], case[name]) for case in found if {OURS, name} <= set(case)]
+        pairs = [(ours, other) for ours, other in pairs if ours.over(other) is not None]
+        faster = sum(ours.time_ms < other.time_ms for ours, other in pairs)
+        parts += [f"than {name} in {faster} of {len(pairs)} rows"] if pairs else []
     return f"By its median, {OURS} is faster {', '.join(parts)}." if parts else ""
 
 
@@ -85,7 +90,7 @@ def about(results: Results, text: str) -> str:
     known = {p.name: p.about.partition(";")[0] for p in peers.MODEL_PROVIDERS}
     named = [name for name in peers.NAMED if f" {name} " in text]
     said = "".join(f" {name}: {known[name]}." for name in named)
-    parts = [f"Ratios to the first time; below 1 is faster, a dash is no time.{said}"]
+    parts = [f"Ratios to torchvision's time; below 1 is faster, a dash is no time.{said}"]
     if MARK in text or NO_RATIO in text:
         parts.append(f"{NOTE}.")
     parts.append(f"Measured by `{results.command}` on: {first.environment}.")
@@ -94,7 +99,8 @@ def about(results: Results, text: str) -> str:
 
 def times(results: Results) -> str:
     """The same run in milliseconds: medians, and p20 to p80."""
-    names, found = cells_of(results)
+    others, found = cases_of(results)
+    names = [name for name in EAGER if any(name in case for case in found)] + others
 
     def cell(row: Row | None) -> str:
         if row is None:
@@ -104,7 +110,7 @@ def times(results: Results) -> str:
 
     lines = [
         [case_text(next(iter(case.values()))), *(cell(case.get(name)) for name in names)]
-        for case in found.values()
+        for case in found
     ]
     return table(["model", *(f"{name} (ms)" for name in names)], lines)
 

@@ -15,7 +15,7 @@ import torch
 
 from resnet_fast import models
 from resnet_fast.measuring.peers import FULL, QUICK, USUAL
-from resnet_fast.profiling.layers import Layer, layers, touched_pixels, unfused
+from resnet_fast.profiling.layers import Layer, layers_of, touched_pixels
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
 
 SUITES = ("models", "ops")  # in this order: where time runs out, models say most
@@ -273,15 +273,6 @@ def _block(layer: str) -> str:
 
 def _spec(layer: Layer, activation: str, residual: bool) -> ConvSpec:
     return replace(layer.spec, activation=activation, residual=residual, norm=True)
-
-
-@functools.cache
-def layers_of(name: str, fused: bool) -> tuple[Layer, ...]:
-    """The layers of one of our models on one float32 image, fused or as plain torch runs it."""
-    with torch.random.fork_rng(devices=[]):
-        model = models.get_model(name).eval()
-    listed = layers if fused else unfused
-    return tuple(listed(model, torch.empty(1, 3, IMAGE, IMAGE)))
 
 
 def plain_layers(name: str) -> tuple[Layer, ...]:

@@ -40,6 +40,7 @@ from resnet_fast.measuring.progress import Progress
 from resnet_fast.measuring.protocol import Case, Outcome
 from resnet_fast.measuring.steadiness import Timing
 from resnet_fast.measuring.twins import build_pair
+from resnet_fast.profiling.layers import layers_of
 from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.spec import ELEMENT_SIZE
 
@@ -388,7 +389,7 @@ def work_of(case: ModelCase | OpCase) -> tuple[int, int]:
     """FLOPs and bytes at their minimum; a model's are its layers' as they run fused."""
     if isinstance(case, OpCase):
         return case.flops, case.bytes
-    layers = cases.layers_of(case.model, fused=True)
+    layers = layers_of(case.model)
     flops, weights = (sum(getattr(la, name) for la in layers) for name in ("flops", "weight_bytes"))
     activations = sum(layer.bytes for layer in layers) - weights
     size = ELEMENT_SIZE[case.dtype.replace("tf32", "float32")] / 4

@@ -25,14 +25,13 @@ from resnet_fast.measuring.machine import environment
 from resnet_fast.measuring.rounds import rounds as numbered
 from resnet_fast.measuring.twins import torchvision_twin
 from resnet_fast.nn.program import Step
-from resnet_fast.profiling import page, picture
-from resnet_fast.profiling import rows as _rows
+from resnet_fast.profiling import page, parts, picture
 from resnet_fast.profiling import text as _text
 from resnet_fast.profiling.calls import Calls, around_calls
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.layers import as_run
+from resnet_fast.profiling.parts import LAUNCHES, REMAINDER, Part
 from resnet_fast.profiling.roofline import Roofline, roofline_of
-from resnet_fast.profiling.rows import LAUNCHES, REMAINDER, Row
 from resnet_fast.profiling.suggest import suggestions
 from resnet_fast.profiling.timeline import Replay, Timeline
 from resnet_fast.profiling.trace import trace_of
@@ -153,7 +152,7 @@ def profile(
         found.peer, found.peer_seconds = peer, statistics.median(others[0].walls)
         found.peer_spread = steadiness.spread_of(others[0].walls)
         found.peer_whole = others[0].whole(theirs, clock)
-        found.rows = [_beside(row, _rows.peer_rows(theirs).get(row.name)) for row in found.rows]
+        found.rows = [_beside(row, parts.peer_rows(theirs).get(row.name)) for row in found.rows]
     found.suggestions = suggestions(found)
     return found
 
@@ -177,13 +176,13 @@ class _Subject:
             clock.synchronize()
         self.timeline = Timeline(self.model, self.x, clock)
 
-    def rows(self, clock: Clock) -> list[Row]:
+    def rows(self, clock: Clock) -> list[Part]:
         """Of the replays that ran what most of them ran."""
         common = Counter(replay.names for replay in self.replays).most_common(1)[0][0]
         alike = [replay for replay in self.replays if replay.names == common]
-        return _rows.rows_of(as_run(self.model, self.x), alike, clock.device_apart)
+        return parts.rows_of(as_run(self.model, self.x), alike, clock.device_apart)
 
-    def whole(self, rows: list[Row], clock: Clock) -> float:
+    def whole(self, rows: list[Part], clock: Clock) -> float:
         """Seconds of a run as the rows were measured: no less than these together."""
         marked = [replay.whole.device for replay in self.replays]
         whole = statistics.median(self.walls if clock.device_apart else marked)
@@ -248,10 +247,10 @@ def _profile(
     rows = subject.rows(clock)
     whole = subject.whole(rows, clock)
     rest = whole - sum(row.seconds for row in rows)
-    rows.append(Row(LAUNCHES if clock.device_apart else REMAINDER, "", "gap", rest))
+    rows.append(Part(LAUNCHES if clock.device_apart else REMAINDER, "", "gap", rest))
     if roofline is not None:
         roofline = roofline.raised((row.name, row.flops, row.bytes, row.seconds) for row in rows)
-    rows = [_rows.against(row, roofline, whole, clock.device_apart) for row in rows]
+    rows = [parts.against(row, roofline, whole, clock.device_apart) for row in rows]
     rows = [_served(row, subject.timeline.steps.get(row.name)) for row in rows]
     quickest = {marked: min(times) for marked, times in subject.busy.items()}
     spreads = map(steadiness.spread_of, subject.busy.values())
@@ -279,11 +278,11 @@ def _profile(
     )
 
 
-def _beside(row: Row, peer: Row | None) -> Row:
+def _beside(row: Part, peer: Part | None) -> Part:
     return row if peer is None else replace(row, peer=peer.seconds, peer_spread=peer.spread)
 
 
-def _served(row: Row, step: Step | None) -> Row:
+def _served(row: Part, step: Step | None) -> Part:
     """The row with the backend that ran it."""
     if row.kind == "gap":
         return row
@@ -302,7 +301,7 @@ def _is_contiguous(module: nn.Module) -> bool:
     )
 
 
-def _plain(row: Row) -> dict:
+def _plain(row: Part) -> dict:
     derived = ("tflops", "bandwidth_gbs", "ratio")
     return {**asdict(row), **{name: getattr(row, name) for name in derived}}
 

@@ -26,7 +26,7 @@ from resnet_fast.profiling import profile as module
 from resnet_fast.profiling import suggest
 from resnet_fast.profiling.calls import around_calls
 from resnet_fast.profiling.layers import as_run
-from resnet_fast.profiling.rows import GAP, LAUNCHES, REMAINDER, Row, peer_rows, places
+from resnet_fast.profiling.parts import GAP, LAUNCHES, REMAINDER, Part, peer_rows, places
 from resnet_fast.profiling.timeline import Edge, Replay, Timeline
 from resnet_fast.spec import TileConfig
 
@@ -254,7 +254,7 @@ def test_the_peer_runs_the_same_layers_and_its_rows_take_in_norms_and_additions(
     for name, value in seconds.items():
         last = name.rpartition(".")[2]
         kind = next((k for start, k in kinds.items() if last.startswith(start)), "conv")
-        rows.append(Row(name, "layer1", "norm" if last == "1" else kind, value))
+        rows.append(Part(name, "layer1", "norm" if last == "1" else kind, value))
     assert {name: row.seconds for name, row in peer_rows(rows).items()} == {
         "layer1.0.conv1": 3.0,
         "layer1.0.conv2": 12.0 + 64 + 128,
@@ -389,7 +389,7 @@ def test_a_row_tells_the_backend_and_the_tile_of_its_plan():
     plan = types.SimpleNamespace(
         backend="cuda", tile=TileConfig(64, 32, 64, 4, 4), why_fallback=str
     )
-    row = Row("conv1", "stem", "conv", 1.0)
+    row = Part("conv1", "stem", "conv", 1.0)
     served = module._served(row, types.SimpleNamespace(plan=plan))
     assert (served.backend, served.tile) == ("cuda", "64x32x64 stages 4 warps 4")
     plan.tile = None
@@ -493,10 +493,10 @@ def made(rows, **keywords):
 
 def row(kind="conv", name="layer1.0.conv1", **keywords):
     facts = {"seconds": 0.5, "share": 0.5, "bytes": 100, "roof": 0.3, "bound": "memory"}
-    return Row(name, "layer1", kind, **facts | keywords)
+    return Part(name, "layer1", kind, **facts | keywords)
 
 
-GAP_ROW = Row(LAUNCHES, "", "gap", 0.5, share=0.5)
+GAP_ROW = Part(LAUNCHES, "", "gap", 0.5, share=0.5)
 CASES = {
     "cuda_graph": (
         made([row(bound="launch", host=0.6), GAP_ROW], device="cuda", device_apart=True),
@@ -539,7 +539,7 @@ def test_bfloat16_is_suggested_where_there_is_arithmetic_for_it(monkeypatch):
 
 
 def test_nothing_is_suggested_where_nothing_is_wrong():
-    quiet = made([row(roof=0.9, weight_bytes=10), Row(GAP, "", "gap", 0.01, share=0.01)])
+    quiet = made([row(roof=0.9, weight_bytes=10), Part(GAP, "", "gap", 0.01, share=0.01)])
     assert suggest.suggestions(quiet) == []
 
 
