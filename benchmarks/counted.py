@@ -22,7 +22,7 @@ from resnet_fast.measuring.machine import ROOT
 from resnet_fast.profiling.roofline import roofline_of_gpu
 
 COUNTS = ROOT / "benchmarks" / "results" / "counts"
-DTYPE = "float16"  # of the modelled layers that nobody counted
+DTYPE = "float16"  # of the modelled layers that were not counted
 
 # Levels of fusion, each with what it no longer moves.
 EAGER = "layer by layer"
@@ -87,7 +87,7 @@ def modelled(models: Sequence[str], folder: Path = COUNTS) -> list[Modelled]:
 
 
 def counts(folder: Path = COUNTS) -> list[dict]:
-    """The rows of all counts files, each with its "arch"; what is no such file is passed over."""
+    """The rows of all counts files, each with its "arch"; other files are skipped."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:

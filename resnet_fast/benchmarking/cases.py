@@ -28,7 +28,7 @@ IMAGE = 224
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much is measured where nobody names it.
+    """How much is measured by default.
 
     Args:
         models: by name; empty for all.
@@ -79,7 +79,7 @@ class OpCase:
 
     Args:
         op: of `OPS`.
-        spec: the convolution; of add_relu the one whose output is added to.
+        spec: the convolution; for add_relu, the one that made the first summand.
         where: the layers that have it, of all models.
         projection: of conv_bn_join, the shortcut's convolution.
         dtype: of `DTYPES`.
@@ -119,7 +119,7 @@ class OpCase:
 
     @property
     def bytes(self) -> int:
-        """Each tensor once; a join's shortcut and a stem's full map are no tensors."""
+        """Each tensor once; a join's shortcut and a stem's full map never reach memory."""
         s, size = self.spec, ELEMENT_SIZE[self.spec.dtype]
         maps = {"add_relu": 3, "stem_pool": 0}.get(self.op, 1 + s.residual)
         pooled = s.n * ((s.p + 1) // 2) * ((s.q + 1) // 2) * s.k if self.op == "stem_pool" else 0

@@ -8,7 +8,7 @@ left in a ratio is small beside what the rounds themselves scatter:
     noise = 2 * sqrt(sum of the variances of the medians' relative scatter), at least 8 %
 
 with each scatter taken from p20 and p80 (see `measuring.steadiness`). Eager itself has no ratio:
-how its time moved is called drift, and is no regression of ours.
+how its time moved is called drift, and does not count as a regression.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Row:
         shape: the op's `ConvSpec` as text, or the model's input.
         where: the layers that have this shape.
         batch, dtype: of the input; "tf32" is float32 with TF32 products, "float32" is IEEE.
-        provider: who computed it; `layout`, `backend` and `tile` say how. A model has no tile:
+        provider: what computed it; `layout`, `backend` and `tile` say how. A model has no tile:
             each of its layers has one, which `resnet-fast profile` tells.
         status, reason: "measured", or why there is no time, or fewer rounds than usual.
         error, eager_error, error_limit: against float64, see `resnet_fast.agreement`.
@@ -102,9 +102,9 @@ class Row:
 
     @property
     def clock(self) -> str:
-        """Whose time stands for the row: "device" for an op where it is known, or "wall".
+        """Which time stands for the row: "device" for an op where it is known, else "wall".
 
-        Who asks a model waits for the host too, which a CUDA graph is there to shorten.
+        A user of a model waits for the host too, and a CUDA graph is there to shorten that.
         """
         return "device" if self.suite == "ops" and self.device_ms is not None else "wall"
 

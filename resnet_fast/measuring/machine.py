@@ -127,7 +127,7 @@ def machine_name(facts: Environment) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, "-dirty" if files differ from it; "" where there is no checkout."""
+    """The checkout's commit, "-dirty" if files differ from it; "" outside of a checkout."""
     head = _said("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if not head or not (ROOT / ".git").exists():
         return ""

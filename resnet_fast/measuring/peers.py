@@ -91,7 +91,7 @@ def searching() -> Iterator[None]:
 
 
 def how_cudnn(benchmark: bool, device: torch.device) -> dict[str, object]:
-    """How a contender is called whose convolutions are cuDNN's, which searches or does not."""
+    """How a contender with cuDNN's convolutions is called: with the search or without."""
     apart = device.type == "cuda" and not benchmark
     return {"around": partial(_cudnn_flags, benchmark), "own_thread": apart}
 
@@ -282,7 +282,7 @@ def _backends_of(model: nn.Module) -> str:
 def _ours_graph(work: ModelWork) -> Contender:
     if not work.x.is_cuda:
         raise Missing(f"CUDA graphs run on a GPU, not on the {work.x.device.type}")
-    # Recorded in the first call, which is made under inference_mode; it is no graph to capture.
+    # Recorded in the first call, which is made under inference_mode; it cannot be captured again.
     graph = resnet_fast.cuda_graph(work.placed(work.ours), clone=False)
     return Contender(graph, backend="CUDA graph", graphable=False)
 

@@ -93,8 +93,8 @@ class Case:
     """What all providers are given, and what their answers are held against.
 
     Args:
-        inputs: sets of inputs; calls walk through them, whoever makes them: between two uses of
-            one lie all others.
+        inputs: sets of inputs; the calls of all providers together walk through them, so that all
+            others are used between two uses of one.
         exact, eager: float64's result for the first set, and eager torch's at the case's dtype,
             of the first images (a float64 reference of 256 would take longer than the benchmark).
         k_gemm: products per output element; 1 where layers follow each other.

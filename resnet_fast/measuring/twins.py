@@ -14,7 +14,7 @@ def build_pair(name: str, weights: str | None, pixels: Tensor) -> tuple[nn.Modul
     """torchvision's model and ours with the same weights, float32, in eval mode, on the CPU.
 
     Raises:
-        ValueError: unknown model, whose known ones are listed; or weights that do not fit it.
+        ValueError: unknown model, and the message lists the known ones; or weights that do not fit.
     """
     name = models.registry.model_name(name)
     torch.manual_seed(0)
@@ -38,11 +38,11 @@ def _calibrate(model: nn.Module, pixels: Tensor) -> None:
 
 
 def torchvision_twin(model: nn.Module, x: Tensor) -> nn.Module:
-    """torchvision's builder's model whose state dict has the same names and shapes, plain.
+    """torchvision's model with the same names and shapes in its state dict, not fused.
 
     Args:
         model: one of the ten ResNets: ours, torchvision's, or an optimized one.
-        x: whose device and dtype the twin gets; its weights are channels_last.
+        x: the twin gets its device and dtype; the weights are channels_last.
 
     Raises:
         ValueError: none of the builders makes such a model, or torchvision is not installed.

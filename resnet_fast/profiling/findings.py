@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a profile knows: data without a word on how it is shown, which is what the writers read."""
+"""What a profile found: plain data, which text.py, page.py, picture.py and trace.py show."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Findings:
         rounds: how many there were.
         interrupted: whether Ctrl-C ended them early.
         device_apart: whether host and device have times of their own.
-        peer: who is compared with; "" for nobody.
+        peer: the model compared with; "" for none.
         peer_seconds, peer_spread: median of its unmarked runs, and their spread.
         peer_whole: what `seconds` is of ours.
         unoptimized: whether `resnet_fast.optimize` would fuse what is not fused.

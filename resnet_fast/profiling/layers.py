@@ -133,8 +133,8 @@ def as_run(model: nn.Module, x: Tensor) -> list[Layer]:
 
         return _record(model, x, FakeTensorMode(allow_non_fake_inputs=True))
     except Exception:
-        # Not all models run without data (some look at values): those run for real, and what is
-        # wrong with a model is told by its own run, not by one in disguise.
+        # Not all models run without data (some look at values): those run for real. If the model is
+        # at fault, its own run raises the error.
         return _record(model, x, None)
 
 

@@ -143,7 +143,7 @@ def rows_of(layers: Sequence[Layer], replays: Sequence[Replay], device_apart: bo
     Args:
         layers: `layers.as_run` of the model.
         replays: that ran the same layers.
-        device_apart: whether the host's times are told beside the device's.
+        device_apart: whether the host has times of its own.
     """
     found: list[Part] = []
     taken = set()

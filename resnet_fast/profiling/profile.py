@@ -140,8 +140,10 @@ def profile(
         x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
         subjects[peer or "peer"] = _Subject(twin, x)
     with clock.current():
-        for who, subject in subjects.items():
-            subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
+        for name, subject in subjects.items():
+            subject.prepare(
+                clock, warmup, lambda text, name=name: progress(f"{name} {text}".strip())
+            )
         with clock.others as rest:
             interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
     ours, *others = subjects.values()
@@ -155,6 +157,10 @@ def profile(
         found.rows = [_beside(row, parts.peer_rows(theirs).get(row.name)) for row in found.rows]
     found.suggestions = suggestions(found)
     return found
+
+
+def _tell(progress: Callable[[str], None], name: str, text: str) -> None:
+    progress(f"{name} {text}".strip())
 
 
 @dataclass(slots=True)
