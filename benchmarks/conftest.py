@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc):
     found = []
     for case in request.cases(metafunc.module.SUITE):
         for provider in request.asked(case)[0]:
-            name = f"{suite.label(case)}-{provider.name}"
+            name = f"{case}-{provider.name}"
             found.append(pytest.param(case, provider.name, marks=mark, id=name))
     metafunc.parametrize(("case", "provider"), found)
 
@@ -69,7 +69,7 @@ def measured(pytestconfig) -> Callable:
     clock, facts = clock_of(request.place), environment(request.place)
     last = {}
 
-    def rows_of(case) -> dict[str, tuple[rows.Row, tuple[float, ...]]]:
+    def rows_of(case) -> dict[str, tuple[rows.Result, tuple[float, ...]]]:
         if case not in last:
             last.clear()
             samples: dict[str, tuple[float, ...]] = {}
@@ -92,7 +92,7 @@ def replay(benchmark, measured) -> Callable:
             pytest.fail(f"{provider} gets no time: {row.status}: {row.reason}", pytrace=False)
         if not row.measured:
             pytest.skip(f"{row.status}: {row.reason}")
-        benchmark.group, benchmark.name = suite.label(case), provider
+        benchmark.group, benchmark.name = str(case), provider
         benchmark.extra_info |= {"error": row.error, "eager_error": row.eager_error}
         benchmark.extra_info |= {"first_ms": row.first_ms, "device_ms": row.device_ms}
         REPLAY.play(samples)

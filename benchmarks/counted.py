@@ -19,6 +19,7 @@ from pathlib import Path
 from resnet_fast import _hardware
 from resnet_fast.benchmarking import cases
 from resnet_fast.measuring.machine import ROOT
+from resnet_fast.profiling.layers import layers_of
 from resnet_fast.profiling.roofline import roofline_of_gpu
 
 COUNTS = ROOT / "benchmarks" / "results" / "counts"
@@ -129,7 +130,7 @@ def bytes_by_fusion(model: str) -> dict[str, tuple[int, int]]:
     Counted from the shapes of the model's layers: each tensor once for every layer that reads or
     writes it.
     """
-    layers = cases.plain_layers(model)
+    layers = layers_of(model, fused=False)
     moved = sum(layer.bytes - layer.weight_bytes for layer in layers)
     weights = sum(layer.weight_bytes for layer in layers)
     found = {EAGER: (moved, weights)}

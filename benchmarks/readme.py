@@ -23,8 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from resnet_fast.benchmarking import rows
-from resnet_fast.benchmarking.rows import Results, Row
-from resnet_fast.benchmarking.tables import case_text
+from resnet_fast.benchmarking.rows import Result, Results
 from resnet_fast.measuring import peers
 from resnet_fast.measuring.peers import EAGER, OURS
 from resnet_fast.measuring.steadiness import MARK, NO_RATIO, NOTE, is_stable, marked, ratio_text
@@ -41,9 +40,9 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
 
 
-def cases_of(results: Results) -> tuple[list[str], list[dict[str, Row]]]:
+def cases_of(results: Results) -> tuple[list[str], list[dict[str, Result]]]:
     """Ours and its peers by name, and the measured rows of each model's case by provider."""
-    found: dict[tuple, dict[str, Row]] = {}
+    found: dict[tuple, dict[str, Result]] = {}
     for row in results.rows:
         if row.suite == "models" and row.measured:
             found.setdefault(row.case, {})[row.provider] = row
@@ -68,12 +67,12 @@ def ratios(results: Results) -> str:
     return f"{text}\n\n{counted_out(found)} {about(results, text)}"
 
 
-def ratio(row: Row | None, best: Row) -> str:
+def ratio(row: Result | None, best: Result) -> str:
     """A cell: a time over eager's; a dash where there is none."""
     return "-" if row is None else ratio_text(row.over(best), row.stable and best.stable)
 
 
-def counted_out(found: list[dict[str, Row]]) -> str:
+def counted_out(found: list[dict[str, Result]]) -> str:
     """In how many cases ours is faster than each other, of those where the times can tell."""
     parts = []
     for name in dict.fromkeys(name for case in found for name in case if name != OURS):
@@ -102,14 +101,14 @@ def times(results: Results) -> str:
     others, found = cases_of(results)
     names = [name for name in EAGER if any(name in case for case in found)] + others
 
-    def cell(row: Row | None) -> str:
+    def cell(row: Result | None) -> str:
         if row is None:
             return "-"
         t = row.timing
         return f"{marked(f'{t.median:.1f}', row.stable)} ({t.p20:.1f} to {t.p80:.1f})"
 
     lines = [
-        [case_text(next(iter(case.values()))), *(cell(case.get(name)) for name in names)]
+        [next(iter(case.values())).label, *(cell(case.get(name)) for name in names)]
         for case in found
     ]
     return table(["model", *(f"{name} (ms)" for name in names)], lines)

@@ -93,6 +93,9 @@ class OpCase:
     projection: ConvSpec | None = None
     layers: int = 1
 
+    def __str__(self) -> str:
+        return label("ops", self.op, self.shape, self.dtype, self.batch)
+
     @property
     def batch(self) -> int:
         return self.spec.n
@@ -145,6 +148,16 @@ class ModelCase:
     @property
     def shape(self) -> str:
         return f"{self.batch}x3x{IMAGE}x{IMAGE}"
+
+    def __str__(self) -> str:
+        return label("models", self.model, self.shape, self.dtype, self.batch)
+
+
+def label(suite: str, subject: str, shape: str, dtype: str, batch: int) -> str:
+    """A case in a few words."""
+    if suite == "models":
+        return f"{subject}, {dtype}, batch {batch}"
+    return f"{subject} {shape}" + (" (tf32)" if dtype == "tf32" else "")
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -245,7 +258,7 @@ def _named(layers: list[str]) -> str:
 
 def _ops_of(name: str) -> Iterable[tuple[str, ConvSpec, ConvSpec | None, str]]:
     """(op, convolution, projection, layer) of a model, from its unfused layers."""
-    listed = [layer for layer in plain_layers(name) if layer.spec]
+    listed = [layer for layer in layers_of(name, fused=False) if layer.spec]
     blocks: dict[str, list[Layer]] = {}
     for layer in listed:
         blocks.setdefault(_block(layer.name), []).append(layer)
@@ -273,8 +286,3 @@ def _block(layer: str) -> str:
 
 def _spec(layer: Layer, activation: str, residual: bool) -> ConvSpec:
     return replace(layer.spec, activation=activation, residual=residual, norm=True)
-
-
-def plain_layers(name: str) -> tuple[Layer, ...]:
-    """The layers of one of our models as plain torch runs it, on one image in float32."""
-    return layers_of(name, fused=False)

@@ -15,6 +15,7 @@ from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.measuring import steadiness
 from resnet_fast.measuring.machine import pick_device
 from resnet_fast.measuring.peers import Provider
+from resnet_fast.profiling.layers import layers_of
 
 QUICK_COMPILED = (("resnet18", 1),)  # the (model, batch) that `--quick` has the time to compile
 # When `--quick` begins nothing new in a suite.
@@ -121,7 +122,7 @@ def seconds_of(case: ModelCase | OpCase, request: Request) -> float:
 def flops_of(case: ModelCase | OpCase) -> int:
     if isinstance(case, OpCase):
         return case.flops
-    return case.batch * sum(layer.flops for layer in cases.plain_layers(case.model))
+    return case.batch * sum(layer.flops for layer in layers_of(case.model, fused=False))
 
 
 def estimate(request: Request) -> float:
@@ -182,10 +183,3 @@ def duration(seconds: float) -> str:
     if seconds < 36 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
-
-
-def label(case: ModelCase | OpCase) -> str:
-    """The case in a few words."""
-    if isinstance(case, ModelCase):
-        return f"{case.model}, {case.dtype}, batch {case.batch}"
-    return f"{case.op} {case.shape}" + (" (tf32)" if case.dtype == "tf32" else "")

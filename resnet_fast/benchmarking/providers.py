@@ -14,7 +14,7 @@ from resnet_fast.benchmarking import cases, formulas
 from resnet_fast.benchmarking.cases import ModelCase, OpCase
 from resnet_fast.measuring import cudnn, peers
 from resnet_fast.measuring.peers import COMPILING, NHWC, OURS, Provider, how_cudnn
-from resnet_fast.measuring.protocol import Contender, LeftOut
+from resnet_fast.measuring.protocol import Entrant, LeftOut
 
 EAGER = {"models": NHWC, "ops": "aten"}
 
@@ -28,34 +28,32 @@ class OpWork:
     device: torch.device
 
 
-def _aten(work: OpWork, benchmark: bool = False) -> Contender:
-    return Contender(work.module, backend="torch", **how_cudnn(benchmark, work.device))
+def _aten(work: OpWork, benchmark: bool = False) -> Entrant:
+    return Entrant(work.module, backend="torch", **how_cudnn(benchmark, work.device))
 
 
-def _aten_folded(work: OpWork) -> Contender:
+def _aten_folded(work: OpWork) -> Entrant:
     how = how_cudnn(True, work.device)
-    return Contender(formulas.folded(work.module), backend="torch", **how)
+    return Entrant(formulas.folded(work.module), backend="torch", **how)
 
 
-def _op_cudnn(work: OpWork) -> Contender:
+def _op_cudnn(work: OpWork) -> Entrant:
     cudnn.check_available(work.device)
     if work.case.spec.activation != "relu":
         raise LeftOut("cuDNN's fused calls end with a ReLU")
     conv = formulas.folded(work.module).conv
     call = cudnn.conv_add_relu if work.case.spec.residual else cudnn.conv_relu
-    return Contender(
-        partial(call, conv), backend="cuDNN, fused call", **how_cudnn(True, work.device)
-    )
+    return Entrant(partial(call, conv), backend="cuDNN, fused call", **how_cudnn(True, work.device))
 
 
-def _op_compile(work: OpWork) -> Contender:
+def _op_compile(work: OpWork) -> Entrant:
     call = peers.compiled(work.module)
-    return Contender(call, around=torch.no_grad, backend="Inductor, freezing")
+    return Entrant(call, around=torch.no_grad, backend="Inductor, freezing")
 
 
-def _op_ours(work: OpWork, backend: str = "auto") -> Contender:
+def _op_ours(work: OpWork, backend: str = "auto") -> Entrant:
     call = work.module.ours(backend)
-    return Contender(call, backend=partial(_backend_of, work), tile=partial(_tile_of, work))
+    return Entrant(call, backend=partial(_backend_of, work), tile=partial(_tile_of, work))
 
 
 LAST_PLAN = {

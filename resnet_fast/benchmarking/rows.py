@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark leaves behind: rows that say everything needed to believe or repeat them.
 
-One `Row` per case and provider, also where there is no time, with the reason; as JSON and as CSV.
+One `Result` per case and provider, also without a time, and then with the reason; as JSON and CSV.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from resnet_fast.benchmarking.cases import label
 from resnet_fast.measuring import steadiness
 from resnet_fast.measuring.machine import Environment
 from resnet_fast.measuring.protocol import MEASURED
@@ -23,7 +24,7 @@ VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Result:
     """One provider on one case. Times are milliseconds; None is "not known", never zero.
 
     Args:
@@ -97,6 +98,11 @@ class Row:
         return (self.suite, self.subject, self.shape, self.batch, self.dtype)
 
     @property
+    def label(self) -> str:
+        """The case in a few words."""
+        return label(self.suite, self.subject, self.shape, self.dtype, self.batch)
+
+    @property
     def measured(self) -> bool:
         return self.status == MEASURED
 
@@ -119,7 +125,7 @@ class Row:
         parts = (getattr(self, f"{self.clock}_{part}ms") for part in ("", "p20_", "p80_", "p99_"))
         return Timing(*parts, self.rounds, self.busy, self.first_ms)
 
-    def over(self, other: Row) -> float | None:
+    def over(self, other: Result) -> float | None:
         """The ratio of the times; None where they scatter so much that it would say nothing."""
         return 1.0 if self is other else self.timing.over(other.timing)
 
@@ -129,14 +135,14 @@ class Results:
     """All rows of a run.
 
     Args:
-        rows: see `Row`.
+        rows: see `Result`.
         left_out: providers that were not asked on this machine, with the reason.
         complete: False where the run was interrupted.
         command: what was asked.
         seconds: how long the run took.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Result] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     complete: bool = True
     command: str = ""
@@ -145,9 +151,7 @@ class Results:
     @property
     def warnings(self) -> list[str]:
         """What to know before the times are taken as facts; nothing where all of them may be."""
-        timed = [row for row in self.rows if row.measured]
-        busy = max((row.busy for row in timed if row.busy is not None), default=None)
-        return steadiness.warnings(sum(not row.stable for row in timed), len(timed), busy)
+        return steadiness.warnings([row.timing for row in self.rows if row.measured])
 
 
 def write(results: Results, folder: Path) -> list[Path]:
@@ -192,7 +196,7 @@ def read(path: Path) -> Results:
     check_version(path, data.pop("schema", None), data.pop("version", None))
     try:
         rows = [
-            Row(**{**row, "environment": Environment(**row["environment"])})
+            Result(**{**row, "environment": Environment(**row["environment"])})
             for row in data.pop("rows")
         ]
         return Results(rows=rows, **data)
@@ -223,17 +227,17 @@ def _plain(value: object) -> object:
 
 
 def _columns() -> list[str]:
-    own = [f.name for f in fields(Row) if f.name != "environment"]
+    own = [f.name for f in fields(Result) if f.name != "environment"]
     return ["schema", "version", *own, *(f"environment.{f.name}" for f in fields(Environment))]
 
 
-def _flat(row: Row) -> dict[str, object]:
+def _flat(row: Result) -> dict[str, object]:
     data = {"schema": SCHEMA, "version": VERSION, **asdict(row)}
     environment = data.pop("environment")
     return data | {f"environment.{name}": value for name, value in environment.items()}
 
 
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path) -> list[Result]:
     rows = []
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
@@ -242,7 +246,7 @@ def _read_csv(path: Path) -> list[Row]:
             facts = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
             own = {k: v for k, v in line.items() if not k.startswith(prefix)}
             environment = Environment(**_typed(Environment, facts))
-            rows.append(Row(**_typed(Row, own), environment=environment))
+            rows.append(Result(**_typed(Result, own), environment=environment))
     return rows
 
 

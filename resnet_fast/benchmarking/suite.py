@@ -19,18 +19,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from resnet_fast.benchmarking import cases, formulas
+from resnet_fast.benchmarking import formulas
 from resnet_fast.benchmarking.cases import ModelCase, OpCase, torch_dtype
 from resnet_fast.benchmarking.plan import (
     QUICK_COMPILED,
     QUICK_SECONDS,
     Request,
     TimeLeft,
-    label,
     seconds_of,
 )
 from resnet_fast.benchmarking.providers import OpWork
-from resnet_fast.benchmarking.rows import Results, Row
+from resnet_fast.benchmarking.rows import Result, Results
 from resnet_fast.measuring import clock as clocks
 from resnet_fast.measuring import photographs, protocol
 from resnet_fast.measuring.machine import Environment, clocks_of, environment
@@ -77,7 +76,7 @@ def run(
         for suite, listed in asked.items():
             deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
             for number, case in enumerate(listed, 1):
-                text = f"{suite} {number}/{len(listed)}, {left.said()}: {label(case)}"
+                text = f"{suite} {number}/{len(listed)}, {left.said()}: {case}"
                 tell = partial(_tell, progress, done / total, text)
                 end = _share(listed[number - 1 :], request, clock.now(), deadline)
                 found, left_out, interrupted = measure_case(case, request, clock, facts, end, tell)
@@ -116,7 +115,7 @@ def measure_case(
     deadline: float = math.inf,
     progress: Told = lambda text: None,
     samples: dict[str, tuple[float, ...]] | None = None,
-) -> tuple[list[Row], dict[str, str], bool]:
+) -> tuple[list[Result], dict[str, str], bool]:
     """One case: a row per provider, those left out with the reason, and whether Ctrl-C came.
 
     `samples`, if given, is filled with the rounds' wall times in milliseconds by provider.
@@ -130,7 +129,7 @@ def measure_case(
             if clock.now() > deadline:
                 raise protocol.LeftOut(protocol.TIME_IS_UP)
             progress("inputs and references")
-            check_memory(label(case), needed_bytes(case), request.place)
+            check_memory(str(case), needed_bytes(case), request.place)
             shared, work = material(case, request)
             builders = {p.name: partial(p.build, work) for p in asked}
             outcomes, interrupted = protocol.measure(
@@ -186,7 +185,7 @@ def needed_bytes(case: ModelCase | OpCase) -> int:
     """About what a case needs: the largest layer three times, the weights for each provider."""
     if isinstance(case, OpCase):
         return 3 * case.bytes + SETS_BYTES
-    layers = cases.plain_layers(case.model)
+    layers = layers_of(case.model, fused=False)
     size = ELEMENT_SIZE[case.dtype.replace("tf32", "float32")]
     largest = max(layer.bytes - layer.weight_bytes for layer in layers) * case.batch * size / 4
     return int(3 * largest + 6 * sum(layer.weight_bytes for layer in layers) * size / 4)
@@ -290,7 +289,7 @@ def model_case(
 # ---- rows
 
 
-def roofs_of(found: list[Row], place: torch.device, progress: Told) -> dict[str, Roofline]:
+def roofs_of(found: list[Result], place: torch.device, progress: Told) -> dict[str, Roofline]:
     """The device's rooflines by dtype, raised by those ops that went through them."""
     roofs = {}
     timed = [row for row in found if row.suite == "ops" and row.measured]
@@ -306,10 +305,10 @@ def roofs_of(found: list[Row], place: torch.device, progress: Told) -> dict[str,
     return roofs
 
 
-def with_shares(found: list[Row], roofs: dict[str, Roofline]) -> list[Row]:
+def with_shares(found: list[Result], roofs: dict[str, Roofline]) -> list[Result]:
     """The rows with the share of the roofline that each measured op reaches."""
 
-    def shared(row: Row) -> Row:
+    def shared(row: Result) -> Result:
         if row.suite != "ops" or not row.measured or row.dtype not in roofs:
             return row
         floor = roofs[row.dtype].time_floor(row.flops, row.bytes)
@@ -327,10 +326,10 @@ def _row(
     cache_text: str,
     clock: clocks.Clock,
     facts: Environment,
-) -> Row:
+) -> Result:
     model = isinstance(case, ModelCase)
     flops, moved = work_of(case)
-    row = Row(
+    row = Result(
         suite="models" if model else "ops",
         subject=case.model if model else case.op,
         shape=case.shape,
@@ -376,7 +375,7 @@ def _columns(name: str, found: Timing | None) -> dict[str, float]:
     return {f"{name}_ms": found.median, **columns}
 
 
-def _rates(row: Row) -> dict[str, float]:
+def _rates(row: Result) -> dict[str, float]:
     seconds = row.time_ms / 1e3
     return {
         "tflops": row.flops / seconds / 1e12,

@@ -116,9 +116,7 @@ class Comparison:
     @property
     def warnings(self) -> list[str]:
         """What to know before the times are taken as facts; nothing where all of them may be."""
-        timings = [timing for setting in self.settings for timing in setting.timings.values()]
-        busy = max((t.busy for t in timings if t.busy is not None), default=None)
-        return steadiness.warnings(sum(not t.stable for t in timings), len(timings), busy)
+        return steadiness.warnings([t for s in self.settings for t in s.timings.values()])
 
     def to_json(self) -> dict:
         """Plain data: dictionaries, lists, strings and numbers."""

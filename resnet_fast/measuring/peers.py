@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one list of ways to run a whole ResNet that are measured, each in its strongest honest form.
 
-A provider builds a `Contender` for a case, or raises to say why it cannot. What conversion it needs
+A provider builds an `Entrant` for a case, or raises to say why it cannot. What conversion it needs
 (memory order, another array type) is done to the inputs before the clock runs.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import resnet_fast
 from resnet_fast import _names, ops
 from resnet_fast.measuring import cudnn
-from resnet_fast.measuring.protocol import Contender, Inputs, LeftOut, Missing
+from resnet_fast.measuring.protocol import Entrant, Inputs, LeftOut, Missing
 
 OURS = "resnet_fast"
 NCHW, NHWC = "torchvision-contiguous", "torchvision-channels_last"
@@ -69,7 +69,7 @@ class Provider:
 
     name: str
     about: str
-    build: Callable[[object], Contender]
+    build: Callable[[object], Entrant]
     device: str | None = None
     extent: str = QUICK
     seconds: dict[str, float] = field(default_factory=lambda: {"models": 0.5, "ops": 0.02})
@@ -91,7 +91,7 @@ def searching() -> Iterator[None]:
 
 
 def how_cudnn(benchmark: bool, device: torch.device) -> dict[str, object]:
-    """How a contender with cuDNN's convolutions is called: with the search or without."""
+    """How a entrant with cuDNN's convolutions is called: with the search or without."""
     apart = device.type == "cuda" and not benchmark
     return {"around": partial(_cudnn_flags, benchmark), "own_thread": apart}
 
@@ -219,57 +219,57 @@ def torch_tensorrt_call(model: nn.Module, example: Tensor) -> Call:
 # ---- the list
 
 
-def _eager(work: ModelWork, benchmark: bool = False, nhwc: bool = True) -> Contender:
+def _eager(work: ModelWork, benchmark: bool = False, nhwc: bool = True) -> Entrant:
     model = work.placed(work.theirs)
     if not nhwc:
         model = model.to(memory_format=torch.contiguous_format)
     how = {**how_cudnn(benchmark, work.x.device), "backend": "torch"}
     if nhwc:
-        return Contender(model, **how)
-    return Contender(model, contiguous, layout="contiguous", **how)
+        return Entrant(model, **how)
+    return Entrant(model, contiguous, layout="contiguous", **how)
 
 
-def _cudnn_fused(work: ModelWork) -> Contender:
+def _cudnn_fused(work: ModelWork) -> Entrant:
     cudnn.check_available(work.x.device)
     model = work.placed(cudnn.CudnnFused(work.theirs))
-    return Contender(model, backend="cuDNN, fused calls", **how_cudnn(True, work.x.device))
+    return Entrant(model, backend="cuDNN, fused calls", **how_cudnn(True, work.x.device))
 
 
-def _compile(work: ModelWork, mode: str | None = None, graphable: bool = True) -> Contender:
+def _compile(work: ModelWork, mode: str | None = None, graphable: bool = True) -> Entrant:
     if not work.compiles:
         raise LeftOut("compiling takes longer than --quick may take; run without it")
     call = compiled(work.placed(work.theirs), mode)
     graphable = graphable or not work.x.is_cuda  # its graphs are a GPU's
-    return Contender(call, around=torch.no_grad, backend="Inductor, freezing", graphable=graphable)
+    return Entrant(call, around=torch.no_grad, backend="Inductor, freezing", graphable=graphable)
 
 
-def _openvino(work: ModelWork) -> Contender:
+def _openvino(work: ModelWork) -> Entrant:
     call = openvino_call(copy.deepcopy(work.theirs), work.x.dtype, work.x.device)
-    return Contender(call, _float_contiguous, layout="contiguous", backend="OpenVINO")
+    return Entrant(call, _float_contiguous, layout="contiguous", backend="OpenVINO")
 
 
-def _onnxruntime(work: ModelWork) -> Contender:
+def _onnxruntime(work: ModelWork) -> Entrant:
     call = onnxruntime_call(copy.deepcopy(work.theirs), work.x)
-    return Contender(call, contiguous, layout="contiguous", backend="ONNX Runtime")
+    return Entrant(call, contiguous, layout="contiguous", backend="ONNX Runtime")
 
 
 def _float_contiguous(inputs: Inputs) -> Inputs:
     return tuple(t.float().contiguous() for t in inputs)
 
 
-def _tensorrt(work: ModelWork) -> Contender:
+def _tensorrt(work: ModelWork) -> Entrant:
     call = torch_tensorrt_call(work.placed(work.theirs), work.x)
-    return Contender(call, around=torch.no_grad, backend="TensorRT")
+    return Entrant(call, around=torch.no_grad, backend="TensorRT")
 
 
-def _ours(work: ModelWork) -> Contender:
+def _ours(work: ModelWork) -> Entrant:
     model = work.placed(work.ours)
-    return Contender(model, backend=partial(_backends_of, model))
+    return Entrant(model, backend=partial(_backends_of, model))
 
 
-def _ours_by(work: ModelWork, backend: str) -> Contender:
+def _ours_by(work: ModelWork, backend: str) -> Entrant:
     model = resnet_fast.optimize(work.placed(work.theirs), backend=backend, strict=True)
-    return Contender(model, backend=partial(_backends_of, model))
+    return Entrant(model, backend=partial(_backends_of, model))
 
 
 def _backends_of(model: nn.Module) -> str:
@@ -279,12 +279,12 @@ def _backends_of(model: nn.Module) -> str:
     return f"{', '.join(used)}: {report.fused} of {len(report)} blocks fused"
 
 
-def _ours_graph(work: ModelWork) -> Contender:
+def _ours_graph(work: ModelWork) -> Entrant:
     if not work.x.is_cuda:
         raise Missing(f"CUDA graphs run on a GPU, not on the {work.x.device.type}")
     # Recorded in the first call, which is made under inference_mode; it cannot be captured again.
     graph = resnet_fast.cuda_graph(work.placed(work.ours), clone=False)
-    return Contender(graph, backend="CUDA graph", graphable=False)
+    return Entrant(graph, backend="CUDA graph", graphable=False)
 
 
 COMPILING, AUTOTUNING = {"models": 25.0, "ops": 3.0}, {"models": 600.0}

@@ -51,7 +51,7 @@ Inputs = tuple[object, ...]
 
 
 @dataclass(slots=True)
-class Contender:
+class Entrant:
     """A provider ready for one case.
 
     Args:
@@ -75,14 +75,14 @@ class Contender:
     own_thread: bool = False
 
 
-def answer(contender: Contender, inputs: Inputs) -> Tensor:
-    """What a contender gives for inputs, untimed, under its modes and in a thread as it wants."""
+def answer(entrant: Entrant, inputs: Inputs) -> Tensor:
+    """What a entrant gives for inputs, untimed, under its modes and in a thread as it wants."""
 
     def ask() -> Tensor:
-        with contender.around():
-            return contender.call(*contender.prepare(inputs))
+        with entrant.around():
+            return entrant.call(*entrant.prepare(inputs))
 
-    if not contender.own_thread:
+    if not entrant.own_thread:
         return ask()
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(ask).result()
@@ -133,9 +133,9 @@ class Outcome:
 
 @dataclass(slots=True)
 class _Runner:
-    """A contender on its way through the protocol."""
+    """A entrant on its way through the protocol."""
 
-    contender: Contender
+    entrant: Entrant
     inputs: list[Inputs]
     outcome: Outcome
     clock: Clock
@@ -148,29 +148,29 @@ class _Runner:
     FIRST: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if self.contender.own_thread:
+        if self.entrant.own_thread:
             self.thread = ThreadPoolExecutor(1)
 
     def inside(self, work: Callable[..., Any], *args) -> Any:
-        """Do `work` under the contender's modes, on the clock's device, in the right thread."""
+        """Do `work` under the entrant's modes, on the clock's device, in the right thread."""
 
         def do() -> Any:
-            with self.clock.current(), self.contender.around():
+            with self.clock.current(), self.entrant.around():
                 return work(self, *args)
 
         return do() if self.thread is None else self.thread.submit(do).result()
 
     def next_call(self) -> Callable[[], Tensor]:
         inputs = self.inputs[next(self.turns) % len(self.inputs)]
-        return lambda: self.contender.call(*inputs)
+        return lambda: self.entrant.call(*inputs)
 
     def first_call(self) -> Callable[[], Tensor]:
         inputs = self.inputs[self.FIRST]
-        return lambda: self.contender.call(*inputs)
+        return lambda: self.entrant.call(*inputs)
 
 
 def measure(
-    builders: dict[str, Callable[[], Contender]],
+    builders: dict[str, Callable[[], Entrant]],
     case: Case,
     clock: Clock,
     *,
@@ -181,7 +181,7 @@ def measure(
     """Take every provider through the protocol.
 
     Args:
-        builders: by provider's name; each makes its `Contender`, or raises to say why it cannot.
+        builders: by provider's name; each makes its `Entrant`, or raises to say why it cannot.
         case: inputs and references.
         clock: of the device.
         seconds: of timed rounds for all providers together; there are at least 7. A provider's
@@ -244,7 +244,7 @@ def why(error: Exception) -> tuple[str, str]:
 
 
 def _enter(
-    build: Callable[[], Contender],
+    build: Callable[[], Entrant],
     case: Case,
     clock: Clock,
     outcome: Outcome,
@@ -253,29 +253,29 @@ def _enter(
 ) -> _Runner | None:
     """Build, check, warm up, check again; None where the answer was not exact enough."""
     start = clock.now()
-    contender = build()
-    inputs = [contender.prepare(one) for one in case.inputs]
+    entrant = build()
+    inputs = [entrant.prepare(one) for one in case.inputs]
     outcome.build_ms = (clock.now() - start) * 1e3
-    runner = _Runner(contender, inputs, outcome, clock, turns)
+    runner = _Runner(entrant, inputs, outcome, clock, turns)
     return runner if runner.inside(_is_ready, case, seconds) else None
 
 
 def _is_ready(runner: _Runner, case: Case, seconds: float) -> bool:
     """Check, warm up, check again; False where the answer was not exact enough."""
-    contender, clock, outcome = runner.contender, runner.clock, runner.outcome
+    entrant, clock, outcome = runner.entrant, runner.clock, runner.outcome
     result: list[Tensor] = []
     first_ms = clock.lap(lambda: result.append(runner.first_call()()))
     if not _agrees(result.pop(), case, outcome, "its first call"):
         return False
     outcome.first_ms = first_ms
     for name in ("layout", "backend", "tile"):
-        said = getattr(contender, name)
+        said = getattr(entrant, name)
         setattr(outcome, name, said() if callable(said) else said)
     outcome.warm_up = warm_up(lambda: clock.lap(runner.next_call()), seconds / 2 * 1e3)
     # What a provider kept of the calls before (a captured graph, a buffer) shows here.
     if not _agrees(runner.first_call()(), case, outcome, "a call after the warm-up"):
         return False
-    if contender.graphable:
+    if entrant.graphable:
         outcome.peak_memory_mb = clock.peak_memory_mb(runner.next_call())
         runner.replay = clock.capture(runner.first_call())
     return True

@@ -148,20 +148,21 @@ def too_busy(busy: float | None) -> list[str]:
     ]
 
 
-def warnings(unstable: int, figures: int, busy: float | None) -> list[str]:
-    """What to say below figures of which some are not stable, and what to do about it.
+def warnings(timings: Sequence[Timing]) -> list[str]:
+    """What to say below times of which some are not stable, and what to do about it."""
+    stable = [timing.stable for timing in timings]
+    busy = max((t.busy for t in timings if t.busy is not None), default=None)
+    return [*too_busy(busy), *unstable(stable.count(False), len(stable))]
 
-    Args:
-        unstable, figures: how many times are not stable, and of how many.
-        busy: the largest share that others took of the CPU time; None where it is not known.
-    """
-    found = too_busy(busy)
-    if unstable:
-        found.append(
-            f"{MARK} marks what is not stable, {unstable} of {figures} times: the rounds lie more "
-            f"than a third of the median apart, are too few, or the machine was busy; {ADVICE}"
-        )
-    return found
+
+def unstable(count: int, figures: int) -> list[str]:
+    """The warning that so many of the times are marked, if any are."""
+    if not count:
+        return []
+    return [
+        f"{MARK} marks what is not stable, {count} of {figures} times: the rounds lie more than a "
+        f"third of the median apart, are too few, or the machine was busy; {ADVICE}"
+    ]
 
 
 class Others:

@@ -120,4 +120,5 @@ class Findings:
     def warnings(self) -> list[str]:
         """What to know before the times are taken as facts; nothing where all of them may be."""
         times = [*self.layers, self.run]
-        return steadiness.warnings(sum(not self.stable(t) for t in times), len(times), self.busy)
+        loose = sum(not self.stable(time) for time in times)
+        return [*steadiness.too_busy(self.busy), *steadiness.unstable(loose, len(times))]

@@ -221,7 +221,7 @@ def identity(clock_of):
             clock_of().seconds += 1e-3
             return x
 
-        return protocol.Contender(call)
+        return protocol.Entrant(call)
 
     return build
 
@@ -254,7 +254,7 @@ def test_quick_keeps_to_its_time_and_says_what_it_left_out(monkeypatch):
             box["clock"].seconds += 10
             return x
 
-        return protocol.Contender(call)
+        return protocol.Entrant(call)
 
     box["clock"] = fake_suite(monkeypatch, Provider("slow", "", build))
     request = Request(suites=("models",), device="cpu", extent="quick", models=["resnet18"])
@@ -701,7 +701,7 @@ def test_a_row_says_whether_its_time_may_be_taken_as_a_fact(monkeypatch):
             box["clock"].seconds += next(times) if x[0, 0] == 1 else 1e-3
             return x
 
-        return protocol.Contender(call)
+        return protocol.Entrant(call)
 
     fakes = (Provider("good", "", identity(lambda: box["clock"])), Provider("wild", "", scattering))
     box["clock"] = fake_suite(monkeypatch, *fakes)

@@ -13,7 +13,7 @@ import torch
 from resnet_fast.measuring import protocol
 from resnet_fast.measuring import rounds as rounds_module
 from resnet_fast.measuring.clock import CudaClock
-from resnet_fast.measuring.protocol import Contender, LeftOut, Missing
+from resnet_fast.measuring.protocol import Entrant, LeftOut, Missing
 from resnet_fast.measuring.rounds import WARM_UP_LIMIT, rounds, warm_up
 from resnet_fast.measuring.steadiness import MIN_ROUNDS, Timing
 from tests.benchmarking.fakes import FakeClock, case, right
@@ -25,7 +25,7 @@ def measure(builders, clock, given=None, **options):
 
 def test_a_wrong_answer_gets_no_time():
     clock = FakeClock()
-    wrong = {"good": right(clock), "wrong": lambda: Contender(lambda x: x + 0.5)}
+    wrong = {"good": right(clock), "wrong": lambda: Entrant(lambda x: x + 0.5)}
     outcomes, _ = measure(wrong, clock)
     assert outcomes["good"].status == protocol.MEASURED
     found = outcomes["wrong"]
@@ -35,7 +35,7 @@ def test_a_wrong_answer_gets_no_time():
 
 @pytest.mark.parametrize("answer", [torch.zeros(2, 4), torch.full((2, 3), torch.nan)])
 def test_a_wrong_shape_and_a_nan_are_wrong_answers(answer):
-    outcomes, _ = measure({"wrong": lambda: Contender(lambda x: answer)}, FakeClock())
+    outcomes, _ = measure({"wrong": lambda: Entrant(lambda x: answer)}, FakeClock())
     assert outcomes["wrong"].status == protocol.FAILED and outcomes["wrong"].wall is None
 
 
@@ -48,7 +48,7 @@ def test_an_answer_that_goes_stale_after_the_first_call_gets_no_time():
         calls.append(x)
         return x if len(calls) == 1 else x + 1
 
-    outcomes, _ = measure({"stale": lambda: Contender(stale)}, clock)
+    outcomes, _ = measure({"stale": lambda: Entrant(stale)}, clock)
     assert outcomes["stale"].status == protocol.FAILED
     assert "after the warm-up" in outcomes["stale"].reason and outcomes["stale"].wall is None
 
@@ -93,7 +93,7 @@ def test_who_throws_in_a_round_loses_its_times_and_the_rest_go_on():
             raise RuntimeError("only now")
         return late.call(x)
 
-    outcomes, _ = measure(builds | {"late": lambda: Contender(call)}, clock)
+    outcomes, _ = measure(builds | {"late": lambda: Entrant(call)}, clock)
     assert outcomes["late"].status == protocol.THREW and outcomes["late"].wall is None
     assert outcomes["good"].wall.rounds >= MIN_ROUNDS
 
@@ -129,7 +129,7 @@ def test_first_call_and_building_stand_apart():
             clock.seconds += slow.pop() if slow else 1e-3
             return x
 
-        return Contender(call)
+        return Entrant(call)
 
     outcomes, _ = measure({"cold": build}, clock)
     found = outcomes["cold"]
@@ -145,8 +145,8 @@ def test_modes_are_entered_outside_of_the_clock():
         clock.seconds += 1
         yield
 
-    contender = Contender(right(clock)().call, around=costly)
-    outcomes, _ = measure({"x": lambda: contender}, clock)
+    entrant = Entrant(right(clock)().call, around=costly)
+    outcomes, _ = measure({"x": lambda: entrant}, clock)
     assert outcomes["x"].wall.p99 == pytest.approx(1)
 
 
@@ -161,7 +161,7 @@ def test_who_wants_a_thread_has_one_of_its_own_for_all_calls():
             clock.seconds += 1e-3
             return x.clone()
 
-        return lambda: Contender(call, own_thread=own_thread)
+        return lambda: Entrant(call, own_thread=own_thread)
 
     outcomes, _ = measure({n: builder(n, n == "mine") for n in seen}, clock)
     assert {o.status for o in outcomes.values()} == {protocol.MEASURED}
@@ -173,7 +173,7 @@ def test_who_throws_in_a_thread_of_its_own_says_why():
     def call(x):
         raise RuntimeError("no engine")
 
-    outcomes, _ = measure({"x": lambda: Contender(call, own_thread=True)}, FakeClock())
+    outcomes, _ = measure({"x": lambda: Entrant(call, own_thread=True)}, FakeClock())
     assert outcomes["x"].status == protocol.THREW and "no engine" in outcomes["x"].reason
 
 
@@ -185,8 +185,8 @@ def test_the_inputs_are_prepared_once_and_untimed():
         clock.seconds += 1
         return inputs
 
-    contender = Contender(right(clock)().call, prepare)
-    outcomes, _ = measure({"x": lambda: contender}, clock)
+    entrant = Entrant(right(clock)().call, prepare)
+    outcomes, _ = measure({"x": lambda: entrant}, clock)
     assert len(prepared) == 3 and outcomes["x"].wall.p99 == pytest.approx(1)
 
 
@@ -216,15 +216,15 @@ def test_the_deadline_begins_nothing_new():
 
 def test_ctrl_c_keeps_what_was_measured():
     clock, count = FakeClock(), [0]
-    contender = right(clock)()
+    entrant = right(clock)()
 
     def call(x):
         count[0] += 1
         if count[0] == 30:
             raise KeyboardInterrupt
-        return contender.call(x)
+        return entrant.call(x)
 
-    builders = {"first": right(clock), "cut": lambda: Contender(call)}
+    builders = {"first": right(clock), "cut": lambda: Entrant(call)}
     outcomes, interrupted = measure(builders, clock, seconds=1e6)
     assert interrupted
     assert outcomes["first"].status == protocol.MEASURED
@@ -344,7 +344,7 @@ def launching(device: _Device, host: float = 40e-6, work: float = 3e-6):
         device.launch(host, work)
         return x.clone()
 
-    return lambda: Contender(call)
+    return lambda: Entrant(call)
 
 
 def test_the_devices_time_has_no_launch_in_it_and_the_wall_time_has(gpu):
@@ -427,7 +427,7 @@ def test_the_clocks_device_is_the_one_that_is_timed(gpu):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "device", device)
-    outcomes, _ = measure({"x": lambda: Contender(call)}, timer)
+    outcomes, _ = measure({"x": lambda: Entrant(call)}, timer)
     assert outcomes["x"].device_how == "graph replay"
     assert streams == ["a stream of cuda:1"]
     assert all(where == [torch.device("cuda:1")] for where in calls)
