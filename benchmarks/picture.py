@@ -7,6 +7,7 @@ The bars are read from the table itself, so the two cannot disagree.
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 from benchmarks.readme import README
@@ -14,6 +15,7 @@ from benchmarks.readme import README
 PICTURE = Path(__file__).parent / "results" / "ratios.svg"
 COLOURS = ("#1b6ca8", "#b8b8b8", "#dcdcdc", "#eeeeee")  # ours first
 FIRST_RATIO = "resnet_fast"  # columns from this one on are ratios
+NAMES = {"compile": "torch.compile, freezing", "openvino": "OpenVINO"}  # in the legend
 
 
 def table(readme: str) -> tuple[list[str], list[list[str]], str]:
@@ -52,7 +54,9 @@ def draw(readme: str, to: Path = PICTURE) -> None:
             axes.bar(x, ratio, width * 0.92, color=COLOURS[i], edgecolor="#888888",
                      linewidth=0.4, hatch="////" if unstable else None)  # fmt: skip
             axes.text(x, ratio, row[first + i], ha="center", va="bottom", fontsize=6)
-        axes.bar(0, 0, color=COLOURS[i], edgecolor="#888888", linewidth=0.4, label=name)
+        axes.bar(
+            0, 0, color=COLOURS[i], edgecolor="#888888", linewidth=0.4, label=NAMES.get(name, name)
+        )
     axes.axhline(1, color="black", linewidth=0.8)
     axes.text(-0.45, 1.01, "torchvision = 1", fontsize=7, va="bottom")
     labels = ["\n".join((row[0], row[1], f"batch {row[2]}")) for row in rows]
@@ -62,7 +66,8 @@ def draw(readme: str, to: Path = PICTURE) -> None:
     axes.set_title("Time of a forward pass; lower is faster", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper right", ncols=len(names), frameon=False, fontsize=8)
-    figure.supxlabel(f"{measured}; hatched and ~: not stable", fontsize=6)
+    note = f"{measured}; hatched and ~: not stable; no bar: not timed, or not stable at all"
+    figure.supxlabel("\n".join(textwrap.wrap(note, 150)), fontsize=6)
     figure.savefig(to, metadata={"Date": None, "Creator": None})
 
 

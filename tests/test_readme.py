@@ -73,7 +73,7 @@ def test_the_picture_is_the_tables(tmp_path):
 
 
 def test_what_stands_below_the_table_is_true_of_every_row():
-    """ "faster than torchvision in every row", and others faster "in some of them"."""
+    """Faster than torchvision in every row, and mostly slower than the others."""
     headings, rows, measured = picture.table(README)
     ours = headings.index("resnet_fast")
     assert rows and measured
@@ -81,5 +81,4 @@ def test_what_stands_below_the_table_is_true_of_every_row():
     for other in range(ours + 1, len(headings)):
         pairs = [(picture.number(row[ours]), picture.number(row[other])) for row in rows]
         known = [(mine, theirs) for mine, theirs in pairs if mine and theirs]
-        assert any(theirs < mine for mine, theirs in known), headings[other]
-        assert any(theirs > mine for mine, theirs in known), headings[other]
+        assert sum(theirs < mine for mine, theirs in known) > len(known) / 2, headings[other]
