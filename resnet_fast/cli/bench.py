@@ -61,27 +61,11 @@ def add(command: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="the models, and the shapes of ops; default: two, or all with --full",
     )
-    add(
-        "--batch",
-        type=arguments.positive,
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="default: 1 8 32, or 1 8 32 128 256 with --full",
-    )
-    add(
-        "--dtype",
-        nargs="+",
-        default=[],
-        metavar="DTYPE",
-        help="float32 (fp32), tf32, float16 (fp16, half), bfloat16 (bf16); default: two, or all of "
-        "the device with --full",
-    )
-    add(
-        "--seconds",
-        type=arguments.duration,
-        help="how long each case is timed; default: 4 for models and 1 for ops, less with --quick",
-    )
+    arguments.add_batches(command, (), otherwise="1 8 32, or 1 8 32 128 256 with --full")
+    dtypes = "float32 (fp32), tf32, float16 (fp16, half), bfloat16 (bf16)"
+    arguments.add_dtypes(command, (), "two, or all of the device with --full", dtypes)
+    usual = "4 for models and 1 for ops, less with --quick"
+    arguments.add_seconds(command, "each case", None, usual)
     add(
         "--out",
         type=Path,

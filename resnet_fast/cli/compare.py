@@ -26,21 +26,9 @@ def add(command: argparse.ArgumentParser) -> None:
     """Its options."""
     arguments.add_model(command)
     add = command.add_argument
-    add(
-        "--batch",
-        type=arguments.positive,
-        nargs="+",
-        default=[1, 8],
-        metavar="N",
-        help="batch sizes; photographs are repeated to fill them; default: 1 8",
-    )
-    add(
-        "--dtype",
-        nargs="+",
-        default=["float32", "bfloat16"],
-        metavar="DTYPE",
-        help=f"{arguments.DTYPES}; default: the first two",
-    )
+    about = "batch sizes; photographs are repeated to fill them; "
+    arguments.add_batches(command, (1, 8), about)
+    arguments.add_dtypes(command, ("float32", "bfloat16"), "the first two")
     add(
         "--images",
         nargs="+",
@@ -69,12 +57,7 @@ def add(command: argparse.ArgumentParser) -> None:
         dest="peers",
         help="time OpenVINO too (pip install openvino)",
     )
-    add(
-        "--seconds",
-        type=arguments.duration,
-        default=6.0,
-        help="how long each setting (a dtype and a batch) is timed; default: 6",
-    )
+    arguments.add_seconds(command, "each setting (a dtype and a batch)", 6.0)
     arguments.add_outputs(command, "the settings with all that was measured")
 
 
