@@ -140,15 +140,10 @@ def beyond_32_bits_faults(arch: int, source: Callable = join_cases.join_kernels)
     spec = join_cases.join(n, 8, 8, 64, 32, 64, stride=(2, 2))
     near = join_tensors(join_cases.join(images, 8, 8, 64, 32, 64, stride=(2, 2)))
 
-    def far(tensor):
-        _, channels, height, width = tensor.shape
-        whole = torch.from_numpy(ptx.sparse_array((n, height, width, channels), "float16"))
-        whole = whole.permute(0, 3, 1, 2)
-        whole[-images:] = tensor
-        return whole
-
-    main = replace(near.main, spec=spec.main, x=far(near.main.x), out=far(near.main.out))
-    projection = replace(near.projection, spec=spec.projection, x=far(near.projection.x))
+    main = replace(
+        near.main, spec=spec.main, x=machine.far(near.main.x, n), out=machine.far(near.main.out, n)
+    )
+    projection = replace(near.projection, spec=spec.projection, x=machine.far(near.projection.x, n))
     (kernel,) = source(JoinTensors(spec, main, projection), TileConfig(64, 64, 64, 3, 4), arch)
     kernel.run([(i, 0, 0) for i in range(kernel.grid[0] - images, kernel.grid[0])])
     near.out.copy_(main.out[-images:])

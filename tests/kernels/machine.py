@@ -47,6 +47,21 @@ class Job:
         return f"sm_{self.arch}: {self.spec} {self.spec.precision}{norm}, {self.tile}{options}"
 
 
+def assert_no_faults(pool, check, jobs) -> None:
+    """check(job) returns what is wrong, as lines; it runs in the pool's processes."""
+    faults = [line for lines in pool.map(check, jobs) for line in lines]
+    assert not faults, "\n".join(faults)
+
+
+def far(tensor: torch.Tensor, n: int) -> torch.Tensor:
+    """`n` images in NHWC memory, the last of which are those of `tensor`; the others take none."""
+    images, channels, height, width = tensor.shape
+    whole = torch.from_numpy(ptx.sparse_array((n, height, width, channels), "float16"))
+    whole = whole.permute(0, 3, 1, 2)
+    whole[-images:] = tensor
+    return whole
+
+
 def run(tensors: ConvTensors, job: Job):
     """Run the op on `tensors`, the workspace poisoned: the kernels and their runs, in order."""
     kernels = job.source(tensors, job.tile, job.arch)
@@ -199,15 +214,7 @@ def far_images(job: Job, images: int) -> ConvTensors:
     """Operands of which only the last `images` images are there; the others take no memory."""
     spec = job.spec
     near = conv_tensors(replace(spec, n=images))
-
-    def far(tensor):
-        _, channels, height, width = tensor.shape
-        whole = ptx.sparse_array((spec.n, height, width, channels), "float16")
-        whole = torch.from_numpy(whole).permute(0, 3, 1, 2)
-        whole[-images:] = tensor
-        return whole
-
-    x, residual, out = map(far, (near.x, near.residual, near.out))
+    x, residual, out = (far(tensor, spec.n) for tensor in (near.x, near.residual, near.out))
     return replace(near, spec=spec, x=x, residual=residual, out=out)
 
 

@@ -14,6 +14,7 @@ from resnet_fast.kernels import conv_bn_join
 from resnet_fast.spec import JoinSpec, TileConfig
 from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
+from tests.kernels.machine import assert_no_faults
 from tests.support import cases, compiled, join_cases
 
 FAMILY, TILES = tiles.TRITON[JoinSpec], tiles.TRITON_TILES[JoinSpec]
@@ -33,11 +34,6 @@ def of(spec: JoinSpec, dtype: str, precision: str = "tf32") -> JoinSpec:
     """The same join at another dtype."""
     parts = (replace(part, dtype=dtype, precision=precision) for part in join_checks.parts(spec))
     return JoinSpec(*parts)
-
-
-def assert_no_faults(pool, check, jobs) -> None:
-    faults = [line for lines in pool.map(check, jobs) for line in lines]
-    assert not faults, "\n".join(faults)
 
 
 # ---- interpreted

@@ -17,7 +17,7 @@ import torch
 from resnet_fast import _hardware
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.kernels import machine
-from tests.kernels.machine import Job
+from tests.kernels.machine import Job, assert_no_faults
 from tests.support import cases, cuda_kernels, families, nvcc
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
@@ -31,11 +31,6 @@ ODD = {name: spec for name, spec in cases.ODD.items() if spec.c % 8 == spec.k % 
 def job(spec: ConvSpec, tile: TileConfig = TILE, arch: int = 80, **options) -> Job:
     tile = families.in_elements(tile, spec.dtype)
     return Job(spec, tile, arch, tuple(options.items()), cuda_kernels.conv_kernels)
-
-
-def assert_no_faults(pool, check, jobs) -> None:
-    faults = [line for lines in pool.map(check, jobs) for line in lines]
-    assert not faults, "\n".join(faults)
 
 
 # --- what the compiler makes of it ----------------------------------------------------------------

@@ -13,6 +13,7 @@ from resnet_fast.dispatch import gemm, tiles
 from resnet_fast.spec import JoinSpec, TileConfig
 from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
+from tests.kernels.machine import assert_no_faults
 from tests.support import cuda_kernels, join_cases, nvcc, sass
 from tests.support.families import in_elements, whole_join
 
@@ -32,11 +33,6 @@ def job(spec: JoinSpec, tile: TileConfig, dtype: str = "float16", arch: int = 80
     parts = (replace(part, dtype=dtype) for part in join_checks.parts(spec))
     tile = in_elements(tile, dtype)
     return Job(JoinSpec(*parts), tile, arch, tuple(options.items()), cuda_kernels.join_kernels)
-
-
-def assert_no_faults(pool, check, jobs) -> None:
-    faults = [line for lines in pool.map(check, jobs) for line in lines]
-    assert not faults, "\n".join(faults)
 
 
 def counted(arguments: Job) -> int:

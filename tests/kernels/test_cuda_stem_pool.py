@@ -15,8 +15,7 @@ import torch
 
 from resnet_fast import _hardware
 from resnet_fast.spec import StemTile
-from softgpu import ptx
-from tests.kernels.machine import SECTOR, spills, unseen_norms
+from tests.kernels.machine import SECTOR, far, spills, unseen_norms
 from tests.ptx.ptx_mutants import hunt
 from tests.support import compiled, nvcc
 from tests.support.stem import K_GEMM, TILES, StemTensors, stem_kernel, stem_tensors
@@ -169,14 +168,7 @@ def test_beyond_32_bits():
     images, n = 2, 2**18
     near = stem_tensors(images, 64, 64, 64)
 
-    def far(tensor):
-        _, channels, height, width = tensor.shape
-        whole = torch.from_numpy(ptx.sparse_array((n, height, width, channels), "float16"))
-        whole = whole.permute(0, 3, 1, 2)
-        whole[-images:] = tensor
-        return whole
-
-    tensors = replace(near, x=far(near.x), out=far(near.out))
+    tensors = replace(near, x=far(near.x, n), out=far(near.out, n))
     kernel = stem_kernel(tensors, TILES[0], 80)
     tiles = kernel.grid[0] // n * images
     run = kernel.run(range(kernel.grid[0] - tiles, kernel.grid[0]))

@@ -16,7 +16,7 @@ from resnet_fast import _hardware
 from resnet_fast.kernels import add_relu
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.kernels import machine
-from tests.kernels.machine import Job
+from tests.kernels.machine import Job, assert_no_faults
 from tests.support import cases, compiled
 
 ARCHITECTURES = pytest.mark.parametrize("arch", compiled.MACHINE_ARCHS, ids="sm_{}".format)
@@ -26,11 +26,6 @@ TILES = {
     90: TileConfig(64, 32, 32, 3, 4, GROUP_M=2),
 }
 CONV3X3 = ConvSpec(2, 7, 9, 64, 48, 3, 3, (1, 1), (1, 1), residual=True, norm=True)
-
-
-def assert_no_faults(pool, check, jobs) -> None:
-    faults = [line for lines in pool.map(check, jobs) for line in lines]
-    assert not faults, "\n".join(faults)
 
 
 @ARCHITECTURES
