@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of the READMEs from results: `python -m benchmarks.readme`.
+"""Write the tables of both READMEs from results: `python -m benchmarks.readme`.
 
 All times of models come from one run, of about ten minutes on two cores:
 
@@ -173,5 +173,4 @@ def rewritten(page: str) -> str:
 
 if __name__ == "__main__":
     for path in PAGES:
-        if path.exists():
-            path.write_text(rewritten(path.read_text()))
+        path.write_text(rewritten(path.read_text()))

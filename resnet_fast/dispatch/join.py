@@ -113,7 +113,7 @@ class JoinLaunch:
     def __init__(self, function: Callable[..., Tensor], *tensors) -> None:
         self.function, self.tensors = function, tensors
 
-    def __call__(self, h: Tensor, x: Tensor) -> Tensor:
+    def __call__(self, h: Tensor, x: Tensor, inplace: bool = False, finite: bool = False) -> Tensor:
         return self.function(h, x, *self.tensors)
 
     def fresh(self, weight: Tensor) -> bool:

@@ -7,11 +7,12 @@ calls `dispatch`.
 
 from resnet_fast.dispatch.backends import check_name as check_backend
 from resnet_fast.dispatch.backends import devices as backend_devices
-from resnet_fast.kernels.cpu import forget, magnitude, max_pool_3x3_2, packed_bytes
+from resnet_fast.kernels.cpu import magnitude, max_pool_3x3_2
 from resnet_fast.kernels.cuda import architecture_refusal as explain_extension_on
 from resnet_fast.kernels.cuda import explain as explain_extension
 from resnet_fast.kernels.cuda import missing as explain_extension_missing
 from resnet_fast.kernels.cuda import resources as explain_extension_resources
+from resnet_fast.kernels.packed import forget, packed_bytes
 from resnet_fast.ops._library import ArgumentError
 from resnet_fast.ops.add_relu import add_relu
 from resnet_fast.ops.add_relu import explain as explain_add_relu

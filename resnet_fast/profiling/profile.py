@@ -24,7 +24,7 @@ from resnet_fast.measuring.clock import Clock, clock_of
 from resnet_fast.measuring.machine import environment
 from resnet_fast.measuring.rounds import rounds as numbered
 from resnet_fast.measuring.twins import torchvision_twin
-from resnet_fast.nn.program import Step
+from resnet_fast.nn.launches import OpStep
 from resnet_fast.profiling import page, parts, picture
 from resnet_fast.profiling import text as _text
 from resnet_fast.profiling.calls import Calls, around_calls
@@ -176,7 +176,7 @@ class _Subject:
 
     @torch.inference_mode()
     def prepare(self, clock: Clock, warmup: int, progress: Callable[[str], None]) -> None:
-        for run in range(max(warmup, 2)):  # fused blocks keep their programs from the second on
+        for run in range(max(warmup, 2)):  # fused blocks keep their plans from the second on
             progress(f"warm-up {run + 1}")
             self.model(self.x)
             clock.synchronize()
@@ -288,7 +288,7 @@ def _beside(row: Part, peer: Part | None) -> Part:
     return row if peer is None else replace(row, peer=peer.seconds, peer_spread=peer.spread)
 
 
-def _served(row: Part, step: Step | None) -> Part:
+def _served(row: Part, step: OpStep | None) -> Part:
     """The row with the backend that ran it."""
     if row.kind == "gap":
         return row

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """When each layer of a running model begins and ends.
 
-Three places are watched while a `Timeline` is open: calls of modules that call no others; the
-launches of kept programs, by which our blocks run without calling their modules; and the few
-functions that our models call beside them. What runs between two of them is seen as the time
-between: an addition in a block's forward, or the host alone.
+Two places are watched while a `Timeline` is open: calls of modules that call no others, and the
+launches of kept plans, by which our networks run without calling their modules. What runs between
+two of them is seen as the time between: an addition in a block's forward, or the host alone.
 
 A `Clock` is read at both ends of a layer (see `measuring.clock`).
 """
@@ -12,7 +11,7 @@ A `Clock` is read at both ends of a layer (see `measuring.clock`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -21,16 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import ops
 from resnet_fast.measuring.clock import Clock
-from resnet_fast.nn import program
+from resnet_fast.nn.launches import POOL, RANGE_CHECK, OpStep, observed
 from resnet_fast.profiling.calls import Calls, around_calls
 
-RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
-POOL = "max-pool"  # whose layer has the name of the module that is not called
-FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`, for CPUs
-
-Steps = program.Step | program.JoinStep
+__all__ = ["POOL", "RANGE_CHECK", "Edge", "Replay", "Timeline"]
 
 
 class Edge(NamedTuple):
@@ -70,12 +64,12 @@ class Timeline:
     def __init__(self, model: nn.Module, x: Tensor, clock: Clock) -> None:
         self.model, self.x, self.clock = model, x, clock
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.steps: dict[str, Steps] = {}  # by name, those that ran by a program
+        self.steps: dict[str, OpStep] = {}  # by name, those that ran by a plan
         self._thread = threading.get_ident()
         # Of the replay that is under way: the names of what ran in one go, and one mark more.
-        self._runs: list[tuple[str, ...]] = []
+        self._runs: list[list[str]] = []
         self._marks: list[object] = []
-        self._steps_names: dict[int, tuple[Sequence[Steps], tuple[str, ...]]] = {}
+        self._last = -1  # marks there were when the last step of a plan had ended
         self._leaves = self._find_leaves()
 
     def _find_leaves(self) -> dict[int, str]:
@@ -92,18 +86,15 @@ class Timeline:
             finally:
                 stack.pop()
 
-        def watch(steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator:
+        def watch(step: OpStep | str, launch: Callable, *args: object) -> object:
             inner.update(stack[-1:])
-            self.steps.update({self._name_of(step): step for step in steps})
-            return iter(launches)
+            if isinstance(step, OpStep):
+                self.steps[self._name(step.step.units[0].conv)] = step
+            return launch(*args)
 
-        with self._watching(around, watch), torch.inference_mode():
+        with self._watching(around, _Observer(watch)), torch.inference_mode():
             self.model(self.x)
         return {key: name for key, name in called.items() if key not in inner}
-
-    def _name_of(self, step: Steps) -> str:
-        """The convolution's; of a join, that of the main one of the two."""
-        return self._name(getattr(step, "main", step).unit.conv)
 
     def _name(self, module: nn.Module) -> str:
         return self.names.get(id(module)) or type(module).__name__
@@ -115,7 +106,7 @@ class Timeline:
         Args:
             calls: of an `around_calls` that is open already.
         """
-        with self._watching(self._around, self._watch, calls):
+        with self._watching(self._around, _Observer(self._watch, self._begin), calls):
             yield
 
     def replay(self) -> Replay:
@@ -138,61 +129,56 @@ class Timeline:
 
     @contextmanager
     def _watching(
-        self, around: Callable, watch: Callable, calls: Calls | None = None
+        self, around: Callable, observer: _Observer, calls: Calls | None = None
     ) -> Iterator[None]:
-        plain = {name: getattr(ops, name) for name in FUNCTIONS}
-        program.watch = watch
-        for name, function in plain.items():
-            setattr(ops, name, self._marked(function, FUNCTIONS[name]))
-        try:
-            with nullcontext(calls) if calls else around_calls() as calls:
-                calls.around = around
+        with observed(observer), nullcontext(calls) if calls else around_calls() as calls:
+            calls.around = around
+            try:
                 yield
-        finally:
-            if calls:
+            finally:
                 calls.around = None
-            program.watch = None
-            for name, function in plain.items():
-                setattr(ops, name, function)
-
-    def _marked(self, function: Callable, name: str) -> Callable:
-        def marked(*args) -> object:
-            if threading.get_ident() != self._thread:
-                return function(*args)
-            mark, marks = self.clock.mark, self._marks
-            marks.append(mark())
-            out = function(*args)
-            marks.append(mark())
-            self._runs.append((name,))
-            return out
-
-        return marked
 
     def _around(self, module: nn.Module, call: Callable, args: tuple, kwargs: dict) -> object:
         name = self._leaves.get(id(module))
         if name is None:
             return call(module, *args, **kwargs)
+        return self._marked(name, call, module, *args, **kwargs)
+
+    def _marked(self, name: str, function: Callable, *args, **kwargs) -> object:
         mark, marks = self.clock.mark, self._marks
         marks.append(mark())
-        out = call(module, *args, **kwargs)
+        out = function(*args, **kwargs)
         marks.append(mark())
-        self._runs.append((name,))
+        self._runs.append([name])
         return out
 
-    def _watch(self, steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator[Callable]:
-        if threading.get_ident() != self._thread:
-            return iter(launches)
-        known = self._steps_names.get(id(steps))
-        if known is None:
-            names = tuple(map(self._name_of, steps))
-            known = self._steps_names[id(steps)] = steps, names  # kept, so that the id is its own
-        self._runs.append(known[1])
-        return self._give_out(launches)
+    def _begin(self) -> None:
+        self._last = -1
 
-    def _give_out(self, launches: Sequence[Callable]) -> Iterator[Callable]:
-        """The launches, each from one mark to the next."""
-        mark, add = self.clock.mark, self._marks.append
-        add(mark())
-        for launch in launches:
-            yield launch
-            add(mark())
+    def _watch(self, step: OpStep | str, launch: Callable, *args: object) -> object:
+        """A step of a plan; one mark lies between it and the step before."""
+        if threading.get_ident() != self._thread:
+            return launch(*args)
+        if isinstance(step, str):
+            return self._marked(step, launch, *args)
+        mark, marks = self.clock.mark, self._marks
+        name = self._name(step.step.units[0].conv)
+        if self._last == len(marks):
+            self._runs[-1].append(name)
+        else:
+            marks.append(mark())
+            self._runs.append([name])
+        out = launch(*args)
+        marks.append(mark())
+        self._last = len(marks)
+        return out
+
+
+class _Observer:
+    """Two functions as an `Observer` of kept plans."""
+
+    def __init__(self, watch: Callable, begin: Callable[[], None] = lambda: None) -> None:
+        self._watch, self.begin = watch, begin
+
+    def __call__(self, what: OpStep | str, function: Callable, *args: object) -> object:
+        return self._watch(what, function, *args)
