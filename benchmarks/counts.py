@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import heuristics, join
+from resnet_fast.dispatch import heuristics, tiles
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, TileConfig
 from tests.support import (
     cases,
@@ -126,14 +126,14 @@ def count(job: Job) -> Row:
 def chosen(spec: ConvSpec, arch: int) -> TileConfig:
     """What the chooser takes at a batch that fills the GPU, without a split."""
     full = replace(spec, n=max(spec.n, FULL_BATCH))
-    return replace(heuristics.choose(full, arch, heuristics.CUDA), SPLIT_K=1)
+    return replace(heuristics.choose(full, arch, tiles.CUDA[ConvSpec]), SPLIT_K=1)
 
 
 def jobs_of(options, programs: dict[TileConfig, cutlass.Program]) -> Iterator[Job]:
     """By layer, by tile, ours before CUTLASS's."""
     for name, spec in layers(options, options.depth).items():
         swept = options.all or (name in SWEPT and not options.bytes)
-        table = heuristics.CUDA.tiles(options.arch, spec.dtype)
+        table = tiles.cuda_tiles(ConvSpec, spec.dtype)
         for tile in table if swept else [chosen(spec, options.arch)]:
             yield Job(name, spec, tile, options.arch)
             if tile in programs:
@@ -192,9 +192,7 @@ def count_join(arguments: tuple[JoinSpec, int]) -> int:
     """Distinct bytes of conv_bn_join; in a worker process."""
     spec, arch = arguments
     full = JoinSpec(*(replace(part, n=FULL_BATCH) for part in (spec.main, spec.projection)))
-    tile = join.CUDA_TILES[join.choose_cuda_tile(full, arch)]
-    size = ELEMENT_SIZE[spec.main.dtype]
-    tile = replace(tile, BLOCK_K=tile.BLOCK_K * 2 // size)
+    tile = heuristics.choose(full, arch, tiles.CUDA[JoinSpec])
     tensors = join_cases.join_tensors(spec)
     (kernel,) = cuda_kernels.join_kernels(tensors, tile, arch)
     counters = kernel.run().counters
@@ -206,7 +204,7 @@ def count_stem(arguments: tuple[ConvSpec, int]) -> int:
     """Distinct bytes of stem_pool; in a worker process."""
     spec, arch = arguments
     tensors = stem.stem_tensors(spec.n, spec.h, spec.w, spec.k, getattr(torch, spec.dtype))
-    kernel = stem.stem_kernel(tensors, stem.TILES[ELEMENT_SIZE[spec.dtype]][0], arch)
+    kernel = stem.stem_kernel(tensors, stem.TILES[0], arch)
     counters = kernel.run().counters
     label = f"the stem of {spec}"
     assert_within(tensors.out, tensors.eager(), tensors.reference(), spec.k_gemm, label)

@@ -6,6 +6,7 @@ RESNET_FAST_BACKEND=name  ask for one backend (`resnet-fast check` lists them); 
                           take a convolution, the usual choice is made and `report` says why.
 RESNET_FAST_CACHE=folder  where `resnet-fast tune` keeps what it measured; otherwise `resnet_fast`
                           in the user's cache folder ($XDG_CACHE_HOME, or ~/.cache).
+TRITON_INTERPRET=1        Triton's own variable: its interpreter runs the kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -34,3 +35,8 @@ def cache_folder() -> Path | None:
         return Path.home() / ".cache" / "resnet_fast"
     except RuntimeError:
         return None
+
+
+def triton_interprets() -> bool:
+    """Whether Triton's interpreter is on, which runs the GPU kernels on CPU tensors for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -156,20 +156,12 @@ class Service:
     others: dict[str, str]
 
 
-EXPLAIN = {
-    "conv_bn_act": ops.explain,
-    "conv_bn_join": ops.explain_join,
-    "stem_pool": ops.explain_stem_pool,
-    "add_relu": ops.explain_add_relu,
-}
-
-
 def services() -> list[Service]:
     """For each op, device and dtype the backend that runs, asked with typical tensors."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     return [
-        Service(name, device, dtype, *explain(device, dtype))
-        for name, explain in EXPLAIN.items()
+        Service(name, device, dtype, *op.explain(device, dtype))
+        for name, op in ops.OPS.items()
         for device in devices
         for dtype in ("float32", "bfloat16", "float16")
     ]

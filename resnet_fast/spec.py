@@ -135,8 +135,67 @@ class JoinSpec:
         products = self.main.k_gemm + self.projection.k_gemm
         return replace(self.main, c=products, r=1, s=1, padding=(0, 0))
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of every map and weight."""
+        return self.main.dtype
+
+    @property
+    def k_gemm(self) -> int:
+        """Products per output element."""
+        return self.main.k_gemm + self.projection.k_gemm
+
     def __str__(self) -> str:
         return f"{self.main} joined by {self.projection}"
+
+
+@dataclass(frozen=True, slots=True)
+class StemSpec:
+    """A ResNet's stem: the 3x3/2 max-pool of a 7x7/2 convolution with BatchNorm and ReLU.
+
+    Args:
+        conv: the convolution before the pool.
+    """
+
+    conv: ConvSpec
+
+    @property
+    def pooled(self) -> tuple[int, int]:
+        """Height and width of y."""
+        return conv_output_size(self.conv.p, 3, 2, 1, 1), conv_output_size(self.conv.q, 3, 2, 1, 1)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of weight and y."""
+        return self.conv.dtype
+
+    @property
+    def k_gemm(self) -> int:
+        """Products per element of the map before the pool."""
+        return self.conv.k_gemm
+
+    def __str__(self) -> str:
+        return f"the stem {self.conv}"
+
+
+@dataclass(frozen=True, slots=True)
+class SumSpec:
+    """An element-by-element op of two tensors of one shape.
+
+    Args:
+        numel: elements of each tensor.
+        dtype: of all of them.
+    """
+
+    numel: int
+    dtype: str
+    k_gemm = 1
+
+    def __str__(self) -> str:
+        return f"a sum of {self.numel} elements, {self.dtype}"
+
+
+Spec = ConvSpec | JoinSpec | StemSpec | SumSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +222,43 @@ class TileConfig:
     reason: str = ""
 
     def __str__(self) -> str:
-        split = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
+        extras = f" split {self.SPLIT_K}" if self.SPLIT_K > 1 else ""
+        extras += f" groups of {self.GROUP_M}" if self.GROUP_M != 8 else ""
         return (
             f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} "
-            f"stages {self.NUM_STAGES} warps {self.NUM_WARPS}{split}"
+            f"stages {self.NUM_STAGES} warps {self.NUM_WARPS}{extras}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class StemTile:
+    """How the CUDA kernel of a stem cuts its work: a block's pixels of y, and its warps.
+
+    Args:
+        BLOCK_P, BLOCK_Q: pixels of y, after the pool.
+        NUM_WARPS: warps per block.
+        reason: why the tile is in its table.
+    """
+
+    BLOCK_P: int
+    BLOCK_Q: int
+    NUM_WARPS: int
+    reason: str = ""
+
+    def channels(self, dtype: str) -> int:
+        """Channels of a block: 128 bytes of y, 64 of half precision, 32 of float32."""
+        return 128 // ELEMENT_SIZE[dtype]
+
+    def blocks(self, spec: StemSpec) -> int:
+        """Tiles of one group of channels."""
+        p, q = spec.pooled
+        return spec.conv.n * -(-p // self.BLOCK_P) * -(-q // self.BLOCK_Q)
+
+    def __str__(self) -> str:
+        return f"{self.BLOCK_P}x{self.BLOCK_Q} pooled pixels warps {self.NUM_WARPS}"
+
+
+Tile = TileConfig | StemTile
 
 
 def conv_output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:

@@ -9,7 +9,6 @@ tests/kernels.
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,8 +17,9 @@ import torch
 
 import resnet_fast
 from resnet_fast import _hardware, ops
-from resnet_fast.dispatch import backends, join, stem, tuning
-from resnet_fast.spec import ConvSpec
+from resnet_fast.dispatch import table, tiles, tuning
+from resnet_fast.dispatch.heuristics import Candidate, Family
+from resnet_fast.spec import ConvSpec, StemSpec
 
 pytest.importorskip("triton", reason="the tables of kernels are compiled by Triton's tools")
 
@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
 ]
+CONV, JOIN, STEM = ops.CONV_BN_ACT, ops.CONV_BN_JOIN, ops.STEM_POOL
 DEVICE = "cuda"
 OLDEST = 80  # whose tables are collected where there is no GPU
 HERE = _hardware.capability_of(torch.device(DEVICE)) if torch.cuda.is_available() else OLDEST
@@ -43,8 +44,8 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("RESNET_FAST_CACHE", str(tmp_path))
     monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
     tuning._loaded.cache_clear()
-    for op in ("conv_bn_act", "conv_bn_join", "stem_pool"):
-        monkeypatch.setattr(importlib.import_module(f"resnet_fast.ops.{op}"), "_plans", {})
+    for op in ops.OPS.values():
+        monkeypatch.setattr(op, "_plans", {})
     with torch.inference_mode():
         yield
     tuning._loaded.cache_clear()
@@ -61,22 +62,24 @@ def precision():
 
 def skip_if_missing(backend: str) -> None:
     """Skip a test of a backend that this machine cannot run, with the reason."""
-    for row in backends.BACKENDS:
-        if row.name == backend and (reason := row.missing()):
+    for row in table.of(CONV.name):
+        if row.backend == backend and (reason := row.missing(HERE)):
             pytest.skip(reason)
 
 
 @pytest.fixture
 def with_tile(monkeypatch):
-    """with_tile(module, table, backend, tile): that backend cuts every problem by that tile."""
+    """with_tile(op, backend, tile): that backend cuts every problem of the op by that tile."""
 
-    def with_tile(module, table: str, backend: str, tile) -> None:
+    def with_tile(op: str, backend: str, tile) -> None:
         skip_if_missing(backend)
-        rows = (
-            replace(row, choose=lambda problem: tile) if row.name == backend else row
-            for row in getattr(module, table)
-        )
-        monkeypatch.setattr(module, table, tuple(rows))
+        only = Family(
+            backend, lambda arch, dtype: (tile,),
+            lambda spec, tile, gpu: Candidate(tile, None, 1.0),
+        )  # fmt: skip
+        ours = table.row_of(op, backend)
+        rows = (replace(row, family=only) if row is ours else row for row in table.ROWS)
+        monkeypatch.setattr(table, "ROWS", tuple(rows))
 
     return with_tile
 
@@ -105,21 +108,21 @@ def check_conv(spec: ConvSpec, backend: str, **options) -> None:
     t = cases.conv_tensors(spec, **options)
     geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
     arguments = (t.x, t.weight, t.scale, t.shift, t.residual, *geometry, t.mean, t.var, t.eps)
-    y = run(ops.conv_bn_act_op, *arguments, backend, like=t.out)
-    assert ops.last_plan().backend == backend
+    y = run(CONV.overload, *arguments, backend, like=t.out)
+    assert CONV.last_plan().backend == backend
     assert_within(y, t.eager(), t.reference(), spec.k_gemm, f"{spec} by {backend}")
     if t.residual is not None:
         residual = here(t.residual)
-        ops.conv_bn_act_op_(*map(here, arguments[:4]), residual, *map(here, arguments[5:]), backend)
+        CONV.inplace(*map(here, arguments[:4]), residual, *map(here, arguments[5:]), backend)
         assert torch.equal(residual.cpu(), y)  # written over the residual: the same sums
 
 
-@pytest.mark.parametrize(("backend", "work"), works("conv_bn_act"))
+@pytest.mark.parametrize(("backend", "work"), works(CONV.name))
 def test_each_tile_of_the_convolution(backend, work, with_tile, precision):
-    with_tile(backends, "BACKENDS", backend, work.tile)
+    with_tile(CONV.name, backend, work.tile)
     precision(work.problem.precision)
     check_conv(work.problem, backend)
-    assert ops.last_plan().tile == work.tile
+    assert CONV.last_plan().tile == work.tile
 
 
 LAYERS = {**cases.resnet_convs(18, n=3, size=64), **cases.resnet_convs(50, n=3, size=64)}
@@ -138,10 +141,10 @@ def test_convolutions_by_the_tile_that_is_chosen(backend, name, kind, precision)
         pytest.skip(str(error))  # which the tests of dispatch look at
 
 
-@pytest.mark.parametrize(("backend", "work"), works("conv_bn_join"))
+@pytest.mark.parametrize(("backend", "work"), works(JOIN.name))
 def test_each_tile_of_the_join(backend, work, with_tile, precision):
     spec = work.problem
-    with_tile(join, "JOIN_BACKENDS", backend, work.tile)
+    with_tile(JOIN.name, backend, work.tile)
     precision(spec.main.precision)
     t = join_cases.join_tensors(spec)
     m, p = t.main, t.projection
@@ -149,7 +152,7 @@ def test_each_tile_of_the_join(backend, work, with_tile, precision):
         m.x, m.weight, m.scale, m.shift, p.x, p.weight, p.scale, p.shift, spec.projection.stride,
         mean=m.mean, var=m.var, proj_mean=p.mean, proj_var=p.var, backend=backend,
     )  # fmt: skip
-    y = run(ops.conv_bn_join_op, *call, like=t.out)
+    y = run(JOIN.overload, *call, like=t.out)
     assert_within(y, t.eager(), t.reference(), t.k_gemm, f"{spec} by {backend}")
 
 
@@ -157,16 +160,18 @@ def test_each_tile_of_the_join(backend, work, with_tile, precision):
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("backend", "index"), [("triton", 0), *(("cuda", i) for i in range(len(stem.CUDA_TILES)))]
-)
-def test_each_tile_of_the_stem(backend, index, dtype, layout, image, monkeypatch, precision):
+    ("backend", "tile"), [("triton", None), *(("cuda", t) for t in tiles.CUDA_TILES[StemSpec])],
+    ids=str,
+)  # fmt: skip
+def test_each_tile_of_the_stem(backend, tile, dtype, layout, image, with_tile, precision):
     precision("tf32")
-    monkeypatch.setattr(stem, "cuda_tile", lambda spec, target: index)
+    if tile is not None:
+        with_tile(STEM.name, backend, tile)
     t = stem_cases.stem_tensors(2, 45, 38, 64, dtype, layout=layout, image=image)
     call = ops.StemCall(t.x, t.weight, t.scale, t.shift, t.mean, t.var, t.eps, t.image_mean,
                         t.image_std, backend)  # fmt: skip
     try:
-        y = run(ops.stem_pool_op, *call, like=t.out)
+        y = run(STEM.overload, *call, like=t.out)
     except ValueError as error:
         pytest.skip(str(error))  # no extension, or x in a layout that Triton refuses
     assert_within(y, t.eager(), t.reference(), stem_cases.K_GEMM, f"stem by {backend}")
@@ -177,10 +182,11 @@ def test_each_tile_of_the_stem(backend, index, dtype, layout, image, monkeypatch
 @pytest.mark.parametrize("backend", ["triton", "cuda", "aten"])
 def test_the_addition(backend, dtype, numel, monkeypatch):
     skip_if_missing(backend)
-    monkeypatch.setattr(backends, "explain_add_relu", lambda *_: (backend, {}))
+    monkeypatch.setenv("RESNET_FAST_BACKEND", backend)
     x, y = torch.randn(2, numel).to(dtype)
     expected = torch.relu(x + y)
     assert torch.equal(run(ops.add_relu, x, y, like=expected), expected)
+    assert ops.ADD_RELU.last_plan().backend == backend
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -12,9 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from resnet_fast import _hardware, ops
-from resnet_fast.dispatch import backends, heuristics, join, stem
+from resnet_fast.dispatch import gemm, heuristics, table, tiles
 from resnet_fast.profiling.roofline import roofline_of
-from resnet_fast.spec import ConvSpec
+from resnet_fast.spec import ConvSpec, JoinSpec, StemSpec
 from tests.support import join_cases
 
 op_module = importlib.import_module("resnet_fast.ops.conv_bn_act")  # ops.conv_bn_act is the op
@@ -114,26 +114,29 @@ L4, RTX_4090 = (_hardware.gpu_from(device(n)) for n in ("NVIDIA L4", "NVIDIA GeF
 LAYER = ConvSpec(8, 14, 14, 256, 256, 3, 3, (1, 1), (1, 1), norm=True)
 
 
-@pytest.mark.parametrize("family", [heuristics.TRITON, heuristics.CUDA], ids=["triton", "cuda"])
+@pytest.mark.parametrize(
+    "family", [tiles.TRITON[ConvSpec], tiles.CUDA[ConvSpec]], ids=["triton", "cuda"]
+)
 def test_tiles_are_chosen_for_the_device_and_not_for_its_architecture(family):
     """A split that fills an L4's 58 SMs leaves half of a 4090's 128 idle."""
     small, large = (heuristics.choose(LAYER, gpu, family) for gpu in (L4, RTX_4090))
     assert small == heuristics.choose(LAYER, 89, family)
-    assert heuristics.blocks(LAYER, small) <= 58 < heuristics.blocks(LAYER, large)
-    scores = [heuristics.score(LAYER, t, RTX_4090, family).microseconds for t in (small, large)]
+    assert gemm.blocks(LAYER, small) <= 58 < gemm.blocks(LAYER, large)
+    scores = [family.cost(LAYER, t, RTX_4090).microseconds for t in (small, large)]
     assert scores[1] < scores[0]
 
 
 def test_joins_and_stems_too():
     spec = join_cases.resnet_joins(50, n=1)["layer2"]
-    tiles = join.cuda_tiles("float16")
-    for choose in (lambda *a: tiles[join.choose_cuda_tile(*a)], join.choose_tile):
-        small, large = (choose(spec, gpu) for gpu in (L4, RTX_4090))
-        assert small == choose(spec, 89)
+    for family in (tiles.CUDA[JoinSpec], tiles.TRITON[JoinSpec]):
+        small, large = (heuristics.choose(spec, gpu, family) for gpu in (L4, RTX_4090))
+        assert small == heuristics.choose(spec, 89, family)
         assert small.BLOCK_M * small.BLOCK_N > large.BLOCK_M * large.BLOCK_N
-    images = ConvSpec(2, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), norm=True)
-    assert stem.CUDA_TILES[0].blocks(images) == 112
-    assert (stem.cuda_tile(images, L4), stem.cuda_tile(images, RTX_4090)) == (0, 1)
+    images = StemSpec(ConvSpec(2, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), norm=True))
+    large, small = tiles.CUDA_TILES[StemSpec]
+    assert large.blocks(images) == 112
+    chosen = [heuristics.choose(images, g, tiles.CUDA[StemSpec]) for g in (L4, RTX_4090)]
+    assert chosen == [large, small]
 
 
 def test_the_op_tells_its_backends_which_device_it_is(present, monkeypatch):
@@ -147,5 +150,5 @@ def test_the_op_tells_its_backends_which_device_it_is(present, monkeypatch):
         call = ops.Call(x, weight, vector, vector, padding=(1, 1), mean=vector, var=vector)
         problem = op_module.problem_of(call)
     assert problem.target == RTX_4090 and problem.spec == LAYER
-    (row,) = (row for row in backends.BACKENDS if row.name == "triton")
-    assert row.choose(problem) == heuristics.choose(LAYER, RTX_4090)
+    row = table.row_of("conv_bn_act", "triton")
+    assert row.choose(problem) == heuristics.choose(LAYER, RTX_4090, row.family)

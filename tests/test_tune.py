@@ -13,12 +13,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from resnet_fast import _hardware, cli, tune
-from resnet_fast.dispatch import backends, heuristics, tuning
-from resnet_fast.spec import ConvSpec
-from resnet_fast.tune import Candidate, Timing
+from resnet_fast import _hardware, cli, ops, recording, tune
+from resnet_fast.dispatch import heuristics, table, tiles, tuning
+from resnet_fast.recording import Work
+from resnet_fast.spec import ConvSpec, JoinSpec, StemSpec
+from resnet_fast.tune import Contender, Timing
 from tests.dispatch import conftest
-from tests.support import cases
+from tests.support import cases, join_cases
 
 # the fixtures of the tests of dispatch: an extension that is there, a folder of its own
 extension, cache = conftest.extension, conftest.cache
@@ -26,10 +27,12 @@ gpu_is_here, built = conftest.gpu_is_here, conftest.built
 
 GPU = "NVIDIA A100-SXM4-80GB"
 SPEC = ConvSpec(2, 7, 7, 64, 64, 3, 3, (1, 1), (1, 1), norm=True)
-PROBLEM = tune.problem_of(SPEC, 80, GPU)
-USUAL = Candidate("cuda", heuristics.choose(SPEC, 80, heuristics.CUDA))
-TRITON = Candidate("triton", heuristics.choose(SPEC, 80))
-ATEN = Candidate("aten")
+CONV, JOIN = ops.CONV_BN_ACT.name, ops.CONV_BN_JOIN.name
+WORK = Work(CONV, SPEC)
+PROBLEM = tune.problem_of(WORK, 80, GPU)
+USUAL = Contender("cuda", heuristics.choose(SPEC, 80, tiles.CUDA[ConvSpec]))
+TRITON = Contender("triton", heuristics.choose(SPEC, 80, tiles.TRITON[ConvSpec]))
+ATEN = Contender("aten")
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +46,15 @@ def gpu(built, monkeypatch):
     monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
 
 
-def exact(candidate, problem, tensors):
-    """A right answer, whatever the candidate."""
-    return lambda: tune._eager(tensors, problem.spec)
+def exact(contender, problem, call):
+    """A right answer, whoever gives it."""
+    return lambda: ops.OPS[problem.op].reference(call)
 
 
 class Clock:
     """A timer that says what it is told, and remembers whom it was asked to time."""
 
-    def __init__(self, times: dict[Candidate, float], noise: float = 0.01) -> None:
+    def __init__(self, times: dict[Contender, float], noise: float = 0.01) -> None:
         self.times, self.noise, self.asked = times, noise, []
 
     def __call__(self, functions, seconds):
@@ -63,28 +66,63 @@ def timing(median: float, noise: float = 0.01) -> Timing:
     return Timing(median, median * (1 - noise), median * (1 + noise))
 
 
-def measure(found, clock, bind=exact) -> tune.Result:
-    tensors = tune.operands(SPEC, torch.device("cpu"))
-    return tune.measure(PROBLEM, tensors, found, timer=clock, seconds=0.1, bind=bind)
+def measure(found, clock, function_of=exact) -> tune.Result:
+    call = tune.sample(WORK, torch.device("cpu"))
+    return tune.measure(PROBLEM, call, found, timer=clock, seconds=0.1, function_of=function_of)
 
 
-# ---- which convolutions, which candidates
+# ---- which ops, which candidates
+
+
+def joined(depth: int) -> dict[str, JoinSpec]:
+    return join_cases.resnet_joins(depth, 2, dtype="float16")
 
 
 @pytest.mark.parametrize("depth", [18, 50])
-def test_a_models_convolutions_are_those_of_its_definition(depth):
-    specs = tune.convolutions(f"resnet{depth}", [2], ["float16"])
-    assert set(specs) == set(cases.resnet_convs(depth, 2, dtype="float16").values())
-    assert specs.total() == {18: 20, 50: 53}[depth]
+def test_a_models_ops_are_those_that_it_runs_on_a_gpu(depth):
+    """Its stem with the pool, its projection blocks' ends as joins, and all other convolutions."""
+    found = recording.works(f"resnet{depth}", [2], ["float16"])
+    by_op = Counter()
+    for work, count in found.items():
+        by_op[work.op] += count
+    convs = set(cases.resnet_convs(depth, 2, dtype="float16").values())
+    joins = {18: 3, 50: 4}[depth]
+    assert by_op == {"stem_pool": 1, JOIN: joins, CONV: {18: 13, 50: 44}[depth]}
+    (stem,) = (work.spec for work in found if work.op == "stem_pool")
+    assert stem == StemSpec(next(spec for spec in convs if spec.r == 7))
+    assert {work.spec for work in found if work.op == JOIN} == set(joined(depth).values())
+    assert {work.spec for work in found if work.op == CONV} <= convs
 
 
 def test_batches_and_dtypes_multiply_and_leave_no_trace():
     before = torch.get_default_dtype()
-    specs = tune.convolutions("resnet18", [1, 3], ["bfloat16", "float32"])
+    found = recording.works("resnet18", [1, 3], ["bfloat16", "float32"])
+    specs = [work.spec for work in found if work.op == CONV]
     assert {(s.n, s.dtype) for s in specs} == {
         (n, d) for n in (1, 3) for d in ("bfloat16", "float32")
     }
     assert torch.get_default_dtype() == before
+
+
+@pytest.mark.parametrize(
+    "work",
+    [Work(JOIN, joined(50)["layer2"]),
+     Work("stem_pool", StemSpec(ConvSpec(2, 64, 64, 3, 64, 7, 7, (2, 2), (3, 3), norm=True)))],
+    ids=lambda work: work.op,
+)  # fmt: skip
+def test_joins_and_stems_are_measured_kept_and_then_chosen(work, monkeypatch):
+    """By the same way, their tiles included."""
+    problem = tune.problem_of(work, 80, GPU)
+    found = tune.candidates(problem)
+    assert {contender.backend for contender in found} == {"cuda", "triton", "aten"}
+    tried = [contender for contender in found if contender.backend == "triton"][-1]
+    clock = Clock({tried: 5.0})
+    call = tune.sample(work, torch.device("cpu"))
+    result = tune.measure(problem, call, found, timer=clock, seconds=0.1, function_of=exact)
+    assert result.work == work and set(clock.asked) == set(found)
+    tuning.store(GPU, {work: result.choices})
+    plan = table.plan(problem)
+    assert (plan.backend, plan.tile, plan.why) == ("triton", tried.tile, "measured: 5.0 us")
 
 
 def test_candidates_are_a_short_list_of_what_runs_here():
@@ -103,9 +141,9 @@ def test_the_usual_choice_is_always_compared_with():
 
 
 def test_what_refuses_is_no_candidate():
-    grouped = tune.problem_of(replace(SPEC, groups=2), 80, GPU)
+    grouped = tune.problem_of(Work(CONV, replace(SPEC, groups=2)), 80, GPU)
     assert tune.candidates(grouped) == [ATEN]
-    stem = tune.problem_of(replace(SPEC, c=3), 80, GPU)
+    stem = tune.problem_of(Work(CONV, replace(SPEC, c=3)), 80, GPU)
     assert {candidate.backend for candidate in tune.candidates(stem)} == {"triton", "aten"}
 
 
@@ -116,9 +154,9 @@ def test_the_fastest_is_kept_and_then_chosen():
     clock = Clock({USUAL: 20.0, TRITON: 15.0, ATEN: 60.0})
     result = measure([USUAL, TRITON, ATEN], clock)
     assert [choice.backend for choice in result.choices] == ["triton", "cuda", "aten"]
-    assert backends.explain(PROBLEM)[0] == "cuda"
-    tuning.store(GPU, {SPEC: result.choices})
-    assert backends.explain(PROBLEM)[0] == "triton"
+    assert table.explain(PROBLEM)[0] == "cuda"
+    tuning.store(GPU, {WORK: result.choices})
+    assert table.explain(PROBLEM)[0] == "triton"
 
 
 def wrong(y):
@@ -165,7 +203,7 @@ def test_where_none_is_right_nothing_is_chosen():
 
 # ---- what follows from times
 
-OTHER = Candidate("cuda", replace(USUAL.tile, SPLIT_K=2))
+OTHER = Contender("cuda", replace(USUAL.tile, SPLIT_K=2))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +225,7 @@ def test_another_tile_must_be_too():
     assert USUAL.tile != OTHER.tile
     close = tune.choose({USUAL: timing(20), OTHER: timing(19.9)}, USUAL)
     clear = tune.choose({USUAL: timing(20), OTHER: timing(12)}, USUAL)
-    assert [choice.tile for choice in (*close, *clear)] == [USUAL.tile, OTHER.tile]
+    assert [choice.tile for choice in (*close, *clear)] == [str(USUAL.tile), str(OTHER.tile)]
     assert clear[0].microseconds == 12
 
 
@@ -241,12 +279,13 @@ def test_the_timer_flushes_takes_turns_and_times_the_call_alone(monkeypatch):
 def device(monkeypatch):
     """A GPU that is timed by a clock: its tensors lie on the CPU, each candidate is right."""
     clock = Clock({})
-    operands = tune.operands
+    sample = tune.sample
     monkeypatch.setattr(tune, "EventTimer", lambda device: clock)
-    monkeypatch.setattr(tune, "operands", lambda spec, _: operands(spec, torch.device("cpu")))
-    monkeypatch.setattr(tune, "function_of", exact)
-    small = Counter({SPEC: 2, replace(SPEC, n=1): 1, replace(SPEC, groups=2): 3})
-    monkeypatch.setattr(tune, "convolutions", lambda *_: small)
+    monkeypatch.setattr(tune, "sample", lambda work, _: sample(work, torch.device("cpu")))
+    monkeypatch.setattr(tune, "_function_of", exact)
+    specs = {SPEC: 2, replace(SPEC, n=1): 1, replace(SPEC, groups=2): 3}
+    small = Counter({Work(CONV, spec): count for spec, count in specs.items()})
+    monkeypatch.setattr(recording, "works", lambda *_: small)
     return clock
 
 
@@ -262,10 +301,8 @@ def test_the_command_measures_reports_and_keeps(device, capsys):
     assert status == cli.AGREES
     for text in ("Measured on", GPU, "0.50", "tuned.json", "no other"):
         assert text in out
-    assert tuning.measured(GPU, SPEC)[0] == tuning.Choice(
-        "triton", replace(TRITON.tile, reason=""), 5.0
-    )
-    assert tuning.measured(GPU, replace(SPEC, groups=2)) == ()
+    assert tuning.measured(GPU, CONV, SPEC)[0] == tuning.Choice("triton", str(TRITON.tile), 5.0)
+    assert tuning.measured(GPU, CONV, replace(SPEC, groups=2)) == ()
 
 
 def test_an_interrupted_command_keeps_what_it_measured(device, capsys, monkeypatch):
@@ -280,7 +317,7 @@ def test_an_interrupted_command_keeps_what_it_measured(device, capsys, monkeypat
     status, out, err = command(capsys, "resnet18")
     assert status == cli.INTERRUPTED and "was kept" in err
     assert "Measured on" in out and str(SPEC) in out
-    assert tuning.measured(GPU, SPEC) and not tuning.measured(GPU, replace(SPEC, n=1))
+    assert tuning.measured(GPU, CONV, SPEC) and not tuning.measured(GPU, CONV, replace(SPEC, n=1))
 
 
 def test_a_wrong_kernel_is_reported(device, capsys, monkeypatch):
@@ -288,7 +325,7 @@ def test_a_wrong_kernel_is_reported(device, capsys, monkeypatch):
         function = exact(candidate, problem, tensors)
         return (lambda: function() + 1) if candidate.backend == "cuda" else function
 
-    monkeypatch.setattr(tune, "function_of", bind)
+    monkeypatch.setattr(tune, "_function_of", bind)
     status, _, err = command(capsys, "resnet18")
     assert status == cli.DISAGREES and "cuda" in err and "wrong: error" in err
 
@@ -302,7 +339,7 @@ def test_a_dry_run_is_headed_modelled_and_keeps_nothing(device, capsys):
 
 
 def test_clear_forgets(device, capsys):
-    tuning.store(GPU, {SPEC: (tuning.Choice("aten", None, 1.0),)})
+    tuning.store(GPU, {WORK: (tuning.Choice("aten", "", 1.0),)})
     assert "removed" in command(capsys, "--clear")[1]
     assert "nothing was kept" in command(capsys, "--clear")[1]
 

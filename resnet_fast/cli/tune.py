@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`resnet-fast tune`: measure what is fastest for each convolution of a model, and keep it."""
+"""`resnet-fast tune`: measure what is fastest for each op of a model, and keep it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from resnet_fast.cli import arguments, files, terminal
 from resnet_fast.cli.status import AGREES, DISAGREES, INTERRUPTED, BadInput
 
 TEXTS = {
-    "help": "measure which backend and tile is fastest for each convolution, and keep it",
-    "description": "Measure which backend and tile is fastest for each convolution of a model, and "
+    "help": "measure which backend and tile is fastest for each op of a model, and keep it",
+    "description": "Measure which backend and tile is fastest for each op of a model, and "
     "keep it. The choices are used from the next start on. A GPU is needed, except for "
     "--dry-run.",
     "epilog": "examples:\n"
@@ -32,7 +32,7 @@ def add(command: argparse.ArgumentParser) -> None:
     arguments.add_batches(command, (1, 8))
     arguments.add_dtypes(command, ("float16",))
     add("--backend", nargs="+", default=[], metavar="NAME", help="cuda, triton, aten; default: all")
-    arguments.add_seconds(command, "each convolution", 1.0)
+    arguments.add_seconds(command, "each op", 1.0)
     arguments.add_device(command, default="cuda")
     add("--dry-run", action="store_true", help="print the candidates, modelled; measure nothing")
     add(
@@ -47,6 +47,7 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """What it does."""
+    from resnet_fast import recording
     from resnet_fast import tune as tuner
 
     out = sys.stderr if files.takes_stdout(options) else sys.stdout
@@ -60,16 +61,16 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(options, out)
     device = tuner.gpu(options.device)
-    specs = tuner.convolutions(options.model, options.batch, options.dtype)
+    works = recording.works(options.model, options.batch, options.dtype)
     results, interrupted = [], False
     try:
         with terminal.progress() as tell:
 
             def told(text: str) -> None:
-                done, total = len(results), len(specs)
+                done, total = len(results), len(works)
                 tell(f"{done + 1}/{total}: {text}", done / total)
 
-            for result in tuner.tune(specs, device, options.backend, options.seconds, told):
+            for result in tuner.tune(works, device, options.backend, options.seconds, told):
                 results.append(result)
     except KeyboardInterrupt:
         interrupted = True
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     terminal.show([*_results(results, device), f"kept in {tuner.path_of(device)}"], out)
     for result in results:
         for candidate, fault in result.faults.items():
-            terminal.note(f"{result.spec}: {candidate}: {fault}")
+            terminal.note(f"{result.work}: {candidate}: {fault}")
     if interrupted:
         terminal.note("resnet-fast: interrupted; what is in the table was kept")
         return INTERRUPTED
@@ -88,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace, out) -> int:
+    from resnet_fast import recording
     from resnet_fast import tune as tuner
 
     arch = options.arch or tuner.arch_here() or 80
@@ -95,19 +97,19 @@ def _dry_run(options: argparse.Namespace, out) -> int:
         known = ", ".join(str(known / 10) for known in _hardware.GPUS)
         text = f"--arch: nothing is known about compute capability {arch / 10}"
         raise BadInput(f"{text}; known are {known}")
-    specs = tuner.convolutions(options.model, options.batch, options.dtype)
-    modelled = {spec: tuner.modelled(spec, arch, options.backend) for spec in specs}
+    works = recording.works(options.model, options.batch, options.dtype)
+    modelled = {work: tuner.modelled(work, arch, options.backend) for work in works}
     rows = [
-        {"convolution": str(spec), "times": specs[spec], "arch": arch,
+        {"op": work.op, "convolution": str(work), "times": works[work], "arch": arch,
          "candidate": str(candidate), "modelled_us": time}
-        for spec, found in modelled.items()
+        for work, found in modelled.items()
         for candidate, time in found.items()
     ]  # fmt: skip
     files.write(options, rows, rows)
     title = f"Candidates on sm_{arch}: modelled microseconds, nothing was measured"
     table = Table(title, [Column("candidate", right=False), Column("modelled us")])
-    for spec, found in modelled.items():
-        table.add(text=f"{spec} ({specs[spec]} x)")
+    for work, found in modelled.items():
+        table.add(text=f"{work} ({works[work]} x)")
         for candidate, time in found.items() or [("aten", None)]:
             table.add(f"  {candidate}", "" if time is None else f"{time:.1f}")
     terminal.show([table], out)
@@ -121,14 +123,13 @@ def _results(results, device) -> Iterator[Table | str]:
     names = ("", "candidate", "us", "ratio")
     table = Table(title, [Column(name, name in ("us", "ratio")) for name in names])
     for result in results:
-        table.add(text=str(result.spec))
+        table.add(text=str(result.work))
         if not result.choices:
             why = "none was right" if result.faults else "no other"
             table.add("  usual", str(result.usual), why)
             continue
         best, usual = result.choices[0], result.timings.get(result.usual)
-        chosen = str(tuner.Candidate(best.backend, best.tile))
         ratio = f"{best.microseconds / usual.median:.2f}" if usual else ""
-        table.add("  chosen", chosen, f"{best.microseconds:.1f}", ratio, style="bold")
+        table.add("  chosen", str(best), f"{best.microseconds:.1f}", ratio, style="bold")
         table.add("  usual", str(result.usual), f"{usual.median:.1f}" if usual else "", "")
     yield table

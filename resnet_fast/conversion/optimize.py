@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from resnet_fast import agreement, ops
 from resnet_fast.conversion.find import owners
 from resnet_fast.conversion.forward import Role, convert, revert
-from resnet_fast.dispatch import backends
 from resnet_fast.nn.reasons import disabled
 from resnet_fast.nn.recipes import is_sequence
 from resnet_fast.nn.run import forget_plans
@@ -85,7 +84,7 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"resnet_fast.optimize: model must be an nn.Module, got {type(model)}")
-    backends.check_name(backend)
+    ops.check_backend(backend)
     before = _copy(model) if verify else None
     optimized = model if inplace else _copy(model)
     if dtype is not None:
@@ -146,7 +145,7 @@ def refresh(model: nn.Module) -> nn.Module:
 
 def _convert(model: nn.Module, backend: str) -> int:
     """Convert what can fuse; how many convolutions may now run fused, or could before."""
-    asked = backend != backends.AUTO  # else this package's own modules need no conversion
+    asked = backend != ops.AUTO  # else this package's own modules need no conversion
     found = [owner for owner in owners(model) if owner.convs]
     for owner in found:
         if asked or not owner.installed:

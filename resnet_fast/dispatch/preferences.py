@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend is asked first on a GPU, by architecture and by what bounds the convolution.
+"""Which backend is asked first on a GPU, by architecture and by what limits the convolution.
 
-What is not measured here is measured there: `resnet-fast tune` replaces this order, convolution by
-convolution, by times taken on the GPU at hand. The evidence of each row is named by its rung:
-counted (in the machine code that is launched), derived (from how the kernels are built), assumed.
+`resnet-fast tune` replaces this order, problem by problem, with times taken on the GPU at hand.
+Each row names its evidence: counted (in the machine code that is launched), derived (from how the
+kernels are built), documented, or assumed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ class Preference:
     """An order of backends, and why.
 
     Args:
-        archs: compute capabilities times ten that it is for.
-        bound: "arithmetic", "memory" (see `bound_of`) or "any".
+        archs: the compute capabilities, times ten, that it is for.
+        limited_by: "arithmetic", "memory" (see `limit_of`) or "any".
         order: names of backends; the others follow in the order of their table.
         reason: why, with its evidence.
     """
 
     archs: tuple[int, ...]
-    bound: str
+    limited_by: str
     order: tuple[str, ...]
     reason: str
 
@@ -51,10 +51,10 @@ PREFERENCES = (
 )  # fmt: skip
 
 
-def bound_of(spec: ConvSpec, gpu: _hardware.Gpu) -> str:
-    """What bounds `spec` on `gpu`'s roofline, by mma.sync: "arithmetic" or "memory".
+def limit_of(spec: ConvSpec, gpu: _hardware.Gpu) -> str:
+    """What limits `spec` on `gpu`'s roofline, by mma.sync: "arithmetic" or "memory".
 
-    The question is whether the C++ kernel could be kept from memory's pace by its instructions.
+    In other words: whether its instructions could keep the C++ kernel below memory's speed.
     """
     peak = gpu.tflops_fp16 * _hardware.mma_sync_share(gpu) * 1e12
     peak /= 2 if spec.dtype == "float32" else 1
@@ -71,5 +71,5 @@ def preference(spec: ConvSpec, target: _hardware.Gpu | int) -> Preference | None
     if gpu is None:
         return None
     known = _hardware.nearest_architecture(gpu.capability)
-    bounds = ("any", bound_of(spec, gpu))
-    return next(row for row in PREFERENCES if known in row.archs and row.bound in bounds)
+    limits = ("any", limit_of(spec, gpu))
+    return next(row for row in PREFERENCES if known in row.archs and row.limited_by in limits)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU backend's first launch of a plan: where it fails, the next backend serves the call.
+"""The first launch of a plan on a GPU: if it fails, the next backend serves the call.
 
-A refusal is known before anything runs. What a compiler, a driver or a device makes of a kernel is
-not: a tool that is missing, a kernel that does not fit. So the first launch of a plan is a trial.
-Where it raises, the plan is chosen anew without that backend, with the reason among its refusals
-and one warning; where it returns, nothing stands between the plan and its launches any more.
+Refusals are known before anything runs. Failures of a compiler, a driver or a device are not: a
+missing tool, a kernel that does not fit. So the first launch of a plan is a trial. If it raises,
+the plan is chosen again without that backend, with the reason among its refusals and one warning.
+Once it has returned, nothing stands between the plan and its launches.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import torch
 
 from resnet_fast import _hardware
 
-TRIED = ("cuda", "triton")  # whose kernels are compiled for, or loaded on, a device at first
 _lock = threading.Lock()
 
-# refusals that are known already, by the backend's name -> a `Plan` or a `JoinPlan`
+# refusals that are known already, by the backend's name -> a `Plan`
 Choose = Callable[[dict[str, str]], object]
 
 
@@ -28,8 +27,8 @@ def on_trial(choose: Choose, named: str):
     """The plan that `choose({})` makes, on trial.
 
     Args:
-        choose: makes a plan; backends in the refusals that it is given are not asked.
-        named: the backend that was asked for by argument, whose place none may take.
+        choose: makes a plan; it does not ask the backends in the refusals that it is given.
+        named: the backend asked for by argument, which no other may replace.
     """
     plan = choose({})
     _arm(plan, choose, named)
@@ -37,15 +36,15 @@ def on_trial(choose: Choose, named: str):
 
 
 def _arm(plan, choose: Choose, named: str) -> None:
-    if plan.backend in TRIED and plan.backend != named:
+    if plan.row.tried and plan.backend != named:
         plan.bind = Trial(plan, choose, named)
 
 
 def reason_to_pass_on(error: Exception) -> str:
-    """What a failed launch says against its backend, in words.
+    """Why a backend whose launch failed is passed over, in words.
 
     Raises:
-        Exception: the error itself, where it says nothing against it: memory is short, or a CUDA
+        Exception: the error itself, where the backend is not at fault: memory is short, or a CUDA
             graph is being recorded, which any failure spoils.
     """
     recording = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -56,20 +55,20 @@ def reason_to_pass_on(error: Exception) -> str:
 
 
 class Trial:
-    """What stands for the `bind` of a plan until a launch of it has returned."""
+    """Takes the place of a plan's `bind` until one of its launches has returned."""
 
     def __init__(self, plan, choose: Choose, named: str) -> None:
         self.plan, self.bind, self.choose, self.named = plan, plan.bind, choose, named
 
-    def __call__(self, *tensors) -> FirstLaunch:
-        return FirstLaunch(self, tensors)
+    def __call__(self, *tensors) -> FirstRun:
+        return FirstRun(self, tensors)
 
     def is_over(self) -> bool:
         """Whether the plan has launched, or has another backend."""
         return self.plan.bind is not self
 
     def succeeded(self) -> None:
-        """The plan's launches need no watching any more."""
+        """The plan's launches need no more watching."""
         if not self.is_over():
             self.plan.bind = self.bind
 
@@ -77,7 +76,7 @@ class Trial:
         """Give the plan to the next backend, unless no other could do better: then raise."""
         reason = reason_to_pass_on(error)
         with _lock:
-            if self.is_over():  # another thread's launch has failed as well
+            if self.is_over():  # another thread's launch failed too
                 return
             plan = self.plan
             found = self.choose({**plan.refusals, plan.backend: reason})
@@ -87,13 +86,13 @@ class Trial:
                 stacklevel=2,
             )
             plan.failed = f"{plan.backend}: {reason}"
-            plan.backend, plan.refusals, plan.tile = found.backend, found.refusals, found.tile
+            plan.row, plan.refusals, plan.tile = found.row, found.refusals, found.tile
             plan.why, plan.bind = found.why, found.bind
             _arm(plan, self.choose, self.named)
 
 
-class FirstLaunch:
-    """A launch that may be the first of its plan; fresh until one has been."""
+class FirstRun:
+    """A runner whose launch may be the first of its plan; fresh until one has been."""
 
     __slots__ = ("tensors", "trial")
     growth = None

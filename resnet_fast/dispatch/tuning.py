@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measured choices: which backend and tile was fastest, kept in one small file per GPU.
 
-`resnet-fast tune` writes the file, `backends.plan` looks choices up when it meets a problem for the
+`resnet-fast tune` writes the file, `table.plan` looks choices up when it meets a problem for the
 first time; nothing is measured, and no file is read, in any later call. A choice is as good as
 what it was measured with, so a file names the versions of torch, triton, this package and its
 extension, and one that names others is refused as a whole, with one warning.
@@ -19,21 +19,20 @@ import os
 import re
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from resnet_fast import _env
-from resnet_fast.dispatch import heuristics
-from resnet_fast.spec import ConvSpec, TileConfig
+from resnet_fast.dispatch.heuristics import Candidate
+from resnet_fast.spec import Spec, Tile
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".tuned.json"
 LOCK = ".lock"  # stays in the folder: removed, it could not be waited for
 LOCK_SECONDS = 60  # it is held for milliseconds: longer means that its owner hangs
-FAMILIES = {"triton": heuristics.TRITON, "cuda": heuristics.CUDA}
-TILE_FIELDS = tuple(field.name for field in fields(TileConfig) if field.name != "reason")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,46 +41,47 @@ class Choice:
 
     Args:
         backend: its name.
-        tile: the tile, split included; None for a backend that has none.
+        tile: the tile as it prints, split included; "" for a backend that has none.
         microseconds: median of the measured times.
     """
 
     backend: str
-    tile: TileConfig | None
+    tile: str
     microseconds: float
 
-
-Choices = dict[ConvSpec, tuple[Choice, ...]]  # the one to take first
-
-
-def measured(gpu: str, spec: ConvSpec) -> tuple[Choice, ...]:
-    """The measured choices for `spec` on the GPU of that name, the one to take first; or none."""
-    return _loaded(gpu).get(_key(spec), ()) if gpu else ()
+    def __str__(self) -> str:
+        return f"{self.backend} {self.tile}".strip()
 
 
-def _key(spec: ConvSpec) -> ConvSpec:
-    """The spec without what makes no difference: TF32 or not matters in float32 alone."""
-    return spec if spec.dtype == "float32" else replace(spec, precision="tf32")
+Choices = tuple[Choice, ...]  # the one to take first
 
 
-def tile_of(choices: tuple[Choice, ...], backend: str, spec: ConvSpec, target: heuristics.Target):
-    """The tile that was measured for a backend, as its table has it now; None where there is none.
+def measured(gpu: str, op: str, spec: Spec) -> Choices:
+    """The measured choices for an op on the GPU of that name, the one to take first; or none."""
+    return _loaded(gpu).get(_key(op, spec), ()) if gpu else ()
 
-    A tile that the table has no more, or that is no more legal, is left to the heuristics.
+
+def _key(op: str, spec: Spec) -> str:
+    """An op and what it computes, but for what makes no difference: TF32 matters to float32."""
+    text = f"{op}: {spec!r}"
+    return text if spec.dtype == "float32" else text.replace("precision='ieee'", "precision='tf32'")
+
+
+def tile_of(choices: Choices, backend: str, candidates: Iterable[Candidate]) -> Tile | None:
+    """The tile that was measured for a backend, as its table has it now.
+
+    None for a tile that is no longer in the table, or no longer legal: the chooser takes another.
     """
-    family = FAMILIES.get(backend)
-    found = next((choice.tile for choice in choices if choice.backend == backend), None)
-    if family is None or found is None:
-        return None
-    legal = (row.tile for row in heuristics.explain(spec, target, family) if row.refusal is None)
-    return next((tile for tile in legal if replace(tile, reason="") == found), None)
+    found = next((choice.tile for choice in choices if choice.backend == backend), "")
+    legal = (candidate.tile for candidate in candidates if candidate.refusal is None)
+    return next((tile for tile in legal if str(tile) == found), None)
 
 
-def store(gpu: str, choices: Choices) -> Path:
+def store(gpu: str, choices: dict[tuple[str, Spec], Choices]) -> Path:
     """Add to, or replace in, what is kept for a GPU; where it was written.
 
-    The file is replaced as a whole or not at all, whoever reads it at the same time; and whoever
-    writes it at the same time loses nothing, as one waits for the other.
+    The file is replaced as a whole or not at all, so that one who reads it meanwhile sees no half;
+    and two that write at the same time lose nothing, as one waits for the other.
 
     Raises:
         OSError: the folder cannot be written, or another process keeps it locked.
@@ -90,7 +90,7 @@ def store(gpu: str, choices: Choices) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         kept, _ = _read(path, gpu)
-        kept |= {_key(spec): tuple(map(_bare, found)) for spec, found in choices.items()}
+        kept |= {_key(op, spec): found for (op, spec), found in choices.items()}
         _replace(path, gpu, kept)
     _loaded.cache_clear()
     return path
@@ -103,15 +103,12 @@ def _locked(folder: Path):
     return FileLock(folder / LOCK, timeout=LOCK_SECONDS)
 
 
-def _replace(path: Path, gpu: str, kept: Choices) -> None:
+def _replace(path: Path, gpu: str, kept: dict[str, Choices]) -> None:
     content = {
         "format": FORMAT,
         "gpu": gpu,
         "versions": versions(),
-        "choices": [
-            {"spec": asdict(spec), "choices": [_to_json(choice) for choice in found]}
-            for spec, found in kept.items()
-        ],
+        "choices": {key: [asdict(choice) for choice in found] for key, found in kept.items()},
     }
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:
@@ -147,7 +144,7 @@ def path_of(gpu: str) -> Path:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What a time depends on beside the convolution and the GPU."""
+    """What a time depends on beside the problem and the GPU."""
     return {
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -173,7 +170,7 @@ def _extension() -> str:
 
 
 @functools.cache
-def _loaded(gpu: str) -> Choices:
+def _loaded(gpu: str) -> dict[str, Choices]:
     try:
         path = path_of(gpu)
     except OSError:
@@ -185,7 +182,7 @@ def _loaded(gpu: str) -> Choices:
     return choices
 
 
-def _read(path: Path, gpu: str) -> tuple[Choices, str]:
+def _read(path: Path, gpu: str) -> tuple[dict[str, Choices], str]:
     """What a file holds, or why it is not used."""
     try:
         text = path.read_text()
@@ -204,27 +201,11 @@ def _read(path: Path, gpu: str) -> tuple[Choices, str]:
             other = [name for name in now if then.get(name) != now[name]]
             facts = [f"{name} {then.get(name)}, here it is {now[name]}" for name in other]
             return {}, f"it was measured with {'; '.join(facts)}"
-        return {
-            _spec(entry["spec"]): tuple(map(_from_json, entry["choices"]))
-            for entry in content["choices"]
-        }, ""
+        found = content["choices"].items()
+        return {key: tuple(map(_from_json, choices)) for key, choices in found}, ""
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return {}, f"it is damaged ({type(error).__name__}: {error})"
 
 
-def _spec(entry: dict) -> ConvSpec:
-    return ConvSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
-
-
-def _bare(choice: Choice) -> Choice:
-    return replace(choice, tile=choice.tile and replace(choice.tile, reason=""))
-
-
-def _to_json(choice: Choice) -> dict:
-    tile = choice.tile and {name: getattr(choice.tile, name) for name in TILE_FIELDS}
-    return {"backend": choice.backend, "tile": tile, "microseconds": choice.microseconds}
-
-
 def _from_json(entry: dict) -> Choice:
-    tile = entry["tile"] and TileConfig(**{name: int(entry["tile"][name]) for name in TILE_FIELDS})
-    return Choice(str(entry["backend"]), tile, float(entry["microseconds"]))
+    return Choice(str(entry["backend"]), str(entry["tile"]), float(entry["microseconds"]))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resnet_fast.dispatch import backends
+from resnet_fast.dispatch import table
 from resnet_fast.ops._library import describe, dtype_name, reject
 from resnet_fast.spec import ACTIVATIONS, ELEMENT_SIZE, conv_output_size
 
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 class Names:
     """What the op at hand is called, and its arguments where they have other names than `Call`'s.
 
-    `conv_bn_join` checks its two convolutions here, each in its own words.
+    A join checks its two convolutions here, each in its own words.
     """
 
     op: str = NAME
@@ -70,7 +70,7 @@ def check_args(call: Call, names: Names = Names()) -> tuple[int, int]:
             if name == "padding":
                 remedy = "for another padding call torch.nn.functional.pad"
             names.reject(name, expected, list(value), remedy)
-    for name, known in (("activation", ACTIVATIONS), ("backend", backends.names())):
+    for name, known in (("activation", ACTIVATIONS), ("backend", table.names(NAME))):
         value = getattr(call, name)
         if value not in known:
             remedy = "take another function of 'none'" if name == "activation" else "give 'auto'"

@@ -15,10 +15,9 @@ from torch.autograd.function import once_differentiable
 
 NAMESPACE = "resnet_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-# needs_fixed_stride_order: under torch.compile the op is given the layout it had in eager.
 NOT_DENSE = ("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU")
+# needs_fixed_stride_order: under torch.compile the op is given the layout it had in eager.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-MAX_PLANS = 4096  # distinct problems that an op remembers; past that they are planned anew
 
 
 class ArgumentError(ValueError):
@@ -28,14 +27,6 @@ class ArgumentError(ValueError):
 def reject(op: str, argument: str, expected: str, got: object, remedy: str) -> None:
     """Raise the one form of error that the ops use."""
     raise ArgumentError(f"{NAMESPACE}::{op}: {argument} must be {expected}, got {got}; {remedy}")
-
-
-def remember(plans: dict, key: tuple, plan):
-    """Keep an op's new plan for the next call of the same key, and return it."""
-    if len(plans) >= MAX_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
 
 
 def describe(tensor: Tensor) -> str:
@@ -62,21 +53,20 @@ def register(
     implementation: Callable,
     fake: Callable,
     tensors: Callable[..., Sequence[Tensor | None]],
-    save: Callable | None = None,
-    backward: Callable | None = None,
+    gradient: tuple[Callable, Callable] | None = None,
     reference: Callable[..., Tensor] | None = None,
 ) -> Callable:
-    """Define `resnet_fast::name` and return its overload packet.
+    """Define `resnet_fast::name` and return its overload.
 
     Args:
         schema: the schema without namespace, "name(Tensor x, ...) -> Tensor".
         implementation: runs on real tensors, on any device.
         fake: the same checks and an output without data.
         tensors: picks the tensor arguments that could need a gradient out of the arguments.
-        save: save(ctx, inputs, output) keeps what `backward` needs.
-        backward: backward(ctx, gradient of the output) -> a gradient or None for each argument.
+        gradient: save(ctx, inputs, output) keeps what backward needs; backward(ctx, gradient of the
+            output) -> a gradient or None for each argument.
         reference: the op's arguments -> its result by torch's own functions, whose gradient is the
-            op's where there is no `backward`. Without either, a call that needs one is refused.
+            op's where none is given. Without either, a call that needs one is refused.
     """
     LIBRARY.define(schema, tags=TAGS)
     for key in ("CPU", "CUDA"):
@@ -85,7 +75,8 @@ def register(
         LIBRARY.impl(name, fake, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if backward is not None:
+    if gradient is not None:
+        save, backward = gradient
         qualified = f"{NAMESPACE}::{name}"
         torch.library.register_autograd(qualified, backward, setup_context=save, lib=LIBRARY)
         return op

@@ -4,41 +4,27 @@
     y = act((conv(x, weight) - mean) / sqrt(var + eps) * scale + shift + residual)
 
 BatchNorm's tensors are arguments, not folded into anything: what the op computes is what they hold
-at the call. The op chooses its backend inside (`dispatch/backends.py`), so torch.compile and
+at the call. The op chooses its backend inside (`dispatch/table.py`), so torch.compile and
 torch.export see one opaque node.
 
-Reading order: schema -> reference -> check_args (`_conv_arguments.py`) -> fake -> implementation ->
-public function.
+Its arguments and their checks are in `_conv_arguments.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from operator import or_
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from resnet_fast import _hardware
-from resnet_fast.dispatch import backends
+from resnet_fast.dispatch.problem import ConvProblem
 from resnet_fast.kernels import aten
-from resnet_fast.ops import _library
 from resnet_fast.ops._conv_arguments import NAME, Call, check_args
-from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import dtype_name
+from resnet_fast.ops._op import Op, facts, layout_of, precision, where
 from resnet_fast.spec import ConvSpec
-
-ARGUMENTS = (
-    "int[2] stride=1, int[2] padding=0, int[2] dilation=1, int groups=1, str activation='relu', "
-    "Tensor? mean=None, Tensor? var=None, float eps=1e-05, "
-    "str backend='auto', bool master_weight=False"
-)
-TENSORS = "Tensor x, Tensor weight, Tensor scale, Tensor shift"
-SCHEMA = f"conv_bn_act({TENSORS}, Tensor? residual=None, {ARGUMENTS}) -> Tensor"
-# Writes y over residual: for a caller that owns residual and needs it no more.
-SCHEMA_INPLACE = f"conv_bn_act_({TENSORS}, Tensor(a!) residual, {ARGUMENTS}) -> ()"
 
 
 def reference(call: Call) -> Tensor:  # [N, P, Q, K]
@@ -51,83 +37,15 @@ def new_output(x: Tensor, filters: int, p: int, q: int) -> Tensor:  # [N, P, Q, 
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _fake(*args, **kwargs) -> Tensor:
-    call = Call(*args, **kwargs)
-    return new_output(call.x, call.weight.shape[0], *check_args(call))
-
-
-def _fake_inplace(*args, **kwargs) -> None:
-    check_args(Call(*args, **kwargs))
-
-
-# ---- implementation: facts of the call -> plan, made once -> run
-
-_plans: dict[tuple, backends.Plan] = {}
-_last = threading.local()
-
-
-def plan_of(call: Call) -> backends.Plan:
-    """The plan for a call's problem; made, and the arguments checked, when it is first met."""
-    key = key_of(call)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _library.remember(_plans, key, _make_plan(call))
-    return plan
-
-
-def _run(call: Call, inplace: bool) -> Tensor:
-    plan = plan_of(call)
-    plan.calls += 1
-    _last.plan = plan
-    launch = plan.bind(call.weight, call.scale, call.shift, call.mean, call.var, call.eps)
-    return launch(call.x, call.residual, inplace)
-
-
-def _implementation(*args, **kwargs) -> Tensor:
-    return _run(Call(*args, **kwargs), inplace=False)
-
-
-def _implementation_inplace(*args, **kwargs) -> None:
-    call = Call(*args, **kwargs)
-    if torch._C._is_alias_of(call.x, call.residual):  # a kernel reads x after it has written y
-        call.residual.copy_(_run(call, inplace=False))
-    else:
-        _run(call, inplace=True)
-        increment_version(call.residual)  # a GPU kernel's write is not seen by autograd
-
-
-def last_plan() -> backends.Plan:
-    """The plan of this thread's last call."""
-    return _last.plan
-
-
-def plans() -> list[backends.Plan]:
-    """All problems met so far, with the backend chosen for each and how often it was called."""
-    return list(_plans.values())
-
-
-def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
-    """The backend for a typical convolution here, and why each of the others would not run it."""
-    spec = ConvSpec(8, 56, 56, 64, 64, 3, 3, padding=(1, 1), dtype=dtype, residual=True, norm=True)
-    layouts = {"x": "channels_last", "weight": "channels_last", "residual": "channels_last"}
-    available = device == "cuda" and torch.cuda.is_available()
-    problem = backends.Problem(
-        spec, device, _hardware.capability_of(torch.device(device)) if available else 0, **layouts,
-        x_strides=(64 * 56 * 56, 64 * 56, 64), vectors=True,
-        vector_dtypes=("float32",) * 4, tracked=True, aligned=True,
-    )  # fmt: skip
-    return backends.explain(problem)
-
-
 def key_of(call: Call) -> tuple:
-    """All that check_args and the choice of a plan read: the same key needs neither again."""
+    """All that `check_args` and the choice of a plan read."""
     x, weight, scale, shift, residual, stride, padding, dilation, groups, activation = call[:10]
     mean, var, backend = call.mean, call.var, call.backend
     key = (
-        _facts(x), _facts(weight), _facts(scale), _facts(shift), *stride, *padding, *dilation,
+        facts(x), facts(weight), facts(scale), facts(shift), *stride, *padding, *dilation,
         groups, activation, backend, call.master_weight,
-        residual is not None and _facts(residual), mean is not None and _facts(mean),
-        var is not None and _facts(var),
+        residual is not None and facts(residual), mean is not None and facts(mean),
+        var is not None and facts(var),
         weight.is_inference(), torch._C._get_mkldnn_enabled(),
     )  # fmt: skip
     if x.is_cuda:
@@ -137,120 +55,129 @@ def key_of(call: Call) -> tuple:
 
 def _addresses(call: Call) -> int:
     """The addresses of all tensors, or-ed: a multiple of 16 if all are."""
-    return functools.reduce(or_, (t.data_ptr() for t in _tensors(*call) if t is not None))
+    tensors = (*call[:5], call.mean, call.var)
+    return functools.reduce(or_, (t.data_ptr() for t in tensors if t is not None))
 
 
-def _facts(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _make_plan(call: Call) -> backends.Plan:
-    p, q = check_args(call)
-    problem = problem_of(call)
-    plan = backends.plan(problem, call.backend)
-    spec = problem.spec
-    if spec.m * spec.k == 0:
-        plan.bind = lambda *_: backends.Direct(lambda x, *_: new_output(x, spec.k, p, q))
-    return plan
-
-
-def problem_of(call: Call) -> backends.Problem:
-    """A call, its arguments checked, as the backends see it."""
-    x, weight, residual = call.x, call.weight, call.residual
-    vectors = (call.scale, call.shift, call.mean, call.var)
-    spec = ConvSpec(
+def spec_of(call: Call) -> ConvSpec:
+    """The convolution of a call."""
+    x, weight = call.x, call.weight
+    return ConvSpec(
         n=x.shape[0], h=x.shape[2], w=x.shape[3], c=x.shape[1],
         k=weight.shape[0], r=weight.shape[2], s=weight.shape[3],
         stride=tuple(call.stride), padding=tuple(call.padding), dilation=tuple(call.dilation),
         groups=call.groups, dtype=dtype_name(x.dtype), activation=call.activation,
-        residual=residual is not None, norm=call.mean is not None,
+        residual=call.residual is not None, norm=call.mean is not None,
         precision=precision() if x.is_cuda else "ieee",
     )  # fmt: skip
-    return backends.Problem(
-        spec=spec,
-        device=x.device.type,
-        arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
-        hardware=_hardware.gpu_of(x.device) if x.is_cuda else None,
-        x=_layout(x),
-        weight=_layout(weight),
-        residual="" if residual is None else _layout(residual),
+
+
+def problem_of(call: Call) -> ConvProblem:
+    """A call, its arguments checked, as the backends see it."""
+    x, weight, residual = call.x, call.weight, call.residual
+    vectors = (call.scale, call.shift, call.mean, call.var)
+    return ConvProblem(
+        spec=spec_of(call),
+        **where(x),
+        x=layout_of(x),
+        weight=layout_of(weight),
+        residual="" if residual is None else layout_of(residual),
         x_strides=(x.stride(0), x.stride(2), x.stride(3)),
         vectors=all(v is None or v.is_contiguous() for v in vectors),
         vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
         tracked=not weight.is_inference(),
         aligned=_addresses(call) % 16 == 0,
-        gpu=torch.cuda.get_device_name(x.device) if x.is_cuda else "",
     )
 
 
-def precision() -> str:
-    """ "tf32" where cuDNN would use TF32 for a float32 convolution, else "ieee"."""
-    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
+def sample(spec: ConvSpec, device: torch.device) -> Call:
+    """Random operands, dense and channels_last, with BatchNorm's vectors in the maps' dtype."""
+    dtype = getattr(torch, spec.dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def nhwc(*shape: int) -> Tensor:
+        return normal(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    weight = (2 / spec.k_gemm) ** 0.5 * nhwc(spec.k, spec.c // spec.groups, spec.r, spec.s)
+    residual = nhwc(spec.n, spec.k, spec.p, spec.q) if spec.residual else None
+    vectors = [normal(spec.k).abs() + 0.5, normal(spec.k)]
+    vectors += [normal(spec.k), normal(spec.k).abs() + 0.5] if spec.norm else []
+    scale, shift, mean, var = [v.to(dtype) for v in vectors] + [None] * (4 - len(vectors))
+    geometry = (spec.stride, spec.padding, spec.dilation, spec.groups, spec.activation)
+    x = nhwc(spec.n, spec.c, spec.h, spec.w)
+    return Call(x, weight, scale, shift, residual, *geometry, mean, var)
 
 
-def _layout(tensor: Tensor) -> str:
-    if tensor.is_contiguous(memory_format=torch.channels_last):
-        return "channels_last"
-    if tensor.is_contiguous():
-        return "contiguous"
-    return "channels_inner" if tensor.stride(1) == 1 else "strided"
+class ConvBnAct(Op):
+    """The op, and its variant `conv_bn_act_` that writes y over residual."""
+
+    name, Call, Problem = NAME, Call, ConvProblem
+
+    def __init__(self) -> None:
+        super().__init__()
+        # For a caller that owns residual and needs it no more.
+        self.inplace = self.define(
+            f"{NAME}_", self._write, self._fake_write, reference=None, writes="residual"
+        )
+
+    reference = staticmethod(reference)
+    check_args = staticmethod(check_args)
+    key_of, spec_of, problem_of = map(staticmethod, (key_of, spec_of, problem_of))
+    sample = staticmethod(sample)
+
+    def output(self, call: Call) -> Tensor:
+        return new_output(call.x, call.weight.shape[0], *check_args(call))
+
+    def layer(self, call: Call) -> tuple:
+        return call.weight, call.scale, call.shift, call.mean, call.var, call.eps
+
+    def inputs(self, call: Call) -> tuple:
+        return call.x, call.residual
+
+    def _write(self, *args, **kwargs) -> None:
+        call = Call(*args, **kwargs)
+        if torch._C._is_alias_of(call.x, call.residual):  # a kernel reads x after it has written y
+            call.residual.copy_(self.run(call))
+        else:
+            self.run(call, True)
+            increment_version(call.residual)  # a GPU kernel's write is not seen by autograd
+
+    def _fake_write(self, *args, **kwargs) -> None:
+        self.check_args(Call(*args, **kwargs))
+
+    def cast(self, call: Call, dtype: torch.dtype) -> Call:
+        """x and residual in autocast's dtype; BatchNorm's vectors, and a float32 weight, as is.
+
+        `torch.library.register_autocast` would round the vectors too, and the weight anew in each
+        call.
+        """
+        if call.x.dtype == torch.float64:  # autocast leaves float64 alone
+            return call
+        master = call.weight.dtype == torch.float32 != dtype
+        residual = call.residual
+        return call._replace(
+            x=call.x.to(dtype),
+            weight=call.weight if master else call.weight.to(dtype),
+            residual=residual if residual is None else residual.to(dtype),
+            master_weight=master,
+        )
+
+    def typical(self, dtype: str) -> ConvSpec:
+        return ConvSpec(
+            8, 56, 56, 64, 64, 3, 3, padding=(1, 1), dtype=dtype, residual=True, norm=True
+        )
+
+    def flops(self, x, weight, _scale, _shift, residual=None, *_, out_shape=None, **__) -> int:
+        """Two operations a multiply-add, as torch counts a convolution; the epilogue adds none."""
+        from torch.utils.flop_counter import conv_flop_count
+
+        return conv_flop_count(x, weight, out_shape or residual)
 
 
-def _tensors(*args) -> tuple[Tensor | None, ...]:
-    call = Call(*args)
-    return (*call[:5], call.mean, call.var)
-
-
-def _under_autocast(op, device: str):
-    """The op under autocast: x and residual in autocast's dtype, BatchNorm's vectors in fp32.
-
-    `torch.library.register_autocast` would round the vectors too, and the weight anew in each call.
-    A residual that is written to is not cast, as y would be lost with the copy: the op rejects it.
-    """
-    read_only = op is conv_bn_act_op
-
-    def cast(*args) -> Tensor | None:
-        call = Call(*args)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.amp.autocast(device, enabled=False):
-            if call.x.dtype == torch.float64:  # autocast leaves float64 alone
-                return op(*call)
-            master = call.weight.dtype == torch.float32 != dtype
-            residual = call.residual
-            if read_only and residual is not None:
-                residual = residual.to(dtype)
-            return op(
-                *call._replace(
-                    x=call.x.to(dtype),
-                    weight=call.weight if master else call.weight.to(dtype),
-                    residual=residual,
-                    master_weight=master,
-                )
-            )
-
-    return cast
-
-
-# The bare overloads: all arguments by position, no checks before the op's own, least overhead.
-conv_bn_act_op = _library.register(
-    NAME, SCHEMA, _implementation, _fake, _tensors, reference=lambda *args: reference(Call(*args))
-)
-conv_bn_act_op_ = _library.register(
-    NAME + "_", SCHEMA_INPLACE, _implementation_inplace, _fake_inplace, _tensors
-)
-for _device in ("cpu", "cuda"):
-    for _name, _overload in ((NAME, conv_bn_act_op), (NAME + "_", conv_bn_act_op_)):
-        _cast = _under_autocast(_overload, _device)
-        _library.LIBRARY.impl(_name, _cast, f"Autocast{_device.upper()}")
-
-
-@flop_formula(torch.ops.resnet_fast.conv_bn_act)
-@flop_formula(torch.ops.resnet_fast.conv_bn_act_)
-def _flops(x_shape, weight_shape, _scale, _shift, residual_shape=None, *_, out_shape=None, **__):
-    """Two operations a multiply-add, as torch counts a convolution; the epilogue adds none."""
-    from torch.utils.flop_counter import conv_flop_count
-
-    return conv_flop_count(x_shape, weight_shape, out_shape or residual_shape)
+CONV_BN_ACT = ConvBnAct()
 
 
 def conv_bn_act(
@@ -306,7 +233,7 @@ def conv_bn_act(
     Source: He et al. 2015, section 3.4 (BatchNorm after each convolution, before activation);
     Ioffe and Szegedy 2015, section 3.1 (BatchNorm in inference is an affine map).
     """
-    return conv_bn_act_op(
+    return CONV_BN_ACT.overload(
         x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
         activation, mean, var, eps, backend,
     )  # fmt: skip
@@ -319,7 +246,7 @@ def conv_bn_act_(x, weight, scale, shift, residual, stride=1, padding=0, dilatio
     Args and errors are those of `conv_bn_act`; a separate output is neither allocated nor written.
     It has no gradient, for what that needs is overwritten: a call that needs one is a RuntimeError.
     """
-    conv_bn_act_op_(
+    CONV_BN_ACT.inplace(
         x, weight, scale, shift, residual, _pair(stride), _pair(padding), _pair(dilation), groups,
         activation, **keywords,
     )  # fmt: skip

@@ -7,37 +7,25 @@
 
 Where one kernel does it, the shortcut never exists in memory. An op of two `conv_bn_act` calls: it
 takes, checks and describes each as that op does.
-
-Reading order: schema -> reference -> check_args -> fake -> implementation -> public function.
 """
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from resnet_fast import _hardware
-from resnet_fast.dispatch import backends, join
-from resnet_fast.ops import _library
+from resnet_fast.dispatch import table
+from resnet_fast.dispatch.problem import JoinProblem
 from resnet_fast.ops._conv_arguments import Call, Names
 from resnet_fast.ops._conv_arguments import check_args as check_conv_args
-from resnet_fast.ops._flops import flop_formula
 from resnet_fast.ops._library import describe, dtype_name, reject
-from resnet_fast.ops.conv_bn_act import key_of, new_output, problem_of
-from resnet_fast.ops.conv_bn_act import reference as conv_reference
-from resnet_fast.spec import ConvSpec
+from resnet_fast.ops._op import Op
+from resnet_fast.ops.conv_bn_act import CONV_BN_ACT, key_of, new_output, problem_of, spec_of
+from resnet_fast.spec import ConvSpec, JoinSpec
 
-NAME = "conv_bn_join"
-SCHEMA = (
-    f"{NAME}(Tensor h, Tensor weight, Tensor scale, Tensor shift, "
-    "Tensor x, Tensor proj_weight, Tensor proj_scale, Tensor proj_shift, int[2] stride=1, "
-    "Tensor? mean=None, Tensor? var=None, float eps=1e-05, "
-    "Tensor? proj_mean=None, Tensor? proj_var=None, float proj_eps=1e-05, "
-    "str backend='auto', bool master_weight=False) -> Tensor"
-)
+NAME = JoinProblem.op
 OF_MAIN = Names(NAME, {"x": "h"})
 OF_PROJECTION = Names(
     NAME, {name: f"proj_{name}" for name in ("weight", "scale", "shift", "mean", "var")}
@@ -84,7 +72,7 @@ class JoinCall(NamedTuple):
 
 def reference(call: JoinCall) -> Tensor:  # [N, P, Q, K]
     """The op step by step in torch's own functions, at the dtype of its arguments."""
-    return conv_reference(call.main(conv_reference(call.projection())))
+    return CONV_BN_ACT.reference(call.main(CONV_BN_ACT.reference(call.projection())))
 
 
 def check_args(call: JoinCall) -> tuple[int, int]:
@@ -95,8 +83,8 @@ def check_args(call: JoinCall) -> tuple[int, int]:
         reject(NAME, "weight", expected, describe(weight), "call conv_bn_act twice")
     if proj_weight.dim() == 4 and proj_weight.shape[2:] != (1, 1):
         reject(NAME, "proj_weight", "[K, D, 1, 1]", describe(proj_weight), "call conv_bn_act twice")
-    if call.backend not in join.names():
-        reject(NAME, "backend", f"one of {join.names()}", repr(call.backend), "give 'auto'")
+    if call.backend not in table.names(NAME):
+        reject(NAME, "backend", f"one of {table.names(NAME)}", repr(call.backend), "give 'auto'")
     p, q = check_conv_args(call.main(), OF_MAIN)
     shape = [call.x.shape[0], proj_weight.shape[0]]
     shape += check_conv_args(call.projection(), OF_PROJECTION)
@@ -113,123 +101,72 @@ def check_args(call: JoinCall) -> tuple[int, int]:
     return p, q
 
 
-def _fake(*args, **kwargs) -> Tensor:
-    call = JoinCall(*args, **kwargs)
-    return new_output(call.h, call.weight.shape[0], *check_args(call))
+class ConvBnJoin(Op):
+    """The op: each of its two convolutions is described as `conv_bn_act`'s."""
 
+    name, Call, Problem = NAME, JoinCall, JoinProblem
+    reference = staticmethod(reference)
+    check_args = staticmethod(check_args)
 
-_plans: dict[tuple, join.JoinPlan] = {}
-_last = threading.local()
+    def output(self, call: JoinCall) -> Tensor:
+        return new_output(call.h, call.weight.shape[0], *check_args(call))
 
+    def key_of(self, call: JoinCall) -> tuple:
+        return key_of(call.main()), key_of(call.projection()), call.backend
 
-def plan_of(call: JoinCall) -> join.JoinPlan:
-    """The plan for a call's problem; made, and the arguments checked, when it is first met."""
-    key = key_of(call.main()), key_of(call.projection()), call.backend
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _library.remember(_plans, key, _make_plan(call))
-    return plan
+    def spec_of(self, call: JoinCall) -> JoinSpec:
+        return JoinSpec(spec_of(call.main()), spec_of(call.projection()))
 
+    def problem_of(self, call: JoinCall) -> JoinProblem:
+        return JoinProblem(problem_of(call.main()), problem_of(call.projection()))
 
-def _make_plan(call: JoinCall) -> join.JoinPlan:
-    p, q = check_args(call)
-    main, projection = (problem_of(c) for c in (call.main(), call.projection()))
-    plan = join.plan(join.JoinProblem(main, projection), call.backend)
-    k = main.spec.k
-    if main.spec.m * k == 0:
-        empty = join.JoinLaunch(lambda h, x: new_output(h, k, p, q))
-        plan.bind = lambda *_: empty
-    return plan
+    def layer(self, call: JoinCall) -> tuple:
+        return (
+            call.weight, call.scale, call.shift, call.mean, call.var, call.eps,
+            call.proj_weight, call.proj_scale, call.proj_shift,
+            call.proj_mean, call.proj_var, call.proj_eps,
+        )  # fmt: skip
 
+    def inputs(self, call: JoinCall) -> tuple:
+        return call.h, call.x
 
-def _implementation(*args, **kwargs) -> Tensor:
-    call = JoinCall(*args, **kwargs)
-    plan = plan_of(call)
-    plan.calls += 1
-    _last.plan = plan
-    main, projection = call.main(), call.projection()
-    launch = plan.bind(
-        *main[1:4], main.mean, main.var, main.eps,
-        *projection[1:4], projection.mean, projection.var, projection.eps,
-    )  # fmt: skip
-    return launch(call.h, call.x)
-
-
-def last_plan() -> join.JoinPlan:
-    """The plan of this thread's last call."""
-    return _last.plan
-
-
-def may_join_in_one_kernel(device: str, backend: str) -> bool:
-    """Whether `backend`, or some if it is "auto", could run the op as one kernel on `device`."""
-    return join.may_be_one_kernel(device, backend)
-
-
-def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
-    """The backend for a typical join here, and why each of the others would not run it."""
-    available = device == "cuda" and torch.cuda.is_available()
-    main = ConvSpec(8, 28, 28, 128, 512, 1, 1, dtype=dtype, norm=True)
-    projection = ConvSpec(
-        8, 56, 56, 256, 512, 1, 1, (2, 2), dtype=dtype, norm=True, activation="none"
-    )
-    parts = (
-        backends.Problem(
-            spec, device, _hardware.capability_of(torch.device(device)) if available else 0,
-            x="channels_last", weight="channels_last", residual="",
-            x_strides=(spec.h * spec.w * spec.c, spec.w * spec.c, spec.c), vectors=True,
-            vector_dtypes=("float32",) * 4, tracked=True, aligned=True,
+    def cast(self, call: JoinCall, dtype: torch.dtype) -> JoinCall:
+        """h and x in autocast's dtype; BatchNorms' vectors, and float32 weights, as they are."""
+        if call.h.dtype == torch.float64:  # autocast leaves float64 alone
+            return call
+        weights = call.weight, call.proj_weight
+        master = torch.float32 != dtype and all(w.dtype == torch.float32 for w in weights)
+        weight, proj_weight = weights if master else (w.to(dtype) for w in weights)
+        return call._replace(
+            h=call.h.to(dtype),
+            x=call.x.to(dtype),
+            weight=weight,
+            proj_weight=proj_weight,
+            master_weight=master,
         )
-        for spec in (main, projection)
-    )  # fmt: skip
-    return join.explain(join.JoinProblem(*parts))
+
+    def typical(self, dtype: str) -> JoinSpec:
+        same = {"dtype": dtype, "norm": True}
+        main = ConvSpec(8, 28, 28, 128, 512, 1, 1, **same)
+        return JoinSpec(
+            main, ConvSpec(8, 56, 56, 256, 512, 1, 1, (2, 2), activation="none", **same)
+        )
+
+    def sample(self, spec: JoinSpec, device: torch.device) -> JoinCall:
+        m, p = (CONV_BN_ACT.sample(part, device) for part in (spec.main, spec.projection))
+        return JoinCall(
+            *m[:4], *p[:4], spec.projection.stride, m.mean, m.var, m.eps, p.mean, p.var, p.eps
+        )
+
+    def flops(self, h, weight, _scale, _shift, x, proj_weight, *_, out_shape=None, **__) -> int:
+        """Two operations a multiply-add of both convolutions, as torch counts one."""
+        from torch.utils.flop_counter import conv_flop_count
+
+        main = conv_flop_count(h, weight, out_shape)
+        return main + conv_flop_count(x, proj_weight, out_shape)
 
 
-def _tensors(*args) -> tuple[Tensor | None, ...]:
-    call = JoinCall(*args)
-    return (*call[:8], call.mean, call.var, call.proj_mean, call.proj_var)
-
-
-def _under_autocast(device: str):
-    """The op under autocast: h and x in autocast's dtype, BatchNorm's vectors in fp32."""
-
-    def cast(*args) -> Tensor:
-        call = JoinCall(*args)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.amp.autocast(device, enabled=False):
-            if call.h.dtype == torch.float64:  # autocast leaves float64 alone
-                return conv_bn_join_op(*call)
-            weights = call.weight, call.proj_weight
-            master = torch.float32 != dtype and all(w.dtype == torch.float32 for w in weights)
-            weight, proj_weight = weights if master else (w.to(dtype) for w in weights)
-            return conv_bn_join_op(
-                *call._replace(
-                    h=call.h.to(dtype),
-                    x=call.x.to(dtype),
-                    weight=weight,
-                    proj_weight=proj_weight,
-                    master_weight=master,
-                )
-            )
-
-    return cast
-
-
-# The bare overload: all arguments by position, no checks before the op's own, least overhead.
-conv_bn_join_op = _library.register(
-    *(NAME, SCHEMA, _implementation, _fake, _tensors),
-    reference=lambda *args: reference(JoinCall(*args)),
-)
-for _device in ("cpu", "cuda"):
-    _library.LIBRARY.impl(NAME, _under_autocast(_device), f"Autocast{_device.upper()}")
-
-
-@flop_formula(torch.ops.resnet_fast.conv_bn_join)
-def _flops(h_shape, weight_shape, _scale, _shift, x_shape, proj_shape, *_, out_shape=None, **__):
-    """Two operations a multiply-add of both convolutions, as torch counts one."""
-    from torch.utils.flop_counter import conv_flop_count
-
-    main = conv_flop_count(h_shape, weight_shape, out_shape)
-    return main + conv_flop_count(x_shape, proj_shape, out_shape)
+CONV_BN_JOIN = ConvBnJoin()
 
 
 def conv_bn_join(
@@ -290,7 +227,7 @@ def conv_bn_join(
 
     Source: He et al. 2015, equation 2 and section 3.3, option B (the projection shortcut).
     """
-    return conv_bn_join_op(
+    return CONV_BN_JOIN.overload(
         h, weight, scale, shift, x, proj_weight, proj_scale, proj_shift,
         (stride, stride) if isinstance(stride, int) else tuple(stride),
         mean, var, eps, proj_mean, proj_var, proj_eps, backend,

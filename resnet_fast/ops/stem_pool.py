@@ -9,32 +9,24 @@ images may be given as they are: uint8 in either layout, with mean and standard 
 
 from __future__ import annotations
 
-import threading
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast import _hardware
-from resnet_fast.dispatch import backends, stem
-from resnet_fast.ops import _library
-from resnet_fast.ops._flops import flop_formula
+from resnet_fast.dispatch import table
+from resnet_fast.dispatch.problem import ConvProblem, StemProblem, new_pooled
+from resnet_fast.dispatch.steps import normalize
+from resnet_fast.dispatch.table import AUTO
+from resnet_fast.kernels import aten
 from resnet_fast.ops._library import describe, dtype_name, reject
-from resnet_fast.ops.conv_bn_act import _facts, _layout, precision
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
+from resnet_fast.ops._op import Op, are_aligned, facts, layout_of, precision, where
+from resnet_fast.ops.conv_bn_act import CONV_BN_ACT
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, StemSpec
 
-NAME = "stem_pool"
-SCHEMA = (
-    "stem_pool(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? mean=None, "
-    "Tensor? var=None, float eps=1e-05, Tensor? image_mean=None, Tensor? image_std=None, "
-    "str backend='auto') -> Tensor"
-)
+NAME = StemProblem.op
 FILTER = (3, 7, 7)  # [C, R, S]
-ANY_LAYOUT = "cuda"  # the backend whose kernel takes x in any layout
-
-reference = stem.reference
-has_kernels = stem.has_kernels
-BACKENDS = stem.names()  # what the `backend` argument may be
 
 
 class StemCall(NamedTuple):
@@ -52,8 +44,18 @@ class StemCall(NamedTuple):
     backend: str = "auto"
 
 
-def check_args(call: StemCall) -> ConvSpec:
-    """Raise ArgumentError unless the op can take `call`; return its convolution."""
+def reference(call: StemCall) -> Tensor:  # [N, PP, PQ, K]
+    """The op step by step in torch's own functions, at weight's dtype."""
+    weight = call.weight
+    x = normalize(call.x, call.image_mean, call.image_std, weight.dtype)
+    geometry = ((2, 2), (3, 3), (1, 1), 1, "relu")
+    vectors = (call.scale, call.shift, None, *geometry, call.mean, call.var, call.eps)
+    y = F.max_pool2d(aten.conv_bn_act(x, weight, *vectors), 3, 2, 1)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def check_args(call: StemCall) -> None:
+    """Raise ArgumentError unless the op can take `call`."""
     x, weight = call.x, call.weight
     for name in ("x", "weight", "scale", "shift", "mean", "var", "image_mean", "image_std"):
         tensor = getattr(call, name)
@@ -89,14 +91,9 @@ def check_args(call: StemCall) -> ConvSpec:
     if call.image_mean is not None and x.dtype != torch.uint8:
         remedy = "normalize floating images yourself, or give them as uint8"
         reject(NAME, "image_mean", "left out unless x is uint8", describe(x), remedy)
-    if call.backend not in BACKENDS:
-        expected = f"one of {list(BACKENDS)}"
+    if call.backend not in table.names(NAME):
+        expected = f"one of {table.names(NAME)}"
         reject(NAME, "backend", expected, repr(call.backend), "give 'auto'")
-    return ConvSpec(
-        x.shape[0], x.shape[2], x.shape[3], 3, weight.shape[0], 7, 7, (2, 2), (3, 3),
-        dtype=dtype_name(weight.dtype), norm=call.mean is not None,
-        precision=precision() if x.is_cuda else "ieee",
-    )  # fmt: skip
 
 
 def _check_vector(name: str, vector: Tensor | None, length: int, dtypes: tuple) -> None:
@@ -110,130 +107,85 @@ def _check_vector(name: str, vector: Tensor | None, length: int, dtypes: tuple) 
         reject(NAME, name, expected, describe(vector), "call .float()")
 
 
-def _fake(*args, **kwargs) -> Tensor:
-    call = StemCall(*args, **kwargs)
-    return stem.new_output(check_args(call), call.x.device)
+class StemPool(Op):
+    """The op."""
+
+    name, Call, Problem = NAME, StemCall, StemProblem
+    reference = staticmethod(reference)
+    check_args = staticmethod(check_args)
+
+    def output(self, call: StemCall) -> Tensor:
+        check_args(call)
+        return new_pooled(self.spec_of(call), call.x.device)
+
+    def key_of(self, call: StemCall) -> tuple:
+        tensors = (*call[:6], call.image_mean, call.image_std)
+        key = tuple(t if t is None else facts(t) for t in tensors)
+        key += (call.backend, call.weight.is_inference(), torch._C._get_mkldnn_enabled())
+        if call.x.is_cuda:
+            key += (are_aligned(*call[1:6]), are_aligned(call.x), precision())
+        return key
+
+    def spec_of(self, call: StemCall) -> StemSpec:
+        (n, _, h, w), weight = call.x.shape, call.weight
+        return StemSpec(ConvSpec(
+            n, h, w, 3, weight.shape[0], 7, 7, (2, 2), (3, 3), dtype=dtype_name(weight.dtype),
+            norm=call.mean is not None, precision=precision() if call.x.is_cuda else "ieee",
+        ))  # fmt: skip
+
+    def problem_of(self, call: StemCall) -> StemProblem:
+        x, weight = call.x, call.weight
+        vectors = call.scale, call.shift, call.mean, call.var
+        conv = ConvProblem(
+            spec=self.spec_of(call).conv,
+            **where(x),
+            x=layout_of(x),
+            weight=layout_of(weight),
+            residual="",
+            x_strides=(x.stride(0), x.stride(2), x.stride(3)),
+            vectors=all(
+                v is None or v.is_contiguous() for v in (*vectors, call.image_mean, call.image_std)
+            ),
+            vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
+            tracked=not weight.is_inference(),
+            aligned=are_aligned(weight, *vectors),
+        )
+        return StemProblem(conv=conv, image=x.dtype == torch.uint8, x_aligned=are_aligned(x))
+
+    def layer(self, call: StemCall) -> tuple:
+        return call[1:-1]
+
+    def inputs(self, call: StemCall) -> tuple:
+        return (call.x,)
+
+    def cast(self, call: StemCall, dtype: torch.dtype) -> StemCall:
+        """x and weight in autocast's dtype, as a convolution's; the vectors as they are."""
+        if call.weight.dtype == torch.float64:  # autocast leaves float64 alone
+            return call
+        x = call.x if call.x.dtype == torch.uint8 else call.x.to(dtype)
+        return call._replace(x=x, weight=call.weight.to(dtype))
+
+    def typical(self, dtype: str) -> StemSpec:
+        return StemSpec(ConvSpec(8, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), dtype=dtype, norm=True))
+
+    def sample(self, spec: StemSpec, device: torch.device) -> StemCall:
+        c = CONV_BN_ACT.sample(spec.conv, device)
+        return StemCall(c.x, c.weight, c.scale, c.shift, c.mean, c.var)
+
+    def flops(self, x, weight, *_, **__) -> int:
+        """Two operations a multiply-add of the convolution; torch counts none for a pool."""
+        n, _, h, w = x
+        return ConvSpec(n, h, w, 3, weight[0], 7, 7, (2, 2), (3, 3)).flops
+
+    def reads(self, call: StemCall) -> bool:
+        """Whether the kernel that would run reads x as it lies; others want channels_last."""
+        asked = table.row_of(NAME, call.backend)
+        if call.backend != AUTO and not asked.any_layout:
+            return False
+        return self.plan_of(call).row.any_layout
 
 
-_plans: dict[tuple, backends.Plan] = {}
-_last = threading.local()
-
-
-def plan_of(call: StemCall) -> backends.Plan:
-    """The plan for a call's problem; made, and the arguments checked, when it is first met."""
-    key = _key(call)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _library.remember(_plans, key, _make_plan(call))
-    return plan
-
-
-def reads(call: StemCall) -> bool:
-    """Whether the kernel that would run reads x as it lies; others want channels_last."""
-    return call.backend in ("auto", ANY_LAYOUT) and plan_of(call).backend == ANY_LAYOUT
-
-
-def _implementation(*args, **kwargs) -> Tensor:
-    call = StemCall(*args, **kwargs)
-    plan = plan_of(call)
-    plan.calls += 1
-    _last.plan = plan
-    return plan.bind(*call[1:-1])(call.x, None)
-
-
-def last_plan() -> backends.Plan:
-    """The plan of this thread's last call."""
-    return _last.plan
-
-
-def _key(call: StemCall) -> tuple:
-    """All that check_args and the choice of a plan read."""
-    facts = tuple(t if t is None else _facts(t) for t in _tensors(*call))
-    key = (*facts, call.backend, call.weight.is_inference(), torch._C._get_mkldnn_enabled())
-    if call.x.is_cuda:
-        key += (_are_aligned(*call[1:6]), _are_aligned(call.x), precision())
-    return key
-
-
-def _are_aligned(*tensors: Tensor | None) -> bool:
-    """Whether each starts at a multiple of 16 bytes: GPU kernels read so many at a time."""
-    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-
-
-def _make_plan(call: StemCall) -> backends.Plan:
-    spec = check_args(call)
-    x, weight = call.x, call.weight
-    vectors = (call.scale, call.shift, call.mean, call.var)
-    problem = backends.Problem(
-        spec=spec,
-        device=x.device.type,
-        arch=_hardware.capability_of(x.device) if x.is_cuda else 0,
-        hardware=_hardware.gpu_of(x.device) if x.is_cuda else None,
-        x=_layout(x),
-        weight=_layout(weight),
-        residual="",
-        x_strides=(x.stride(0), x.stride(2), x.stride(3)),
-        vectors=all(v is None or v.is_contiguous() for v in (*vectors, *call[7:9])),
-        vector_dtypes=tuple(v if v is None else dtype_name(v.dtype) for v in vectors),
-        tracked=not weight.is_inference(),
-        aligned=_are_aligned(weight, *vectors),
-    )
-    asked = stem.Stem(problem, x.dtype == torch.uint8, _are_aligned(x))
-    plan = stem.plan(asked, call.backend)
-    if spec.m * spec.k == 0:
-        empty = backends.Direct(lambda x, *_: stem.new_output(spec, x.device))
-        plan.bind = lambda *_: empty
-    return plan
-
-
-def explain(device: str, dtype: str) -> tuple[str, dict[str, str]]:
-    """The backend for ImageNet's stem here, and why each of the others would not run it."""
-    spec = ConvSpec(8, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), dtype=dtype, norm=True)
-    available = device == "cuda" and torch.cuda.is_available()
-    problem = backends.Problem(
-        spec, device, _hardware.capability_of(torch.device(device)) if available else 0,
-        x="channels_last", weight="channels_last", residual="",
-        x_strides=(3 * 224 * 224, 3 * 224, 3), vectors=True,
-        vector_dtypes=("float32",) * 4, tracked=True, aligned=True,
-    )  # fmt: skip
-    return stem.explain(stem.Stem(problem))
-
-
-def _tensors(*args) -> tuple[Tensor | None, ...]:
-    call = StemCall(*args)
-    return (*call[:6], call.image_mean, call.image_std)
-
-
-stem_pool_op = _library.register(
-    *(NAME, SCHEMA, _implementation, _fake, _tensors),
-    reference=lambda *args: reference(*StemCall(*args)[:-1]),
-)
-
-
-def _under_autocast(device: str):
-    """x and weight in autocast's dtype, as a convolution's; the vectors as they are."""
-
-    def cast(*args) -> Tensor:
-        call = StemCall(*args)
-        dtype = torch.get_autocast_dtype(device)
-        with torch.amp.autocast(device, enabled=False):
-            if call.weight.dtype != torch.float64:  # autocast leaves float64 alone
-                x = call.x if call.x.dtype == torch.uint8 else call.x.to(dtype)
-                call = call._replace(x=x, weight=call.weight.to(dtype))
-            return stem_pool_op(*call)
-
-    return cast
-
-
-for _device in ("cpu", "cuda"):
-    _library.LIBRARY.impl(NAME, _under_autocast(_device), f"Autocast{_device.upper()}")
-
-
-@flop_formula(torch.ops.resnet_fast.stem_pool)
-def _flops(x_shape, weight_shape, *_, **__) -> int:
-    """Two operations a multiply-add of the convolution; torch counts none for a pool."""
-    n, _, h, w = x_shape
-    return ConvSpec(n, h, w, 3, weight_shape[0], 7, 7, (2, 2), (3, 3)).flops
+STEM_POOL = StemPool()
 
 
 def stem_pool(
@@ -281,4 +233,6 @@ def stem_pool(
 
     Source: He et al. 2015, table 1 (conv1, and the max-pool that begins conv2_x).
     """
-    return stem_pool_op(x, weight, scale, shift, mean, var, eps, image_mean, image_std, backend)
+    return STEM_POOL.overload(
+        x, weight, scale, shift, mean, var, eps, image_mean, image_std, backend
+    )

@@ -3,24 +3,23 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from resnet_fast import ops
-from resnet_fast.dispatch import backends
-from resnet_fast.dispatch.backends import Problem
-from resnet_fast.ops import _library
+from resnet_fast.dispatch import table
+from resnet_fast.dispatch.problem import ConvProblem
+from resnet_fast.kernels import aten
+from resnet_fast.ops import _op
 from resnet_fast.spec import ConvSpec
 
-op_module = importlib.import_module("resnet_fast.ops.conv_bn_act")  # ops.conv_bn_act is the op
-
 SPEC = ConvSpec(n=2, h=6, w=6, c=8, k=12, r=3, s=3, padding=(1, 1), dtype="float32")
-ON_CPU = Problem(
+ON_CPU = ConvProblem(
     spec=SPEC, device="cpu", arch=0, x="channels_last", weight="channels_last", residual="",
     x_strides=(288, 48, 8), vectors=True, vector_dtypes=("float32", "float32", None, None),
     tracked=True, aligned=True,
@@ -31,7 +30,7 @@ ON_CUDA = replace(ON_CPU, device="cuda", arch=90)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No plan of another test, no variable of the caller's shell; and no gradients."""
-    monkeypatch.setattr(op_module, "_plans", {})
+    monkeypatch.setattr(ops.CONV_BN_ACT, "_plans", {})
     monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with torch.no_grad():
@@ -41,7 +40,7 @@ def fresh(monkeypatch):
 @pytest.fixture
 def row():
     """row(name) -> the row of the table."""
-    return {row.name: row for row in backends.BACKENDS}.__getitem__
+    return partial(table.row_of, "conv_bn_act")
 
 
 def arguments(**changes) -> ops.Call:
@@ -50,7 +49,7 @@ def arguments(**changes) -> ops.Call:
     return call._replace(**changes)
 
 
-def run(**changes) -> backends.Plan:
+def run(**changes) -> table.Plan:
     ops.conv_bn_act_op(*arguments(**changes))
     return ops.last_plan()
 
@@ -73,22 +72,21 @@ CPU_REFUSES = {
 @pytest.mark.parametrize("name", CPU_REFUSES)
 def test_cpu_refuses_with_the_reason(name):
     problem, reason = CPU_REFUSES[name]
-    plan = backends.plan(problem)
+    plan = table.plan(problem)
     assert plan.backend == "aten"
     with pytest.raises(ValueError, match=f"^resnet_fast: backend 'cpu' cannot take .*: .*{reason}"):
-        backends.plan(problem, "cpu")
+        table.plan(problem, "cpu")
 
 
 @pytest.mark.parametrize("weight", ["channels_last", "contiguous"])
 @pytest.mark.parametrize("residual", ["", "channels_last"])
 def test_cpu_takes_the_rest(weight, residual):
-    plan = backends.plan(replace(ON_CPU, weight=weight, residual=residual))
+    plan = table.plan(replace(ON_CPU, weight=weight, residual=residual))
     assert plan.backend == "cpu"
     assert plan.why_fallback() == ""
 
 
 TRITON_REFUSES = {
-    "old-gpu": (replace(ON_CUDA, arch=75), "compute capability 7.5 is below 8.0"),
     "x-contiguous": (replace(ON_CUDA, x="contiguous"), "x is contiguous, not channels_last"),
     "weight": (replace(ON_CUDA, weight="contiguous"), "weight is contiguous, not channels_last"),
     "residual": (replace(ON_CUDA, residual="contiguous"), "residual is contiguous, not"),
@@ -102,31 +100,35 @@ def test_triton_refuses_with_the_reason(name, row):
     assert reason in row("triton").refusal(problem)
 
 
+def test_triton_refuses_an_old_gpu(row, gpu_is_here):
+    assert row("triton").why_not(replace(ON_CUDA, arch=75)) == "compute capability 7.5 is below 8.0"
+
+
 def test_triton_refuses_tensors_of_the_cpu():
     elsewhere = "runs on cuda tensors, not cpu"
-    assert backends.plan(ON_CPU).refusals == {"cuda": elsewhere, "triton": elsewhere}
+    assert table.plan(ON_CPU).refusals == {"cuda": elsewhere, "triton": elsewhere}
 
 
 def test_triton_is_missing_without_a_gpu(row, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert row("triton").missing() == "torch sees no NVIDIA GPU"
+    assert row("triton").missing(80) == "torch sees no NVIDIA GPU"
 
 
 def test_triton_is_missing_where_it_is_not_installed(row, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "pip install triton" in row("triton").missing()
+    assert "pip install triton" in row("triton").missing(80)
 
 
 def test_aten_refuses_nothing(row):
     for problem, _ in (*CPU_REFUSES.values(), *TRITON_REFUSES.values()):
         assert row("aten").refusal(problem) is None
-        assert backends.why_not(row("aten"), problem) is None
+        assert row("aten").why_not(problem) is None
 
 
 def test_why_fallback_speaks_of_the_problems_own_device():
-    plan = backends.plan(replace(ON_CPU, x="strided"))
+    plan = table.plan(replace(ON_CPU, x="strided"))
     assert plan.why_fallback() == "x is strided, not channels_last"
-    elsewhere = backends.plan(replace(ON_CPU, device="xpu"))
+    elsewhere = table.plan(replace(ON_CPU, device="xpu"))
     assert elsewhere.backend == "aten"
     assert elsewhere.why_fallback() == "no fused kernel for xpu"
 
@@ -138,12 +140,12 @@ def layout_warnings(built):
     def said(problem, backend="auto"):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            assert backends.plan(problem, backend).backend == "aten"
+            assert table.plan(problem, backend).backend == "aten"
         return [str(warning.message) for warning in found]
 
-    backends._warn_of_contiguous_weights.cache_clear()
+    table._warn_of_contiguous_weights.cache_clear()
     yield said
-    backends._warn_of_contiguous_weights.cache_clear()
+    table._warn_of_contiguous_weights.cache_clear()
 
 
 def test_contiguous_weights_on_a_gpu_are_warned_of_once(layout_warnings):
@@ -225,7 +227,7 @@ def test_an_argument_is_obeyed():
 
 def test_an_unknown_backend_lists_the_known():
     with pytest.raises(ValueError) as caught:
-        backends.plan(ON_CPU, "cutlass")
+        table.plan(ON_CPU, "cutlass")
     for name in ("'cutlass'", "cuda", "triton", "cpu", "aten", "auto"):
         assert name in str(caught.value)
 
@@ -278,8 +280,8 @@ def test_calls_are_counted_by_problem():
 
 def test_the_second_call_plans_nothing(monkeypatch):
     first = run()
-    monkeypatch.setattr(backends, "plan", lambda *_: pytest.fail("planned again"))
-    monkeypatch.setattr(op_module, "check_args", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(table, "plan", lambda *_: pytest.fail("planned again"))
+    monkeypatch.setattr(ops.CONV_BN_ACT, "check_args", lambda *_: pytest.fail("checked again"))
     assert run() is first
 
 
@@ -323,7 +325,7 @@ def test_switching_onednn_off_is_noticed():
 
 
 def test_plans_are_bounded(monkeypatch):
-    monkeypatch.setattr(_library, "MAX_PLANS", 4)
+    monkeypatch.setattr(_op, "MAX_PLANS", 4)
     for size in range(3, 13):
         x = torch.randn(1, 8, size, 6).contiguous(memory_format=torch.channels_last)
         assert run(x=x).problem.spec.h == size
@@ -350,15 +352,29 @@ def test_the_last_plan_is_each_threads_own():
 # ---- add_relu
 
 
-def test_add_relu_takes_the_fused_path_only_for_dense_equal_layouts(monkeypatch):
-    called = []
-    for name in ("cpu", "aten"):
-        module = getattr(backends, name)
-        monkeypatch.setattr(module, "add_relu", lambda x, y, name=name: called.append(name))
+def test_add_relu_takes_the_fused_path_only_for_dense_equal_layouts():
     dense = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-    backends.add_relu(dense, dense)
-    backends.add_relu(dense, dense.contiguous())
-    backends.add_relu(dense[:, ::2], dense[:, ::2])
-    backends.add_relu(dense.double(), dense.double())
-    backends.add_relu(dense[:0], dense[:0])
-    assert called == ["cpu", "aten", "aten", "aten", "aten"]
+    pairs = [(dense, dense), (dense, dense.contiguous()), (dense[:, ::2], dense[:, ::2])]
+    pairs += [(dense.double(), dense.double())]
+    plans = [ops.ADD_RELU.plan_of(ops.ADD_RELU.Call(*pair)) for pair in pairs]
+    assert [plan.backend for plan in plans] == ["cpu", "aten", "aten", "aten"]
+    assert "not dense" in plans[1].refusals["cpu"] and "float64" in plans[3].refusals["cpu"]
+
+
+def test_the_variable_asks_for_add_relus_backend_too(monkeypatch):
+    monkeypatch.setattr(ops.ADD_RELU, "_plans", {})
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "aten")
+    x = torch.randn(3, 7)
+    assert torch.equal(ops.add_relu(x, -2 * x), aten.add_relu(x, -2 * x))
+    plan = ops.ADD_RELU.last_plan()
+    assert (plan.backend, plan.calls, plan.why) == ("aten", 1, "asked for")
+    monkeypatch.setenv("RESNET_FAST_BACKEND", "atne")
+    with pytest.raises(ValueError, match="'atne'; did you mean aten"):
+        ops.add_relu(x[:2], x[:2])
+
+
+def test_a_second_addition_plans_nothing(monkeypatch):
+    x = torch.randn(3, 7)
+    ops.add_relu(x, x)
+    monkeypatch.setattr(table, "plan", lambda *_: pytest.fail("planned again"))
+    ops.add_relu(x + 1, x)

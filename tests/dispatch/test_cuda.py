@@ -13,21 +13,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from resnet_fast import _hardware
-from resnet_fast.dispatch import backends, cuda, heuristics, preferences, stem
-from resnet_fast.dispatch.problem import Problem
+from resnet_fast import _hardware, ops
+from resnet_fast.dispatch import cuda, heuristics, preferences, table, tiles
+from resnet_fast.dispatch.problem import ConvProblem, StemProblem, SumProblem
 from resnet_fast.kernels import aten
-from resnet_fast.spec import ConvSpec, TileConfig
+from resnet_fast.spec import ConvSpec, SumSpec, TileConfig
 from tests.support import cases
 from tests.support.tolerance import assert_within
 
 CSRC = Path(__file__).parents[2] / "csrc"
+CONV = "conv_bn_act"
+CUDA, TRITON = tiles.CUDA[ConvSpec], tiles.TRITON[ConvSpec]
+CUDA_TILES = tiles.CUDA_TILES[ConvSpec]
 SPEC = ConvSpec(2, 9, 7, 64, 40, 3, 3, (2, 2), (1, 1), norm=True, residual=True)
 
 
-def problem(spec: ConvSpec = SPEC, **changes) -> Problem:
+def problem(spec: ConvSpec = SPEC, **changes) -> ConvProblem:
     residual = "channels_last" if spec.residual else ""
-    facts = Problem(
+    facts = ConvProblem(
         spec=spec, device="cuda", arch=80, x="channels_last", weight="channels_last",
         residual=residual, x_strides=(spec.h * spec.w * spec.c, spec.w * spec.c, spec.c),
         vectors=True, vector_dtypes=("float32",) * 4, tracked=True, aligned=True,
@@ -35,7 +38,7 @@ def problem(spec: ConvSpec = SPEC, **changes) -> Problem:
     return replace(facts, **changes)
 
 
-def of(**changes) -> Problem:
+def of(**changes) -> ConvProblem:
     return problem(replace(SPEC, **changes))
 
 
@@ -67,38 +70,42 @@ REFUSED = {
 }  # fmt: skip
 
 
+def refusal(asked: ConvProblem) -> str | None:
+    return table.row_of(CONV, "cuda").why_not(asked)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_refuses_with_the_reason(name, built):
     refused, reason = REFUSED[name]
-    assert reason in cuda.refusal(refused)
+    assert reason in refusal(refused)
 
 
 def test_the_largest_filter_is_taken(built):
-    assert cuda.refusal(of(h=20, w=20, r=15, s=15, padding=(7, 7))) is None
+    assert refusal(of(h=20, w=20, r=15, s=15, padding=(7, 7))) is None
 
 
 def test_a_slice_with_whole_strides_is_taken(built):
-    assert cuda.refusal(problem(x="channels_inner", x_strides=(72 * 63, 72 * 7, 72))) is None
+    assert refusal(problem(x="channels_inner", x_strides=(72 * 63, 72 * 7, 72))) is None
 
 
 def test_a_stride_along_an_axis_of_one_says_nothing(built):
-    assert cuda.refusal(problem(replace(SPEC, n=1), x_strides=(1, 7 * 64, 64))) is None
-    assert "multiples of 16" in cuda.refusal(problem(x_strides=(1, 7 * 64, 64)))
+    assert refusal(problem(replace(SPEC, n=1), x_strides=(1, 7 * 64, 64))) is None
+    assert "multiples of 16" in refusal(problem(x_strides=(1, 7 * 64, 64)))
 
 
 def test_float32_strides_count_as_bytes(built):
     """Four float32 are 16 bytes; four halves are not."""
     strides = {"x": "channels_inner", "x_strides": (68 * 63, 68 * 7, 68)}
-    assert cuda.refusal(problem(replace(SPEC, dtype="float32"), **strides)) is None
-    assert "multiples of 16 bytes" in cuda.refusal(problem(**strides))
+    assert refusal(problem(replace(SPEC, dtype="float32"), **strides)) is None
+    assert "multiples of 16 bytes" in refusal(problem(**strides))
 
 
 def test_a_missing_extension_is_one_reason_and_the_next_backend_runs(extension, gpu_is_here):
-    chosen, others = backends.explain(problem())
+    chosen, others = table.explain(problem())
     assert chosen == "triton"
     assert others["cuda"] == extension.missing()
     with pytest.raises(ValueError, match=r"backend 'cuda' cannot take .*: the extension is not"):
-        backends.plan(problem(), "cuda")
+        table.plan(problem(), "cuda")
 
 
 def test_an_architecture_that_the_binary_lacks_is_named(built, monkeypatch):
@@ -106,7 +113,7 @@ def test_an_architecture_that_the_binary_lacks_is_named(built, monkeypatch):
     monkeypatch.setattr(
         built, "architecture_refusal", lambda arch: f"the binary has no code for sm_{arch}"
     )
-    assert cuda.refusal(problem()) == text
+    assert refusal(problem()) == text
 
 
 class Op:
@@ -139,7 +146,8 @@ def op(built, monkeypatch):
 
 def run(spec: ConvSpec, inplace: bool = False, tile: TileConfig | None = None, arch: int = 80):
     t = cases.conv_tensors(spec)
-    launch = cuda.build(problem(spec, arch=arch), tile)(
+    asked = problem(spec, arch=arch)
+    launch = cuda.conv_build(asked, tile or table.row_of(CONV, "cuda").choose(asked))(
         t.weight, t.scale, t.shift, t.mean, t.var, t.eps
     )
     return t, launch(t.x, t.residual, inplace)
@@ -161,29 +169,29 @@ def test_in_place_it_writes_over_the_residual(op):
 
 
 def test_the_tile_is_the_row_of_the_table(op):
-    for row, tile in enumerate(heuristics.CUDA_TILES):
+    for row, tile in enumerate(CUDA_TILES):
         run(SPEC, tile=replace(tile, SPLIT_K=1))
         assert op.calls[-1]["tile"] == row
-    in_float32 = replace(heuristics.CUDA_TILES[4], BLOCK_K=32)
+    in_float32 = replace(CUDA_TILES[4], BLOCK_K=32)
     run(replace(SPEC, dtype="float32"), tile=in_float32)
     assert op.calls[-1]["tile"] == 4
 
 
 def test_by_default_the_tile_is_the_heuristics(op):
     run(SPEC)
-    tile = heuristics.choose(SPEC, 80, heuristics.CUDA)
+    tile = heuristics.choose(SPEC, 80, CUDA)
     assert (op.calls[0]["tile"], op.calls[0]["split_k"]) == (
-        heuristics.cuda_index(SPEC, tile), tile.SPLIT_K,
+        tiles.cuda_index(SPEC, tile), tile.SPLIT_K,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("split", [2, 3])
 def test_a_split_sum_has_its_workspace(split, op):
-    run(SPEC, tile=replace(heuristics.CUDA_TILES[4], SPLIT_K=split))
+    run(SPEC, tile=replace(CUDA_TILES[4], SPLIT_K=split))
     workspace = op.calls[0]["workspace"]
     assert op.calls[0]["split_k"] == split
     assert workspace.shape == (split, SPEC.m, SPEC.k) and workspace.dtype == torch.float32
-    run(SPEC, tile=heuristics.CUDA_TILES[4])
+    run(SPEC, tile=CUDA_TILES[4])
     assert op.calls[1]["workspace"] is None
 
 
@@ -202,7 +210,7 @@ def test_the_cpp_side_accepts_what_is_handed_over(name, built, monkeypatch):
     from tests.support.nvcc import ConvProblem
 
     spec = ACCEPTED[name]
-    if (reason := cuda.refusal(problem(spec))) is not None:
+    if (reason := refusal(problem(spec))) is not None:
         pytest.skip(reason)
     buffer = torch.zeros(ctypes.sizeof(ConvProblem), dtype=torch.uint8)
     checks = torch.ops.resnet_fast._conv_problem.default
@@ -221,14 +229,15 @@ def test_add_relu_takes_it_first(built, monkeypatch):
         torch.ops.resnet_fast, "_add_relu_cuda", SimpleNamespace(default=add_relu), raising=False
     )
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
-    explain = backends.explain_add_relu.__wrapped__  # without its cache
+    explain = ops.ADD_RELU.explain
     assert explain("cuda", "float16")[0] == "cuda"
     assert "float64" in explain("cuda", "float64")[1]["cuda"]
     monkeypatch.setattr(built, "architecture_refusal", lambda arch: f"no code for {arch}")
     chosen, others = explain("cuda", "float16")
     assert chosen == "triton" and others["cuda"] == "no code for 90"
     x = torch.randn(3, 5)
-    assert torch.equal(cuda.add_relu(x, -2 * x), aten.add_relu(x, -2 * x))
+    asked = SumProblem(spec=SumSpec(15, "float32"), device="cuda", arch=90)
+    assert torch.equal(cuda.sum_build(asked)()(x, -2 * x), aten.add_relu(x, -2 * x))
 
 
 def test_of_two_gpus_each_is_asked_for_its_architecture(built, monkeypatch):
@@ -236,10 +245,10 @@ def test_of_two_gpus_each_is_asked_for_its_architecture(built, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: arch[device.index])
     monkeypatch.setattr(built, "architecture_refusal", lambda arch: "old" if arch < 80 else None)
     chosen = {
-        name: backends.explain_add_relu.__wrapped__(name, "float16")[0]
+        name: ops.ADD_RELU.explain(name, "float16")[0]
         for name in ("cuda", "cuda:0", "cuda:1", "cpu")
     }
-    assert chosen == {"cuda": "triton", "cuda:0": "triton", "cuda:1": "cuda", "cpu": "cpu"}
+    assert chosen == {"cuda": "aten", "cuda:0": "aten", "cuda:1": "cuda", "cpu": "cpu"}
 
 
 # ---- the tables
@@ -252,12 +261,12 @@ def test_the_cpp_table_has_the_same_rows():
     rows = [tuple(map(int, row.split(","))) for row in numbers]
     assert len(rows) <= 12
     assert [(m, n, k, s, wm * wn) for m, n, k, s, wm, wn in rows] == [
-        (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K, t.NUM_STAGES, t.NUM_WARPS) for t in heuristics.CUDA_TILES
+        (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K, t.NUM_STAGES, t.NUM_WARPS) for t in CUDA_TILES
     ]
 
 
 def test_every_row_has_a_reason_and_is_chosen_somewhere():
-    assert all(tile.reason for tile in heuristics.CUDA_TILES)
+    assert all(tile.reason for tile in CUDA_TILES)
     chosen = set()
     for arch, n, depth in (
         (80, 1, 50),
@@ -270,9 +279,9 @@ def test_every_row_has_a_reason_and_is_chosen_somewhere():
         for dtype in ("float16", "float32"):
             for spec in cases.resnet_convs(depth, n, dtype=dtype).values():
                 if cuda.spec_refusal(spec) is None:
-                    tile = heuristics.choose(spec, arch, heuristics.CUDA)
-                    chosen.add(heuristics.cuda_index(spec, tile))
-    assert chosen == set(range(len(heuristics.CUDA_TILES)))
+                    tile = heuristics.choose(spec, arch, CUDA)
+                    chosen.add(tiles.cuda_index(spec, tile))
+    assert chosen == set(range(len(CUDA_TILES)))
 
 
 @pytest.mark.parametrize("arch", _hardware.GPUS)
@@ -283,13 +292,13 @@ def test_every_resnet_convolution_but_the_stem_has_a_tile(arch, dtype):
             if name.startswith("stem"):
                 assert cuda.spec_refusal(spec)
                 continue
-            assert heuristics.choose(spec, arch, heuristics.CUDA)
+            assert heuristics.choose(spec, arch, CUDA)
 
 
 def test_the_cuda_kernel_pads_once_and_triton_at_each_tap():
     spec = replace(SPEC, c=72)
-    tile = heuristics.CUDA_TILES[4]
-    walks = heuristics.CUDA.walk(spec), heuristics.TRITON.walk(spec)
+    tile = CUDA_TILES[4]
+    walks = tiles.CUDA_GEMM.walk(spec), tiles.TRITON_GEMM.walk(spec)
     assert [walk.steps(tile.BLOCK_K) for walk in walks] == [-(-9 * 72 // 64), 9 * 2]
 
 
@@ -298,10 +307,10 @@ def test_each_kind_of_convolution_has_one_preference(arch):
     for bound in ("arithmetic", "memory"):
         rows = [
             row for row in preferences.PREFERENCES
-            if arch in row.archs and row.bound in ("any", bound)
+            if arch in row.archs and row.limited_by in ("any", bound)
         ]  # fmt: skip
         assert len(rows) == 1 and rows[0].reason
-        known = {row.name for row in backends.BACKENDS if not row.by_name}
+        known = {row.backend for row in table.ROWS if not row.by_name}
         assert set(rows[0].order) <= known and rows[0].order[-1] == "aten"
 
 
@@ -315,11 +324,11 @@ THIN = ConvSpec(128, 56, 56, 64, 64, 1, 1)
      (LARGE, 120, "cuda"), (THIN, 80, "cuda"), (THIN, 90, "cuda"), (THIN, 103, "cuda")],
 )  # fmt: skip
 def test_the_preferred_backend_is_asked_first(spec, arch, first, built, monkeypatch):
-    row = {row.name: row for row in backends.BACKENDS}
-    takes_all = replace(row["triton"], missing=lambda: None, refusal=lambda problem: None)
-    table = tuple(takes_all if r.name == "triton" else r for r in backends.BACKENDS)
-    monkeypatch.setattr(backends, "BACKENDS", table)
-    chosen, others = backends.explain(problem(spec, arch=arch))
+    row = table.row_of(CONV, "triton")
+    takes_all = replace(row, missing=lambda arch: None, refusal=lambda problem: None)
+    rows = (takes_all if r is row else r for r in table.ROWS)
+    monkeypatch.setattr(table, "ROWS", tuple(rows))
+    chosen, others = table.explain(problem(spec, arch=arch))
     assert chosen == first
     other = "triton" if first == "cuda" else "cuda"
     assert others[other].startswith(f"{first} comes first: ")
@@ -329,8 +338,8 @@ def test_the_preferred_backend_is_asked_first(spec, arch, first, built, monkeypa
 
 def test_a_plan_says_why_its_backend_was_taken(op):
     reason = preferences.preference(SPEC, 80).reason
-    assert backends.plan(problem()).why == reason
-    grouped = backends.plan(of(groups=2))
+    assert table.plan(problem()).why == reason
+    grouped = table.plan(of(groups=2))
     assert (grouped.backend, grouped.why) == ("aten", "")
     assert grouped.why_fallback() == "; ".join(grouped.refusals.values())
     assert "groups 2: the CUDA kernel takes 1" in grouped.why_fallback()
@@ -339,26 +348,26 @@ def test_a_plan_says_why_its_backend_was_taken(op):
 @pytest.mark.parametrize("spec", [SPEC, replace(SPEC, dtype="float32")], ids=str)
 def test_a_plan_tells_the_tile_that_its_kernel_is_given(spec, op):
     t = cases.conv_tensors(spec)
-    plan = backends.plan(problem(spec), "cuda")
+    plan = table.plan(problem(spec), "cuda")
     plan.bind(t.weight, t.scale, t.shift, t.mean, t.var, t.eps)(t.x, t.residual)
-    given = heuristics._cuda_tiles(80, spec.dtype)[op.calls[-1]["tile"]]
+    given = tiles.cuda_tiles(ConvSpec, spec.dtype)[op.calls[-1]["tile"]]
     assert plan.tile == replace(given, SPLIT_K=op.calls[-1]["split_k"])
     assert str(plan.tile).startswith(f"{given.BLOCK_M}x{given.BLOCK_N}x{given.BLOCK_K} stages")
 
 
 def test_a_plan_of_triton_tells_its_tile_and_that_of_torch_has_none(built):
-    assert backends.plan(problem(), "triton").tile == heuristics.choose(SPEC, 80)
-    assert backends.plan(problem(), "aten").tile is None
+    assert table.plan(problem(), "triton").tile == heuristics.choose(SPEC, 80, TRITON)
+    assert table.plan(problem(), "aten").tile is None
 
 
 @pytest.mark.parametrize("batch, tile", [(64, "8x7 pooled pixels"), (1, "3x4 pooled pixels")])
 def test_a_plan_of_the_stem_tells_its_tile(batch, tile, built, monkeypatch):
     monkeypatch.setattr(torch.ops.resnet_fast, "_stem_pool_cuda", Op(), raising=False)
     spec = ConvSpec(batch, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), norm=True)
-    images = stem.Stem(problem(spec))
-    assert str(stem.plan(images, "cuda").tile).startswith(tile)
-    assert stem.plan(images, "triton").tile == heuristics.choose(spec, 80)
-    assert stem.plan(images, "aten").tile is None
+    images = StemProblem(conv=problem(spec))
+    assert str(table.plan(images, "cuda").tile).startswith(tile)
+    assert table.plan(images, "triton").tile == heuristics.choose(spec, 80, TRITON)
+    assert table.plan(images, "aten").tile is None
 
 
 def test_an_old_gpu_has_no_preference():
@@ -379,15 +388,10 @@ def test_a_layer_beyond_the_reach_of_mma_sync_is_tritons():
 @pytest.mark.parametrize(("arch", "slower"), [(80, False), (89, False), (90, True), (100, True)])
 def test_each_family_is_scored_by_what_its_instructions_reach(arch, slower):
     spec = ConvSpec(256, 14, 14, 1024, 1024, 3, 3, (1, 1), (1, 1))
-    gpu, tile = _hardware.GPUS[arch], heuristics.CUDA_TILES[0]
-    ours, tritons = (
-        heuristics.score(spec, tile, gpu, family) for family in (heuristics.CUDA, heuristics.TRITON)
-    )
-    assert ours.bound == "tensor" or not slower
+    gpu, tile = _hardware.GPUS[arch], CUDA_TILES[0]
+    ours, tritons = (family.cost(spec, tile, gpu) for family in (CUDA, TRITON))
+    assert ours.limited_by == "tensor" or not slower
     assert (ours.microseconds > 1.3 * tritons.microseconds) == slower
     low = replace(tile, BLOCK_M=32, BLOCK_N=128)  # too few rows for wgmma
-    both = {
-        heuristics.score(spec, low, gpu, family).microseconds
-        for family in (heuristics.CUDA, heuristics.TRITON)
-    }
+    both = {family.cost(spec, low, gpu).microseconds for family in (CUDA, TRITON)}
     assert len(both) == 1

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from resnet_fast.dispatch import backends
-from resnet_fast.dispatch.problem import Problem
+from resnet_fast.dispatch import table
+from resnet_fast.dispatch.problem import ConvProblem
 from resnet_fast.kernels import aten
 from resnet_fast.spec import ConvSpec
 from tests.support import cases
 from tests.support.tolerance import assert_within
 
 SPEC = ConvSpec(4, 28, 28, 64, 64, 3, 3, (1, 1), (1, 1), norm=True, dtype="float16")
-PROBLEM = Problem(
+PROBLEM = ConvProblem(
     spec=SPEC, device="cuda", arch=80, x="channels_last", weight="channels_last", residual="",
     x_strides=(28 * 28 * 64, 28 * 64, 64), vectors=True, vector_dtypes=("float16",) * 4,
     tracked=True, aligned=True,
@@ -39,7 +39,7 @@ REFUSED = {
 @pytest.fixture
 def row(monkeypatch):
     monkeypatch.setattr("torch.backends.cudnn.is_available", lambda: True)
-    return next(row for row in backends.BACKENDS if row.name == "cudnn")
+    return table.row_of("conv_bn_act", "cudnn")
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -54,15 +54,15 @@ def test_layouts_that_torch_would_copy_are_refused(row):
 
 
 def test_it_runs_only_where_it_is_asked_for(row):
-    assert backends.plan(PROBLEM).backend == "aten"
-    assert "NaN" in backends.explain(PROBLEM)[1]["cudnn"]
-    assert backends.plan(PROBLEM, "cudnn").backend == "cudnn"
+    assert table.plan(PROBLEM).backend == "aten"
+    assert "NaN" in table.explain(PROBLEM)[1]["cudnn"]
+    assert table.plan(PROBLEM, "cudnn").backend == "cudnn"
 
 
 def test_the_variable_may_ask_for_it(row, monkeypatch):
     monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")
-    assert backends.plan(PROBLEM).backend == "cudnn"
-    assert backends.plan(replace(PROBLEM, spec=replace(SPEC, groups=2))).backend == "aten"
+    assert table.plan(PROBLEM).backend == "cudnn"
+    assert table.plan(replace(PROBLEM, spec=replace(SPEC, groups=2))).backend == "aten"
 
 
 def relu(x, weight, bias, stride, padding, dilation, groups):
@@ -91,7 +91,7 @@ def test_folding_stays_within_the_rule(dtype, residual, norm, row, monkeypatch):
             norm=norm, precision="ieee",
         )  # fmt: skip
         t = cases.conv_tensors(spec)
-        launch = row.build(replace(PROBLEM, spec=spec))(
+        launch = row.build(replace(PROBLEM, spec=spec), None)(
             t.weight, t.scale, t.shift, t.mean, t.var, t.eps
         )
         assert_within(launch(t.x, t.residual), t.eager(), t.reference(), spec.k_gemm)

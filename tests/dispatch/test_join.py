@@ -4,25 +4,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from resnet_fast import _hardware, ops
-from resnet_fast.dispatch import heuristics, join
-from resnet_fast.dispatch.backends import Problem
-from resnet_fast.dispatch.join import JoinProblem
+from resnet_fast.dispatch import cuda, gemm, heuristics, table, tiles
+from resnet_fast.dispatch.problem import ConvProblem, JoinProblem
 from resnet_fast.kernels import cuda as kernel
+from resnet_fast.spec import JoinSpec
 from tests.support import join_cases
 
 SPEC = join_cases.join(2, 6, 6, 16, 32, 24, stride=(2, 2))
 FP32 = ("float32",) * 4
+JOIN = JoinProblem.op
+TRITON, TRITON_TILES = tiles.TRITON[JoinSpec], tiles.TRITON_TILES[JoinSpec]
+CUDA_TILES = tiles.CUDA_TILES[JoinSpec]
+
+
+def nothing(*_) -> None:
+    return None
+
+
+def chosen_cuda(spec, arch: int):
+    return heuristics.choose(spec, arch, tiles.CUDA[JoinSpec])
 
 
 def problem_of(spec, device="cuda", arch=90) -> JoinProblem:
     parts = (
-        Problem(
+        ConvProblem(
             spec=part, device=device, arch=arch, x="channels_last", weight="channels_last",
             residual="", x_strides=(part.h * part.w * part.c, part.w * part.c, part.c),
             vectors=True, vector_dtypes=FP32, tracked=True, aligned=True,
@@ -58,7 +70,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def row():
-    return {row.name: row for row in join.JOIN_BACKENDS}.__getitem__
+    return partial(table.row_of, JOIN)
 
 
 BOTH_REFUSE = {
@@ -80,7 +92,7 @@ def test_the_gpu_kernels_refuse_with_the_reason(name, row):
     part = "main" if problem.main != ON_CUDA.main else "projection"
     of_part = reason.replace("h is", "x is").replace("proj_weight", "weight")
     of_part = of_part.replace("weight's BatchNorm is not", "is not contiguous")
-    refused = join.cuda_refusal(problem)
+    refused = cuda.join_refusal(problem)
     assert refused.startswith(f"{part}: ") and of_part in refused
 
 
@@ -100,17 +112,18 @@ CUDA_REFUSES = {
 @pytest.mark.parametrize("name", CUDA_REFUSES)
 def test_cuda_refuses_more(name, row):
     problem, reason = CUDA_REFUSES[name]
-    assert reason in join.cuda_refusal(problem)
+    assert reason in cuda.join_refusal(problem)
     if name not in ("pixels", "taps"):
         assert row("triton").refusal(problem) is None
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_the_gpu_kernels_take_the_rest(dtype, row):
+def test_the_gpu_kernels_take_the_rest(dtype, row, gpu_is_here):
     problem = changed(ON_CUDA, "main", dtype=dtype, x="channels_inner")
-    assert join.cuda_refusal(problem) is None
+    assert cuda.join_refusal(problem) is None
     assert row("triton").refusal(problem) is None
-    assert row("triton").refusal(replace_arch(problem, 75)) == "compute capability 7.5 is below 8.0"
+    old = replace_arch(problem, 75)
+    assert row("triton").why_not(old) == "compute capability 7.5 is below 8.0"
 
 
 def replace_arch(problem: JoinProblem, arch: int) -> JoinProblem:
@@ -119,82 +132,82 @@ def replace_arch(problem: JoinProblem, arch: int) -> JoinProblem:
 
 def test_the_cpu_runs_two_convolutions_and_says_why_not():
     on_cpu = changed(ON_CPU, "main", dtype="float32")
-    plan = join.plan(on_cpu)
+    plan = table.plan(on_cpu)
     assert plan.backend == "cpu"
     assert not plan.is_one_kernel
     assert plan.refusals["triton"] == "runs on cuda tensors, not cpu"
     refused = changed(on_cpu, "projection", x="strided")
-    assert join.plan(refused).backend == "aten"
-    assert "x is strided" in join.plan(refused).why_fallback()
+    assert table.plan(refused).backend == "aten"
+    assert "x is strided" in table.plan(refused).why_fallback()
     with pytest.raises(ValueError, match=r"backend 'cpu' cannot take .*: x is strided"):
-        join.plan(refused, "cpu")
+        table.plan(refused, "cpu")
 
 
 def test_aten_refuses_nothing():
     problem = changed(ON_CPU, "main", dtype="float64", x="strided", vectors=False)
-    assert join.plan(problem, "aten").backend == "aten"
+    assert table.plan(problem, "aten").backend == "aten"
 
 
 def test_the_environment_prefers_and_the_argument_insists(monkeypatch):
     on_cpu = changed(ON_CPU, "main", dtype="float32")
     monkeypatch.setenv("RESNET_FAST_BACKEND", "aten")
-    assert join.plan(on_cpu).backend == "aten"
-    assert join.plan(on_cpu, "cpu").backend == "cpu"
+    assert table.plan(on_cpu).backend == "aten"
+    assert table.plan(on_cpu, "cpu").backend == "cpu"
     monkeypatch.setenv("RESNET_FAST_BACKEND", "triton")
-    assert join.plan(on_cpu).backend == "cpu"  # a preference, which cannot be met
+    assert table.plan(on_cpu).backend == "cpu"  # a preference, which cannot be met
     monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")  # which has convolutions alone
-    assert join.plan(on_cpu).backend == "cpu"
+    assert table.plan(on_cpu).backend == "cpu"
     with pytest.raises(ValueError, match="unknown backend 'cudnn'"):
-        join.plan(on_cpu, "cudnn")
+        table.plan(on_cpu, "cudnn")
     monkeypatch.setenv("RESNET_FAST_BACKEND", "tpu")
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
-        join.plan(on_cpu)
+        table.plan(on_cpu)
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "triton", "cpu", "aten", "cudnn"])
 def test_one_kernel_is_only_where_the_name_has_one(name, monkeypatch):
     one_kernel = name in ("auto", "cuda", "triton")
-    assert join.may_be_one_kernel("cuda", name) == one_kernel
-    assert not join.may_be_one_kernel("cpu", name)
+    assert table.may_fuse(JOIN, "cuda", name) == one_kernel
+    assert not table.may_fuse(JOIN, "cpu", name)
     monkeypatch.setenv("RESNET_FAST_BACKEND", name.replace("auto", ""))
-    assert join.may_be_one_kernel("cuda", "auto") == one_kernel
-    assert join.may_be_one_kernel("cuda", "cuda")
+    assert table.may_fuse(JOIN, "cuda", "auto") == one_kernel
+    assert table.may_fuse(JOIN, "cuda", "cuda")
 
 
 def test_explain_names_every_backend():
-    chosen, others = ops.explain_join("cpu", "float32")
+    chosen, others = ops.CONV_BN_JOIN.explain("cpu", "float32")
     assert chosen == "cpu"
-    assert {chosen, *others} == {row.name for row in join.JOIN_BACKENDS}
+    assert {"auto", chosen, *others} == set(ops.CONV_BN_JOIN.backends)
     assert all(others.values())
 
 
-@pytest.mark.parametrize("arch", join.TILES)
+@pytest.mark.parametrize("arch", TRITON_TILES)
 def test_every_network_has_a_tile_and_large_batches_a_larger_one(arch):
     gpu = _hardware.GPUS[arch]
     for depth in (18, 50):
         for kind in ({"dtype": "float16"}, {"dtype": "float32"}, {"precision": "ieee"}):
             kind = {"dtype": "float32", **kind}
             for spec in join_cases.resnet_joins(depth, n=8, **kind).values():
-                tile = join.choose_tile(spec, arch)
-                assert join.tile_refusal(spec, tile, gpu) is None
+                tile = heuristics.choose(spec, arch, TRITON)
+                assert TRITON.refusal(spec, tile, gpu) is None
     large = join_cases.resnet_joins(50, n=256)["layer2"]
     small = join_cases.resnet_joins(50, n=1)["layer4"]
-    large, small = (join.choose_tile(spec, arch) for spec in (large, small))
+    large, small = (heuristics.choose(spec, arch, TRITON) for spec in (large, small))
     assert large.BLOCK_M * large.BLOCK_N > small.BLOCK_M * small.BLOCK_N
 
 
 def test_tiles_have_reasons_and_short_tables():
-    for table in (*join.TILES.values(), join.CUDA_TILES):
-        assert len(table) <= 12
-        assert len(set(table)) == len(table)
-        assert all(tile.reason for tile in table)
+    for rows in (*TRITON_TILES.values(), CUDA_TILES):
+        assert len(rows) <= 12
+        assert len(set(rows)) == len(rows)
+        assert all(tile.reason for tile in rows)
 
 
 def test_the_cuda_tile_follows_the_batch():
     large = join_cases.resnet_joins(50, n=256)["layer2"]
     small = join_cases.resnet_joins(50, n=1)["layer4"]
-    assert join.choose_cuda_tile(large, 80) < join.choose_cuda_tile(small, 80)
-    assert join.choose_cuda_tile(small, 80) == len(join.CUDA_TILES) - 1
+    large, small = (CUDA_TILES.index(chosen_cuda(spec, 80)) for spec in (large, small))
+    assert large < small == len(CUDA_TILES) - 1
 
 
 def test_both_sums_of_a_thread_count_as_registers():
@@ -204,34 +217,34 @@ def test_both_sums_of_a_thread_count_as_registers():
     """
     gpu = _hardware.GPUS[90]
     whole = join_cases.resnet_joins(50, n=256)["layer4"].as_one_product
-    tile = join.CUDA_TILES[1]
+    tile = CUDA_TILES[1]
     assert (tile.BLOCK_M, tile.BLOCK_N, tile.NUM_WARPS) == (128, 64, 4)
-    assert heuristics.resident_blocks(whole, tile, gpu) == 3
-    assert heuristics.resident_blocks(whole, tile, gpu, sums=join.SUMS) == 2
+    assert gemm.resident_blocks(whole, tile, gpu) == 3
+    assert gemm.resident_blocks(whole, tile, gpu, sums=tiles.SUMS) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_plan_tells_its_tile(dtype, built, monkeypatch):
     op = SimpleNamespace(default=None)
-    monkeypatch.setattr(torch.ops.resnet_fast, "_conv_bn_join_cuda", op, raising=False)
+    monkeypatch.setattr(torch.ops.resnet_fast, f"_{JOIN}_cuda", op, raising=False)
     problem = changed(ON_CUDA, "main", dtype=dtype)
-    tile = join.CUDA_TILES[join.choose_cuda_tile(problem.spec, 90)]
-    halves = 2 if dtype == "float32" else 1
-    assert join.plan(problem, "cuda").tile == replace(tile, BLOCK_K=tile.BLOCK_K // halves)
-    assert join.plan(problem, "triton").tile == join.choose_tile(problem.spec, 90)
-    assert join.plan(problem, "aten").tile is None
+    tile = chosen_cuda(problem.spec, 90)
+    assert {"float16": 64, "float32": 32}[dtype] == tile.BLOCK_K
+    assert table.plan(problem, "cuda").tile == tile
+    assert table.plan(problem, "triton").tile == heuristics.choose(problem.spec, 90, TRITON)
+    assert table.plan(problem, "aten").tile is None
 
 
 def test_cuda_gets_the_arguments_of_its_schema(monkeypatch):
     """Against the schema that the launcher registers, where there is one; no GPU is needed."""
     given = []
     namespace = type("Packet", (), {"default": staticmethod(lambda *a: given.append(a))})
-    monkeypatch.setattr(torch.ops.resnet_fast, "_conv_bn_join_cuda", namespace, raising=False)
-    (row,) = (row for row in join.JOIN_BACKENDS if row.name == "cuda")
+    monkeypatch.setattr(torch.ops.resnet_fast, f"_{JOIN}_cuda", namespace, raising=False)
+    row = table.row_of(JOIN, "cuda")
     tensors = join_cases.join_tensors(SPEC)
     h, *of_main, x = tensors.arguments()[:8]
     of_projection = tensors.arguments()[8:14]
-    y = row.build(ON_CUDA)(*of_main, *of_projection)(h, x)
+    y = row.build(ON_CUDA, row.choose(ON_CUDA))(*of_main, *of_projection)(h, x)
     (arguments,) = given
     names = (
         *("h", "weight", "scale", "shift", "mean", "var", "eps"),
@@ -241,7 +254,7 @@ def test_cuda_gets_the_arguments_of_its_schema(monkeypatch):
     named = dict(zip(names, arguments, strict=True))
     assert named["h"] is h and named["x"] is x and named["out"] is y
     assert named["proj_var"] is tensors.projection.var and named["eps"] == 1e-5
-    assert named["stride"] == [2, 2] and named["tile"] in range(len(join.CUDA_TILES))
+    assert named["stride"] == [2, 2] and named["tile"] in range(len(CUDA_TILES))
     assert y.shape == (2, 24, 6, 6) and y.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -251,8 +264,10 @@ def test_cuda_gets_the_arguments_of_its_schema(monkeypatch):
 )
 def test_the_order_is_the_preferences(arch, n, first, monkeypatch):
     """Large joins of the last stage are bound by arithmetic, for which Triton has wgmma."""
-    monkeypatch.setattr(join, "_refusal", lambda row, problem: None)
+    rows = (replace(r, missing=nothing, refusal=nothing, family=None) for r in table.ROWS)
+    monkeypatch.setattr(table, "ROWS", tuple(rows))
     problem = problem_of(join_cases.resnet_joins(50, n=n)["layer4"], arch=arch)
-    chosen, others = join.explain(problem)
+    chosen, others = table.explain(problem)
     assert chosen == first
-    assert all(why == f"{first} comes first" for why in others.values())
+    assert others.pop("cpu") == "runs on cpu tensors, not cuda"
+    assert all(why.startswith(f"{first} comes first: ") for why in others.values())

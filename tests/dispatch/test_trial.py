@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,16 +12,12 @@ import torch
 
 import resnet_fast
 from resnet_fast import ops
-from resnet_fast.dispatch import backends, join, stem
+from resnet_fast.dispatch import table
+from resnet_fast.dispatch.problem import Runner
 from tests.support import cases
-
-op_module = importlib.import_module("resnet_fast.ops.conv_bn_act")  # ops.conv_bn_act is the op
-join_module = importlib.import_module("resnet_fast.ops.conv_bn_join")
-stem_module = importlib.import_module("resnet_fast.ops.stem_pool")
 
 NO_COMPILER = RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 SPEC = cases.ODD["k-24"]
-TABLES = {backends: "BACKENDS", join: "JOIN_BACKENDS"}
 
 
 class Gpu:
@@ -41,50 +36,32 @@ class Gpu:
         if name in self.errors:
             raise self.errors[name]
 
-    def table(self, rows):
-        """The rows, the first two of them broken where `errors` says so."""
-        aten = rows[-1] if rows[-1].name == "aten" else rows[-2]
-
-        def row(row):
-            if row.name not in ("cuda", "triton"):
-                return row
-            return replace(row, device="cpu", missing=nothing, refusal=nothing,
-                           build=self.build(row.name, aten.build), choose=nothing)  # fmt: skip
-
-        return tuple(map(row, rows))
+    def rows(self):
+        """The table, its rows of the two broken where `errors` says so."""
+        for row in table.ROWS:
+            if row.backend not in ("cuda", "triton"):
+                yield row
+                continue
+            build = self.build(row.backend, table.row_of(row.op, "aten").build)
+            yield replace(row, device="cpu", missing=nothing, refusal=nothing, family=None,
+                          build=build)  # fmt: skip
 
     def build(self, name, correct):
         def build(problem, tile=None):
             bind = correct(problem)
 
             def guarded(*tensors):
-                launch = bind(*tensors)
+                runner = bind(*tensors)
 
                 def function(*arguments):
                     self.run(name)
-                    return launch.function(*arguments)
+                    return runner(*arguments)
 
-                return type(launch)(function, *launch.tensors)
+                return Runner(function)
 
             return guarded
 
         return build
-
-    def stems(self, rows):
-        *_, aten = rows
-
-        def build(name):
-            def build(asked):
-                def run(*arguments):
-                    self.run(name)
-                    return stem.reference(*arguments)
-
-                return run, None
-
-            return build
-
-        broken = [stem.StemBackend(name, nothing, build(name)) for name in ("cuda", "triton")]
-        return (*broken, aten)
 
 
 def nothing(*_):
@@ -94,13 +71,9 @@ def nothing(*_):
 @pytest.fixture
 def gpu(monkeypatch):
     gpu = Gpu()
-    for module, name in TABLES.items():
-        monkeypatch.setattr(module, name, gpu.table(getattr(module, name)))
-    monkeypatch.setattr(stem, "BACKENDS", gpu.stems(stem.BACKENDS))
-    monkeypatch.setattr(join, "may_be_one_kernel", lambda *_: True)
-    monkeypatch.setattr(ops, "has_stem_kernels", lambda device: True)
-    for module in (op_module, join_module, stem_module):
-        monkeypatch.setattr(module, "_plans", {})
+    monkeypatch.setattr(table, "ROWS", tuple(gpu.rows()))
+    for op in ops.OPS.values():
+        monkeypatch.setattr(op, "_plans", {})
     monkeypatch.delenv("RESNET_FAST_BACKEND", raising=False)
     with torch.inference_mode():
         yield gpu
@@ -231,39 +204,28 @@ def test_a_model_runs_and_its_report_says_why(gpu, broken):
     assert not any("cuda" in row.backend for row in rows)
 
 
-@pytest.fixture
-def add_relu(gpu, monkeypatch):
-    """Additions by `gpu`: its two backends, then torch."""
-    monkeypatch.setattr(backends, "_add_relu_failed", {})
-    monkeypatch.setattr(backends.cuda, "add_relu_missing", nothing)
-
-    def by(name):
-        def add(x, y):
-            gpu.run(name)
-            return torch.relu(x + y)
-
-        return add
-
-    monkeypatch.setattr(backends.cuda, "add_relu", by("cuda"))
-    monkeypatch.setattr(backends, "_triton_add_relu", by("triton"))
-    backends.explain_add_relu.cache_clear()
-    yield ops.add_relu
-    backends.explain_add_relu.cache_clear()
-
-
-def test_an_addition_is_passed_on_as_well(add_relu, gpu):
+@pytest.mark.filterwarnings("ignore:resnet_fast. backend")
+def test_an_addition_is_passed_on_as_well(gpu):
     gpu.errors["cuda"] = NO_COMPILER
     x = torch.randn(2, 8)
     expected = torch.relu(x + x)
-    with pytest.warns(UserWarning, match="'cuda' cannot run add_relu, 'triton' does: its first"):
-        assert torch.equal(add_relu(x, x), expected)
-    add_relu(x, x)
+    with pytest.warns(UserWarning, match="'cuda' cannot run .*, 'triton' does: its first"):
+        assert torch.equal(ops.add_relu(x, x), expected)
+    ops.add_relu(x, x)
     assert gpu.launched == ["cuda", "triton", "triton"]
-    assert "Failed to find C compiler" in backends.explain_add_relu("cpu", "float32")[1]["cuda"]
+    assert "Failed to find C compiler" in ops.ADD_RELU.last_plan().failed
     gpu.errors["triton"] = torch.OutOfMemoryError("CUDA out of memory.")
     with pytest.raises(torch.OutOfMemoryError):
-        add_relu(x, x)
-    assert backends.explain_add_relu("cpu", "float32")[0] == "triton"
+        ops.add_relu(x[:1], x[:1])
+    assert ops.ADD_RELU.plan_of(ops.ADD_RELU.Call(x, x)).backend == "triton"
+
+
+def test_its_gradient_too(gpu):
+    gpu.errors["cuda"] = NO_COMPILER
+    x = torch.randn(2, 8)
+    with pytest.warns(UserWarning, match="'cuda' cannot run .*, 'triton' does: its first"):
+        masked = torch.ops.resnet_fast._add_relu_backward(x, x)
+    assert torch.equal(masked, x.clamp(min=0)) and gpu.launched == ["cuda", "triton"]
 
 
 # ---- what is missing
@@ -303,18 +265,17 @@ def driver(monkeypatch):
 
 def test_without_a_c_compiler_triton_is_missing_with_the_reason_and_asked_once(driver):
     found = driver(NO_COMPILER)
-    (row,) = (row for row in backends.BACKENDS if row.name == "triton")
-    reasons = {row.missing() for _ in range(3)}
+    reasons = {table.row_of("conv_bn_act", "triton").missing(80) for _ in range(3)}
     assert reasons == {
         "Triton's driver cannot be loaded: RuntimeError: Failed to find C compiler. Please "
         "specify via CC."
     }
     assert found.asked == 1
-    (row,) = (row for row in join.JOIN_BACKENDS if row.name == "triton")
-    assert {row.missing()} == reasons and found.asked == 1
+    assert {row.missing(80) for row in table.ROWS if row.backend == "triton"} == reasons
+    assert found.asked == 1
 
 
 def test_a_driver_that_loads_is_asked_once_as_well(driver):
     found = driver(None)
-    (row,) = (row for row in backends.BACKENDS if row.name == "triton")
-    assert row.missing() is None is row.missing() and found.asked == 1
+    row = table.row_of("conv_bn_act", "triton")
+    assert row.missing(80) is None is row.missing(80) and found.asked == 1

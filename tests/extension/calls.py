@@ -310,9 +310,8 @@ def stem_problem(name: str) -> tuple[dict, dict]:
     arguments = stem(name)
     given = {key: value for key, value in arguments.items() if key not in ("eps", "tile")}
     tensors = stem_mirror.StemTensors(**given, out_guard=(), eps=arguments["eps"])
-    size = tensors.weight.element_size()
     mirror = stem_mirror.stem_problem(
-        tensors, stem_mirror.TILES[size][arguments["tile"]], torch.Tensor.data_ptr
+        tensors, stem_mirror.TILES[arguments["tile"]], torch.Tensor.data_ptr
     )
     out = torch.zeros(ctypes.sizeof(mirror), dtype=torch.uint8)
     torch.ops.resnet_fast._stem_problem(*arguments.values(), out)

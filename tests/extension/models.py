@@ -15,11 +15,9 @@ import pytest
 import torch
 
 import resnet_fast
-from resnet_fast import _hardware, agreement, ops
-from resnet_fast.dispatch import backends, join, stem
-from resnet_fast.kernels import aten, cuda
+from resnet_fast import agreement, ops
+from resnet_fast.dispatch import table
 
-ARCH = 80
 INPUTS = {
     "planes": ((2, 3, 40, 40), lambda x: x),
     "grown": ((3, 3, 40, 40), lambda x: x.contiguous(memory_format=torch.channels_last)),
@@ -29,68 +27,35 @@ INPUTS = {
 }
 
 
-def conv_bn_act(
-    x, weight, scale, shift, mean, var, eps, residual, stride, padding, dilation, relu,
-    tile, split_k, workspace, out,
-) -> None:  # fmt: skip
-    geometry = (stride, padding, dilation, 1, "relu" if relu else "none")
-    out.copy_(aten.conv_bn_act(x, weight, scale, shift, residual, *geometry, mean, var, eps))
-
-
-def conv_bn_join(
-    h, weight, scale, shift, mean, var, eps,
-    x, proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps, stride, tile, out,
-) -> None:  # fmt: skip
-    geometry = (stride, (0, 0), (1, 1), 1, "none")
-    vectors = (proj_scale, proj_shift, None, *geometry, proj_mean, proj_var, proj_eps)
-    shortcut = aten.conv_bn_act(x, proj_weight, *vectors)
-    geometry = ((1, 1), [size // 2 for size in weight.shape[2:]], (1, 1), 1, "relu")
-    out.copy_(aten.conv_bn_act(h, weight, scale, shift, shortcut, *geometry, mean, var, eps))
-
-
-def stem_pool(*arguments) -> None:
-    *operands, _, out = arguments
-    out.copy_(stem.reference(*operands))
-
-
 class Launcher:
-    """In place of a private op: its own checks, then torch."""
+    """In place of an op's private one: its own checks, then the op's reference."""
 
-    def __init__(self, compute, calls: Counter) -> None:
-        self.name, self.compute, self.calls = compute.__name__, compute, calls
-        self.checks = getattr(torch.ops.resnet_fast, f"_{self.name}_cuda").default
+    def __init__(self, op: ops.Op, calls: Counter) -> None:
+        self.op, self.calls = op, calls
+        self.checks = getattr(torch.ops.resnet_fast, f"_{op.name}_cuda").default
+        self.names = [argument.name for argument in self.checks._schema.arguments]
         self.default = self
 
     def __call__(self, *arguments) -> None:
         with pytest.raises(ValueError, match=r": (x|h) must be on a CUDA device, got .* on cpu;"):
             self.checks(*arguments)
-        self.calls[self.name] += 1
-        self.compute(*arguments)
+        self.calls[self.op.name] += 1
+        given = dict(zip(self.names, arguments, strict=True))
+        given["activation"] = "relu" if given.get("relu", True) else "none"
+        call = self.op.Call(**{name: given[name] for name in self.op.Call._fields if name in given})
+        given["out"].copy_(self.op.reference(call))
 
 
 def pretend(patch: pytest.MonkeyPatch) -> Counter:
     """CPU tensors take the ways of a GPU's; what was launched is counted."""
     calls: Counter = Counter()
-    for compute in (conv_bn_act, conv_bn_join, stem_pool):
-        launcher = Launcher(compute, calls)
-        patch.setattr(torch.ops.resnet_fast, f"_{compute.__name__}_cuda", launcher)
-
-    def first_on_cpu(rows):
-        return tuple(replace(row, device="cpu") if row.name == "cuda" else row for row in rows)
-
-    def refusal(asked, refusal=stem.BACKENDS[0].refusal):
-        return refusal(replace(asked, conv=replace(asked.conv, device="cuda", arch=ARCH)))
-
-    nearest = _hardware.nearest_architecture
-    patch.setattr(cuda, "missing", lambda: None)
-    patch.setattr(cuda, "architecture_refusal", lambda arch: None)
-    patch.setattr(_hardware, "nearest_architecture", lambda arch: nearest(arch or ARCH))
-    patch.setattr(backends, "BACKENDS", first_on_cpu(backends.BACKENDS))
-    patch.setattr(join, "JOIN_BACKENDS", first_on_cpu(join.JOIN_BACKENDS))
-    patch.setattr(join, "may_be_one_kernel", lambda *_: True)
-    first, *others = stem.BACKENDS
-    patch.setattr(stem, "BACKENDS", (replace(first, refusal=refusal), *others))
-    patch.setattr(ops, "has_stem_kernels", lambda device: True)
+    for op in ops.OPS.values():
+        patch.setattr(torch.ops.resnet_fast, f"_{op.name}_cuda", Launcher(op, calls))
+    rows = (
+        replace(row, device="cpu", missing=lambda arch: None) if row.backend == "cuda" else row
+        for row in table.ROWS
+    )
+    patch.setattr(table, "ROWS", tuple(rows))
     return calls
 
 

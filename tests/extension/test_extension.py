@@ -13,13 +13,14 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import torch
 
-from resnet_fast import build
-from resnet_fast.dispatch import join, stem
+from resnet_fast import build, ops
+from resnet_fast.dispatch import tiles as table
 from tests.extension import calls, models
 from tests.support import nvcc
 
@@ -241,18 +242,16 @@ def test_the_stems_struct_is_the_mirrors(name, extension):
     assert host == mirror
 
 
-def test_the_stems_table_is_the_choosers(extension):
-    tiles = extension(calls.facts)["tiles"]["stem_pool"]
-    assert [tuple(tile) for tile in tiles] == [
-        (tile.BLOCK_P, tile.BLOCK_Q, tile.NUM_WARPS) for tile in stem.CUDA_TILES
-    ]
-
-
-def test_the_joins_table_is_the_choosers(extension):
-    tiles = extension(calls.facts)["tiles"]["conv_bn_join"]
-    assert [(m, n, k, stages, rows * columns) for m, n, k, stages, rows, columns in tiles] == [
-        (t.BLOCK_M, t.BLOCK_N, t.BLOCK_K, t.NUM_STAGES, t.NUM_WARPS) for t in join.CUDA_TILES
-    ]
+def test_the_tables_are_the_choosers(extension):
+    """Of a GEMM's tile the extension tells rows and columns of warps, the chooser their number."""
+    found = extension(calls.facts)["tiles"]
+    assert len(table.CUDA_TILES) == 3
+    for op in ops.OPS.values():
+        held = table.CUDA_TILES.get(type(op.typical("float16")), ())
+        fields = [tuple(v for v in astuple(tile) if isinstance(v, int)) for tile in held]
+        told = [tuple(tile) for tile in found.get(op.name, [])]
+        told = [(*t[:4], t[4] * t[5]) if len(t) == 6 else t for t in told]
+        assert [f[: len(t)] for f, t in zip(fields, told, strict=True)] == told, op.name
 
 
 def check(error: str, argument: str, expected: str, got: str) -> None:

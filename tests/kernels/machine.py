@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resnet_fast.dispatch import heuristics
+from resnet_fast.dispatch import gemm
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 from softgpu import ptx
 from tests.support import compiled, cuda_kernels, sectors
@@ -92,7 +92,7 @@ def spills(kernel: compiled.CompiledKernel) -> bool:
 
 
 def allowed_conflicts(job: Job) -> float:
-    if heuristics.is_ieee(job.spec):
+    if gemm.is_ieee(job.spec):
         return IEEE_CONFLICTS[job.arch]
     gathered = job.spec.c * ELEMENT_SIZE[job.spec.dtype] % 16 != 0
     return GATHERED_CONFLICTS if gathered else 0

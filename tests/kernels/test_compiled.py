@@ -14,11 +14,11 @@ from functools import partial
 import pytest
 import torch
 
-from resnet_fast import _hardware
-from resnet_fast.dispatch import heuristics, join
+from resnet_fast import _hardware, ops
+from resnet_fast.dispatch import gemm, heuristics, tiles
 from resnet_fast.kernels import add_relu, conv_bn_act
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
-from tests.support import cases, compiled, families, nvcc, sass, stem
+from tests.support import cases, compiled, families, nvcc, sass
 
 FP32_PARAMS = (torch.float32,) * 4
 
@@ -35,7 +35,7 @@ def compile_conv(spec: ConvSpec, tile: TileConfig, arch: int) -> list[compiled.C
 
 def table_jobs(arch: int) -> list[tuple[ConvSpec, TileConfig, int]]:
     """Each tile of the table with the most demanding arithmetic that it is meant for."""
-    return [(cases.demanding(tile, arch), tile, arch) for tile in heuristics.TILES[arch]]
+    return [(cases.demanding(tile, arch), tile, arch) for tile in cases.TILES[arch]]
 
 
 def faults_of(job: tuple[ConvSpec, TileConfig, int]) -> list[str]:
@@ -44,7 +44,7 @@ def faults_of(job: tuple[ConvSpec, TileConfig, int]) -> list[str]:
     gpu = _hardware.GPUS[arch]
     (kernel,) = compile_conv(spec, tile, arch)
     used, codes, loops = kernel.resources(), kernel.opcodes(), sass.tensor_loops(kernel.sass())
-    tensor_cores = not heuristics.is_ieee(spec)
+    tensor_cores = not gemm.is_ieee(spec)
     # where a step of x or of weight has fewer vectors than there are threads, each takes less
     smaller = min(tile.BLOCK_M, tile.BLOCK_N) * tile.BLOCK_K * ELEMENT_SIZE[spec.dtype]
     vectors = spec.c % 8 == 0 and smaller >= 16 * used.threads
@@ -52,7 +52,7 @@ def faults_of(job: tuple[ConvSpec, TileConfig, int]) -> list[str]:
         f"spills {used.spill_bytes} bytes": used.spill_bytes > 0,
         f"{used.shared_bytes} bytes shared": used.shared_bytes > gpu.shared_per_block,
         "more shared memory than the heuristic counts": used.shared_bytes
-        > heuristics.shared_bytes(spec, tile) + 2048,
+        > gemm.shared_bytes(spec, tile) + 2048,
         "does not fit an SM": used.blocks_per_sm(gpu) < 1,
         f"{len(loops)} tensor loops": tensor_cores and len(loops) != 1,
         "divides in its main loop": any(divides(loop.opcodes) for loop in loops),
@@ -77,15 +77,15 @@ def is_narrow_copy(code: str) -> bool:
     return re.match(r"LDGSTS(?!.*\.128)", code) is not None
 
 
-@pytest.mark.parametrize("arch", heuristics.TILES)
+@pytest.mark.parametrize("arch", cases.TILES)
 def test_every_tile_of_the_table(compile_pool, arch):
     faults = [line for lines in compile_pool.map(faults_of, table_jobs(arch)) for line in lines]
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("arch", heuristics.TILES)
+@pytest.mark.parametrize("arch", cases.TILES)
 def test_every_tile_has_a_reason(arch):
-    assert all(tile.reason for tile in heuristics.TILES[arch])
+    assert all(tile.reason for tile in cases.TILES[arch])
 
 
 def main_loop(spec: ConvSpec, tile: TileConfig, arch: int) -> compiled.MainLoop:
@@ -114,10 +114,11 @@ def stem_faults(arch: int) -> list[str]:
     """What is wrong with the 7x7 stem, at the tile that is chosen for it."""
     stem = ConvSpec(8, 224, 224, 3, 64, 7, 7, (2, 2), (3, 3), norm=True)
     specs = [replace(stem, dtype=dtype) for dtype in ("float16", "float32")]
-    return [line for s in specs for line in faults_of((s, heuristics.choose(s, arch), arch))]
+    chosen = [(s, heuristics.choose(s, arch, cases.TRITON), arch) for s in specs]
+    return [line for job in chosen for line in faults_of(job)]
 
 
-@pytest.mark.parametrize("arch", heuristics.TILES)
+@pytest.mark.parametrize("arch", cases.TILES)
 def test_stem(compile_pool, arch):
     faults = compile_pool.submit(stem_faults, arch).result()
     assert not faults, "\n".join(faults)
@@ -154,16 +155,17 @@ def families_here() -> list[str]:
     return [name for name in families.FAMILIES if name.startswith("triton") or not nvcc.missing()]
 
 
+# where a family's kernel is not called by its op's name
 KERNELS = {
-    "triton conv_bn_act": "conv_bn_act_kernel",
-    "triton conv_bn_join": "conv_bn_join_kernel",
     "triton stem_pool": "max_pool_3x3_2_kernel",
-    "triton add_relu": "add_relu_kernel",
-    "cuda conv_bn_act": "conv_bn_act",
-    "cuda conv_bn_join": "conv_bn_join",
-    "cuda stem_pool": "stem_pool",
     "cuda add_relu": "elementwise",
 }
+
+
+def kernel_of(family: str) -> str:
+    """What the machine code calls the first kernel of a family."""
+    backend, op = family.split()
+    return KERNELS.get(family, f"{op}_kernel" if backend == "triton" else op)
 
 
 def first_of(family: str, arch: int) -> tuple:
@@ -174,12 +176,13 @@ def first_of(family: str, arch: int) -> tuple:
 
 @pytest.mark.parametrize("arch", compiled.MACHINE_ARCHS)
 def test_cases_have_every_family(compile_pool, arch):
-    assert families.FAMILIES.keys() == KERNELS.keys()
-    found = compile_pool.map(first_of, families_here(), [arch] * len(KERNELS))
+    both = {f"{backend} {op}" for backend in ("triton", "cuda") for op in ops.OPS}
+    assert families.FAMILIES.keys() == both
+    found = compile_pool.map(first_of, families_here(), [arch] * len(both))
     for family, (name, compiled_for, args, registers, spills) in zip(
         families_here(), found, strict=True
     ):
-        assert KERNELS[family] in name and compiled_for == arch
+        assert kernel_of(family) in name and compiled_for == arch
         assert args > 0 and registers > 0 and spills == 0, family
 
 
@@ -196,12 +199,10 @@ def test_cases_are_all_families_unless_some_are_named(monkeypatch):
 
 @pytest.mark.parametrize("arch", compiled.MACHINE_ARCHS)
 def test_cases_have_every_tile_of_every_table(arch):
+    op_of = {type(op.typical("float16")): op.name for op in ops.OPS.values()}
     tables = {
-        "triton conv_bn_act": heuristics.TILES[arch],
-        "triton conv_bn_join": join.TILES[arch],
-        "cuda conv_bn_act": heuristics.CUDA_TILES,
-        "cuda conv_bn_join": join.CUDA_TILES,
-        "cuda stem_pool": stem.TILES[2] + stem.TILES[4],
+        **{f"triton {op_of[kind]}": table[arch] for kind, table in tiles.TRITON_TILES.items()},
+        **{f"cuda {op_of[kind]}": table for kind, table in tiles.CUDA_TILES.items()},
     }
     for family, table in tables.items():
         works = list(families.FAMILIES[family](arch))
@@ -222,7 +223,7 @@ def add_relu_kernel(arch: int, dtype: torch.dtype) -> compiled.CompiledKernel:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("arch", heuristics.TILES)
+@pytest.mark.parametrize("arch", cases.TILES)
 def test_add_relu_moves_16_bytes_at_a_time(compile_pool, arch, dtype):
     kernel = compile_pool.submit(add_relu_kernel, arch, dtype).result()
     assert kernel.main_loop() is None

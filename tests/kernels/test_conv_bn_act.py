@@ -24,13 +24,13 @@ CONV3X3 = ConvSpec(2, 7, 9, 64, 48, 3, 3, (1, 1), (1, 1), residual=True, norm=Tr
 @pytest.mark.parametrize("name", RESNET18)
 def test_resnet18(interpret, name):
     spec = RESNET18[name]
-    interpret(checks.conv, spec, heuristics.choose(spec, 80))
+    interpret(checks.conv, spec, heuristics.choose(spec, 80, cases.TRITON))
 
 
 @pytest.mark.parametrize("name", RESNET50)
 def test_resnet50(interpret, name):
     spec = replace(RESNET50[name], dtype="bfloat16")
-    interpret(checks.conv, spec, heuristics.choose(spec, 90), params=torch.bfloat16)
+    interpret(checks.conv, spec, heuristics.choose(spec, 90, cases.TRITON), params=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", cases.ODD)

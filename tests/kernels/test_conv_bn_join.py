@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import join as dispatch
+from resnet_fast.dispatch import heuristics, tiles
 from resnet_fast.kernels import conv_bn_join
 from resnet_fast.spec import JoinSpec, TileConfig
 from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
 from tests.support import cases, compiled, join_cases
 
+FAMILY, TILES = tiles.TRITON[JoinSpec], tiles.TRITON_TILES[JoinSpec]
 TILE = TileConfig(32, 32, 32, 3, 4, GROUP_M=2)  # several tiles, the last one cut
 SMALL = join_cases.join(2, 7, 9, 64, 96, 48, stride=(2, 2), odd=(1, 0))
 FILTER = join_cases.join(2, 7, 9, 64, 32, 48, r=3, s=3, stride=(2, 2), odd=(0, 1))
@@ -52,7 +53,7 @@ def test_the_projection_blocks_are_known():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(interpret, name):
     spec = of(NETWORKS[name], "bfloat16")
-    tile = dispatch.choose_tile(spec, 80)
+    tile = heuristics.choose(spec, 80, FAMILY)
     interpret(join_checks.interpreted, spec, tile, params=torch.bfloat16)
 
 
@@ -112,14 +113,14 @@ def meant(tile: TileConfig, arch: int, r: int) -> list[JoinSpec]:
         for kind in reversed(cases.KINDS)  # which need the most first
     ]
     gpu = _hardware.GPUS[arch]
-    return [spec for spec in joins if dispatch.tile_refusal(spec, tile, gpu) is None]
+    return [spec for spec in joins if FAMILY.refusal(spec, tile, gpu) is None]
 
 
-@pytest.mark.parametrize("arch", dispatch.TILES)
+@pytest.mark.parametrize("arch", TILES)
 def test_every_tile_compiles_without_spills(compile_pool, arch):
     """With the most demanding 3x3, and those for half precision also pointwise."""
-    jobs = [(meant(tile, arch, 3)[0], tile, arch) for tile in dispatch.TILES[arch]]
-    jobs += [(meant(tile, arch, 1)[-1], tile, arch) for tile in dispatch.TILES[arch][:3]]
+    jobs = [(meant(tile, arch, 3)[0], tile, arch) for tile in TILES[arch]]
+    jobs += [(meant(tile, arch, 1)[-1], tile, arch) for tile in TILES[arch][:3]]
     assert_no_faults(compile_pool, join_checks.compiled_faults, jobs)
 
 
@@ -148,7 +149,7 @@ def test_networks_on_the_machine(compile_pool, arch):
 def test_every_tile_on_the_machine(compile_pool, arch):
     """2x2 whole tiles: no conflict, and of memory just h, x's pixels, the filters and y."""
     jobs = []
-    for tile in dispatch.TILES[arch]:
+    for tile in TILES[arch]:
         for kind in cases.KINDS:
             depth = tile.BLOCK_K
             spec = of(
@@ -157,7 +158,7 @@ def test_every_tile_on_the_machine(compile_pool, arch):
                 ),
                 *kind,
             )
-            if dispatch.tile_refusal(spec, tile, _hardware.GPUS[arch]) is None:
+            if FAMILY.refusal(spec, tile, _hardware.GPUS[arch]) is None:
                 jobs.append(Job(spec, tile, arch))
     assert_no_faults(compile_pool, join_checks.machine_faults, jobs)
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import heuristics
-from resnet_fast.dispatch.join import CUDA_TILES, SUMS
+from resnet_fast.dispatch import gemm, tiles
 from resnet_fast.spec import JoinSpec, TileConfig
 from tests.kernels import join_checks
 from tests.kernels.join_checks import Job
@@ -20,6 +19,7 @@ from tests.support.families import in_elements, whole_join
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
 
 DTYPES = ("float16", "bfloat16", "float32")
+CUDA_TILES = tiles.CUDA_TILES[JoinSpec]
 SMALL = CUDA_TILES[-1]
 ODD = {
     name: spec
@@ -42,7 +42,7 @@ def assert_no_faults(pool, check, jobs) -> None:
 def counted(arguments: Job) -> int:
     """Blocks per SM as the choice of a tile estimates them."""
     whole, gpu = arguments.spec.as_one_product, _hardware.GPUS[arguments.arch]
-    return heuristics.resident_blocks(whole, arguments.tile, gpu, sums=SUMS)
+    return gemm.resident_blocks(whole, arguments.tile, gpu, sums=tiles.SUMS)
 
 
 def compiled_faults(arguments: Job) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from resnet_fast.dispatch.join import CUDA_TILES
+from resnet_fast.dispatch import tiles
 from resnet_fast.spec import ConvSpec, JoinSpec
 from tests.kernels.mutants import Conv
 from tests.ptx.ptx_mutants import Tally, hunt
@@ -58,7 +58,7 @@ class Join:
     """Steps that are not full, tiles that are cut, and 15 rows, as above."""
 
     sites = 12  # of one mutation
-    tile = replace(CUDA_TILES[-1], BLOCK_K=32, NUM_STAGES=3)
+    tile = replace(tiles.CUDA_TILES[JoinSpec][-1], BLOCK_K=32, NUM_STAGES=3)
     shapes = tuple(
         join_cases.join(n, p, q, c, d, k, r=15, s=s, stride=(2, 2), odd=(1, 0))
         for n, p, q, c, d, k, s in ((3, 5, 6, 24, 72, 80, 3), (1, 9, 4, 8, 8, 48, 1))
@@ -88,5 +88,5 @@ def hunt_join() -> Tally:
 
 def test_mutants_of_the_join_are_caught(compile_pool):
     tally = compile_pool.submit(hunt_join).result()
-    print(f"\nCUDA conv_bn_join sm_80: {tally}")
+    print(f"\nCUDA joins sm_80: {tally}")
     assert not tally.unexplained({})

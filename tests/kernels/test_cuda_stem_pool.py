@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import stem as dispatch
+from resnet_fast.spec import StemTile
 from softgpu import ptx
 from tests.kernels.machine import SECTOR, spills, unseen_norms
 from tests.ptx.ptx_mutants import hunt
 from tests.support import compiled, nvcc
-from tests.support.stem import K_GEMM, TILES, StemTensors, StemTile, stem_kernel, stem_tensors
+from tests.support.stem import K_GEMM, TILES, StemTensors, stem_kernel, stem_tensors
 from tests.support.tolerance import assert_within
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=str(nvcc.missing()))
@@ -66,19 +66,19 @@ def assert_right(name: str, dtype: torch.dtype, tile: StemTile, arch: int) -> No
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=lambda d: str(d)[6:])
 def test_cases(name, dtype):
-    assert_right(name, dtype, TILES[dtype.itemsize][0], 80)
+    assert_right(name, dtype, TILES[0], 80)
 
 
 @DTYPES
 @pytest.mark.parametrize("name", FEW)
 def test_small_tile(name, dtype):
-    assert_right(name, dtype, TILES[dtype.itemsize][1], 80)
+    assert_right(name, dtype, TILES[1], 80)
 
 
 @DTYPES
 @pytest.mark.parametrize("name", FEW)
 def test_sm_90(name, dtype):
-    assert_right(name, dtype, TILES[dtype.itemsize][0], 90)
+    assert_right(name, dtype, TILES[0], 90)
 
 
 @ARCHITECTURES
@@ -86,7 +86,7 @@ def test_sm_90(name, dtype):
 @pytest.mark.parametrize("index", (0, 1))
 def test_resources(index, dtype, arch):
     """No spills; and in half precision two blocks on an SM, one computing while one pools."""
-    kernel = stem_kernel(stem_tensors(1, 8, 8, 64, dtype), TILES[dtype.itemsize][index], arch)
+    kernel = stem_kernel(stem_tensors(1, 8, 8, 64, dtype), TILES[index], arch)
     assert not spills(kernel) and kernel.resources().spill_bytes == 0
     assert kernel.resources().shared_bytes <= _hardware.GPUS[86].shared_per_block
     blocks = kernel.resources().blocks_per_sm(_hardware.GPUS[arch])
@@ -100,7 +100,7 @@ def test_special_values_reach_what_they_reach_in_torch(value, layout, dtype):
     """Above all not the filter's eighth tap, which only the padded GEMM has."""
     tensors = stem_tensors(1, 37, 45, 16, dtype, layout=layout)
     tensors.x[0, 1, 20, 22] = value
-    stem_kernel(tensors, TILES[dtype.itemsize][0], 80, BLOCKS).run()
+    stem_kernel(tensors, TILES[0], 80, BLOCKS).run()
     reference = tensors.reference()
     assert 0 < (~reference.isfinite()).sum() < reference.numel()
     assert torch.equal(tensors.out.isnan(), reference.isnan())
@@ -112,7 +112,7 @@ def test_a_wrong_norm_is_seen(dtype):
     tensors = stem_tensors(1, 19, 22, 72, dtype)
 
     def launch(wrong):
-        stem_kernel(wrong, TILES[dtype.itemsize][0], 80, BLOCKS).run()
+        stem_kernel(wrong, TILES[0], 80, BLOCKS).run()
 
     assert not unseen_norms(tensors, launch, check)
 
@@ -139,7 +139,7 @@ def row_sectors(tensors: StemTensors, tile: StemTile) -> int:
 @pytest.mark.parametrize("layout", ("nhwc", "nchw"))
 def test_traffic(layout, dtype):
     """Distinct sectors are the tensors once; those asked for, the rows of tiles with their halo."""
-    tile = TILES[dtype.itemsize][0]
+    tile = TILES[0]
     tensors = stem_tensors(1, 64, 128, 64, dtype, layout=layout)
     kernel = stem_kernel(tensors, tile, 80, BLOCKS)
     counters = kernel.run().counters
@@ -158,7 +158,7 @@ def test_traffic(layout, dtype):
 
 def test_image_bytes_are_read_once():
     tensors = stem_tensors(1, 64, 128, 64, image=True)
-    counters = stem_kernel(tensors, TILES[2][0], 80, BLOCKS).run().counters
+    counters = stem_kernel(tensors, TILES[0], 80, BLOCKS).run().counters
     constants = 2  # mean and std
     others = (tensors.weight.nbytes + 4 * 64 * 4) // SECTOR
     assert counters.unique_sectors["load"] == tensors.x.nbytes // SECTOR + others + constants
@@ -177,7 +177,7 @@ def test_beyond_32_bits():
         return whole
 
     tensors = replace(near, x=far(near.x), out=far(near.out))
-    kernel = stem_kernel(tensors, TILES[2][0], 80)
+    kernel = stem_kernel(tensors, TILES[0], 80)
     tiles = kernel.grid[0] // n * images
     run = kernel.run(range(kernel.grid[0] - tiles, kernel.grid[0]))
     near.out.copy_(tensors.out[-images:])
@@ -185,18 +185,11 @@ def test_beyond_32_bits():
     assert run.counters.unique_sectors["store"] == near.out.nbytes // SECTOR
 
 
-def test_tables_agree():
-    for size, tiles in TILES.items():
-        for tile, mirror in zip(dispatch.CUDA_TILES, tiles, strict=True):
-            mine = (tile.BLOCK_P, tile.BLOCK_Q, 128 // size, tile.NUM_WARPS)
-            assert str(mirror) == f"StemTile<{', '.join(map(str, mine))}>"
-
-
 class Stem:
     """The mutants' kernel; maps whose edges lie within a tile, at it and beyond."""
 
     sites = 8  # of one mutation
-    tile = TILES[2][1]
+    tile = TILES[1]
     shapes = ((1, 21, 30, 64, "nhwc"), (2, 9, 14, 24, "nchw"), (1, 12, 16, 64, "nhwc"))
 
     def __init__(self) -> None:

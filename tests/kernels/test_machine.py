@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import heuristics
 from resnet_fast.kernels import add_relu
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.kernels import machine
@@ -44,7 +43,7 @@ def test_every_tile_of_the_table(compile_pool, arch, kind):
 @ARCHITECTURES
 def test_cases_hold_every_tile(arch):
     found = [case for kind in cases.KINDS for case in cases.tile_cases(arch, *kind)]
-    table = heuristics.TILES[arch]
+    table = cases.TILES[arch]
     for whole in (True, False):
         assert {t for spec, t in found if machine.is_whole(spec, t) is whole} >= set(table)
     for tile in table:

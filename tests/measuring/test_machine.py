@@ -35,4 +35,4 @@ def test_what_is_known_is_named_and_the_device_comes_first():
         "resnet_fast 0.1.0, commit abc"
     )
     gpu = replace(ENVIRONMENT, kind="cuda", device="H100", processor="Test Processor")
-    assert list(gpu.named())[0] == "gpu" and gpu.named()["processor"] == "Test Processor"
+    assert next(iter(gpu.named())) == "gpu" and gpu.named()["processor"] == "Test Processor"

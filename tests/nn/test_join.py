@@ -11,6 +11,7 @@ import copy
 import gc
 import re
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ import torchvision.models.resnet as reference
 from torch import nn
 
 import resnet_fast
-from resnet_fast.dispatch import join
+from resnet_fast import ops
+from resnet_fast.dispatch import table
 from resnet_fast.nn import run
 from tests.nn import test_guards as guards
 from tests.nn import test_staleness as staleness
@@ -34,9 +36,10 @@ def kind():
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """The "cpu" backend counts as one kernel, for plans that are made from now on."""
-    may_be = join.may_be_one_kernel
-    monkeypatch.setattr(join, "FUSED", ("cuda", "triton", "cpu"))
-    monkeypatch.setattr(join, "may_be_one_kernel", lambda _, backend: may_be("cuda", backend))
+    join = table.row_of("conv_bn_join", "cpu")
+    rows = (replace(row, fuses=True) if row is join else row for row in table.ROWS)
+    monkeypatch.setattr(table, "ROWS", tuple(rows))
+    monkeypatch.setattr(ops.CONV_BN_JOIN, "_plans", {})
     with torch.no_grad():
         yield
 

@@ -7,7 +7,7 @@ kernel does, and computes by torch's functions. Triton's kernels are interpreted
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_fast
 from resnet_fast import ops
-from resnet_fast.dispatch import stem as dispatch
+from resnet_fast.dispatch import problem, table
 from tests.support import interpreted
 
 WITH_POOL = "cuda with maxpool"
@@ -30,23 +30,26 @@ class StandIn:
         self.layouts: list[str] = []
         self.refusal: str | None = None
 
-    def row(self) -> dispatch.StemBackend:
-        return dispatch.StemBackend("cuda", lambda stem: self.refusal, self.build)
+    def row(self, row: table.Row) -> table.Row:
+        return replace(row, device="cpu", missing=lambda arch: None, build=self.build,
+                       refusal=lambda stem: self.refusal)  # fmt: skip
 
-    def build(self, stem: dispatch.Stem):
-        def run(x, *tensors):
+    def build(self, stem: problem.StemProblem, tile):
+        def run(*tensors):
+            *layer, x = tensors[:9]
             self.layouts.append(stem.conv.x)
-            return dispatch.reference(x, *tensors)
+            return ops.STEM_POOL.reference(ops.StemCall(x, *layer))
 
-        return run, dispatch.CUDA_TILES[0]
+        return problem.binder(run)
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
     kernel = StandIn()
-    monkeypatch.setattr(dispatch, "BACKENDS", (kernel.row(), *dispatch.BACKENDS[1:]))
-    monkeypatch.setattr(ops, "has_stem_kernels", lambda device: True)
-    monkeypatch.setattr(importlib.import_module("resnet_fast.ops.stem_pool"), "_plans", {})
+    ours = table.row_of("stem_pool", "cuda")
+    rows = (kernel.row(row) if row is ours else row for row in table.ROWS)
+    monkeypatch.setattr(table, "ROWS", tuple(rows))
+    monkeypatch.setattr(ops.STEM_POOL, "_plans", {})
     return kernel
 
 

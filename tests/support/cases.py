@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import heuristics
+from resnet_fast.dispatch import heuristics, tiles
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.support.tolerance import round_to_tf32
 
@@ -110,6 +110,8 @@ ODD = {
 }
 
 
+TRITON, TILES = tiles.TRITON[ConvSpec], tiles.TRITON_TILES[ConvSpec]
+
 # The most demanding forms: taps with a mask, steps that are not full, norm, residual, activation.
 DEMANDING = (
     ConvSpec(8, 28, 28, 264, 256, 3, 3, (1, 1), (1, 1), residual=True, norm=True),
@@ -120,7 +122,7 @@ DEMANDING = (
 
 def is_meant_for(spec: ConvSpec, tile: TileConfig, arch: int) -> bool:
     """Whether the heuristics of `arch` may choose `tile` for `spec`."""
-    return heuristics.refusal(spec, tile, _hardware.GPUS[arch]) is None
+    return TRITON.refusal(spec, tile, _hardware.GPUS[arch]) is None
 
 
 def demanding(tile: TileConfig, arch: int) -> ConvSpec:
@@ -159,7 +161,7 @@ def tile_cases(arch: int, dtype: str, precision: str) -> list[tuple[ConvSpec, Ti
     with the products split, and with tiles that are cut. And the 7x7 stem, at its own tile.
     """
     found = []
-    for tile in heuristics.TILES[arch]:
+    for tile in TILES[arch]:
         kinds = [kind for kind in KINDS if whole(tile, arch, *kind)]
         if (dtype, precision) not in kinds:
             continue
@@ -175,7 +177,7 @@ def tile_cases(arch: int, dtype: str, precision: str) -> list[tuple[ConvSpec, Ti
     stem = ConvSpec(
         1, 32, 32, 3, 64, 7, 7, (2, 2), (3, 3), dtype=dtype, precision=precision, norm=True
     )
-    return [*found, (stem, replace(heuristics.choose(stem, arch), SPLIT_K=1))]
+    return [*found, (stem, replace(heuristics.choose(stem, arch, TRITON), SPLIT_K=1))]
 
 
 @dataclass

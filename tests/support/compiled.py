@@ -204,7 +204,7 @@ def cases(
         RuntimeError: a family of the CUDA C++ kernels, where nvcc is missing.
 
     Example:
-        >>> kernels = cases((80,), ("triton conv_bn_act", "triton conv_bn_join"))
+        >>> kernels = cases((80,), ("triton conv_bn_act", "cuda conv_bn_act"))
         >>> [kernel.resources().registers for kernel in kernels]
     """
     from tests.support.families import FAMILIES

@@ -12,7 +12,7 @@ import ctypes
 
 import torch
 
-from resnet_fast.dispatch.heuristics import CUDA_TILES
+from resnet_fast.dispatch import tiles
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 from softgpu import ptx
 from tests.support import nvcc
@@ -23,7 +23,7 @@ from tests.support.join_cases import JoinTensors
 ADD_RELU, ADD_RELU_THREADS = "cuda/device/add_relu.cuh", 256
 CONV, JOIN = "cuda/device/conv_implicit_gemm.cuh", "cuda/device/conv_bn_join.cuh"
 WARPS_M = 2  # of every tile: two rows of warps
-TILES = CUDA_TILES
+TILES = tiles.CUDA_TILES[ConvSpec]
 REDUCE_THREADS, REDUCE_CHANNELS = 256, 4  # of a block of reduce_splits, and of each thread
 
 

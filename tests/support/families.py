@@ -17,9 +17,9 @@ from functools import partial
 import torch
 
 from resnet_fast import _hardware
-from resnet_fast.dispatch import join
+from resnet_fast.dispatch import tiles
 from resnet_fast.kernels import stem_pool
-from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, TileConfig
+from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, StemSpec, StemTile, TileConfig
 from tests.support import cases, compiled, cuda_kernels, join_cases, stem
 from tests.support.compiled import CompiledKernel
 
@@ -81,10 +81,10 @@ def _triton_convs(arch: int) -> Iterator[Work]:
 
 
 def _triton_joins(arch: int) -> Iterator[Work]:
-    for tile in join.TILES[arch]:
+    for tile in tiles.TRITON_TILES[JoinSpec][arch]:
         for dtype, precision in cases.KINDS:
             spec = whole_join(tile, dtype=dtype, precision=precision)
-            if join.tile_refusal(spec, tile, _hardware.GPUS[arch]) is None:
+            if tiles.TRITON[JoinSpec].refusal(spec, tile, _hardware.GPUS[arch]) is None:
                 yield _join(join_cases.join_kernels, spec, tile, arch)
 
 
@@ -120,7 +120,7 @@ def _cuda_convs(arch: int) -> Iterator[Work]:
 
 
 def _cuda_joins(arch: int) -> Iterator[Work]:
-    for row in join.CUDA_TILES:
+    for row in tiles.CUDA_TILES[JoinSpec]:
         for dtype in map(_name, cases.DTYPES):
             tile = in_elements(row, dtype)
             for r in (3, 1):
@@ -130,12 +130,12 @@ def _cuda_joins(arch: int) -> Iterator[Work]:
 
 def _cuda_stems(arch: int) -> Iterator[Work]:
     for dtype in cases.DTYPES:
-        for tile in stem.TILES[dtype.itemsize]:
+        for tile in tiles.CUDA_TILES[StemSpec]:
             make = partial(_stem_kernels, dtype, tile, arch)
             yield Work((1, 33, 30, 64), tile, _name(dtype), make)
 
 
-def _stem_kernels(dtype: torch.dtype, tile: stem.StemTile, arch: int) -> list[CompiledKernel]:
+def _stem_kernels(dtype: torch.dtype, tile: StemTile, arch: int) -> list[CompiledKernel]:
     return [stem.stem_kernel(stem.stem_tensors(1, 33, 30, 64, dtype), tile, arch)]
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_fast.spec import ELEMENT_SIZE, conv_output_size
+from resnet_fast.dispatch import tiles
+from resnet_fast.spec import ELEMENT_SIZE, StemSpec, StemTile, conv_output_size
 from softgpu import ptx
 from tests.support import nvcc
 from tests.support.cases import channel_vectors
@@ -36,39 +37,30 @@ class StemProblem(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class StemTile:
-    """Mirror of template StemTile: pixels of y and channels of a block, and its warps."""
+def template(tile: StemTile, dtype: str) -> str:
+    """The tile as C++ spells it."""
+    numbers = (tile.BLOCK_P, tile.BLOCK_Q, tile.channels(dtype), tile.NUM_WARPS)
+    return f"StemTile<{', '.join(map(str, numbers))}>"
 
-    BLOCK_P: int
-    BLOCK_Q: int
-    BLOCK_N: int
-    WARPS: int
 
-    def __str__(self) -> str:
-        return f"StemTile<{self.BLOCK_P}, {self.BLOCK_Q}, {self.BLOCK_N}, {self.WARPS}>"
-
-    def shared_bytes(self, dtype: str) -> int:
-        """StemLayout<Element, Tile>::kSharedBytes, which the translation unit asserts."""
-        size = ELEMENT_SIZE[dtype]
-        conv_p, conv_q = 2 * self.BLOCK_P + 1, 2 * self.BLOCK_Q + 1
-        units = 16 * (conv_q + 3)
-        plane = _banks_apart(units, 80) if size == 4 else 0
-        pair = _banks_apart(2 * (plane + units), 16 * conv_q)
-        filters = self.BLOCK_N * (7 * 8 * 4 * size + 16)
-        outputs = conv_p * conv_q * (self.BLOCK_N + 8) * size
-        return filters + (conv_p + 3) * pair + outputs + 8 * (self.BLOCK_N + 4)
+def shared_bytes(tile: StemTile, dtype: str) -> int:
+    """StemLayout<Element, Tile>::kSharedBytes, which the translation unit asserts."""
+    size, channels = ELEMENT_SIZE[dtype], tile.channels(dtype)
+    conv_p, conv_q = 2 * tile.BLOCK_P + 1, 2 * tile.BLOCK_Q + 1
+    units = 16 * (conv_q + 3)
+    plane = _banks_apart(units, 80) if size == 4 else 0
+    pair = _banks_apart(2 * (plane + units), 16 * conv_q)
+    filters = channels * (7 * 8 * 4 * size + 16)
+    outputs = conv_p * conv_q * (channels + 8) * size
+    return filters + (conv_p + 3) * pair + outputs + 8 * (channels + 4)
 
 
 def _banks_apart(least: int, remainder: int) -> int:
     return least + (remainder - least) % 128
 
 
-# By the dtype's size: the first tile, and the one that gives small batches more blocks.
-TILES = {
-    2: (StemTile(8, 7, 64, 8), StemTile(3, 4, 64, 4)),
-    4: (StemTile(8, 7, 32, 8), StemTile(3, 4, 32, 4)),
-}
+# The first tile, and the one that gives small batches more blocks.
+TILES = tiles.CUDA_TILES[StemSpec]
 
 
 @dataclass
@@ -210,15 +202,15 @@ def stem_kernel(
     dtype = str(tensors.weight.dtype).removeprefix("torch.")
     problem, k = stem_problem(tensors, tile), tensors.out.shape[1]
     text, cubin = nvcc.compile_unit(source(tile, dtype), arch)
-    grid = (min(problem.tiles, blocks or problem.tiles), -(-k // tile.BLOCK_N), 1)
+    grid = (min(problem.tiles, blocks or problem.tiles), -(-k // tile.channels(dtype)), 1)
     return CompiledKernel(
         name=nvcc.entry_name(text),
         arch=arch,
         ptx=text,
         cubin=cubin,
         grid=grid,
-        block=(32 * tile.WARPS, 1, 1),
-        shared_bytes=tile.shared_bytes(dtype),
+        block=(32 * tile.NUM_WARPS, 1, 1),
+        shared_bytes=shared_bytes(tile, dtype),
         args=(bytes(problem),),
     )
 
@@ -226,7 +218,7 @@ def stem_kernel(
 def source(tile: StemTile, dtype: str) -> str:
     """The translation unit of one tile and dtype."""
     element = nvcc.CPP_TYPE[dtype]
-    instance = f"stem_pool<{element}, {tile}>(StemProblem)"
+    instance = f"stem_pool<{element}, {template(tile, dtype)}>(StemProblem)"
     text = nvcc.unit("cuda/device/stem_pool.cuh", instance, StemProblem)
-    layout = f"resnet_fast::StemLayout<{element}, resnet_fast::{tile}>"
-    return f"{text}static_assert({layout}::kSharedBytes == {tile.shared_bytes(dtype)});\n"
+    layout = f"resnet_fast::StemLayout<{element}, resnet_fast::{template(tile, dtype)}>"
+    return f"{text}static_assert({layout}::kSharedBytes == {shared_bytes(tile, dtype)});\n"
