@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark leaves behind: rows that say everything needed to believe or repeat them.
 
-One `Measurement` per case and provider, also without a time, and then with the reason; as JSON and CSV.
+One `Measurement`, a row, per case and provider: with a time, or with the reason why there is none.
 """
 
 from __future__ import annotations
