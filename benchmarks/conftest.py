@@ -69,7 +69,7 @@ def measured(pytestconfig) -> Callable:
     clock, facts = clock_of(request.place), environment(request.place)
     last = {}
 
-    def rows_of(case) -> dict[str, tuple[rows.Result, tuple[float, ...]]]:
+    def rows_of(case) -> dict[str, tuple[rows.Measurement, tuple[float, ...]]]:
         if case not in last:
             last.clear()
             samples: dict[str, tuple[float, ...]] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of the READMEs from results: `python -m benchmarks.readme`.
+"""Write the tables of both READMEs from results: `python -m benchmarks.readme`.
 
 All times of models come from one run, of about ten minutes on two cores:
 
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from resnet_fast.benchmarking import rows
-from resnet_fast.benchmarking.rows import Result, Results
+from resnet_fast.benchmarking.rows import Measurement, Results
 from resnet_fast.measuring import peers
 from resnet_fast.measuring.peers import EAGER, OURS
 from resnet_fast.measuring.steadiness import MARK, NO_RATIO, NOTE, is_stable, marked, ratio_text
@@ -40,9 +40,9 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads), *lines))
 
 
-def cases_of(results: Results) -> tuple[list[str], list[dict[str, Result]]]:
+def cases_of(results: Results) -> tuple[list[str], list[dict[str, Measurement]]]:
     """Ours and its peers by name, and the measured rows of each model's case by provider."""
-    found: dict[tuple, dict[str, Result]] = {}
+    found: dict[tuple, dict[str, Measurement]] = {}
     for row in results.rows:
         if row.suite == "models" and row.measured:
             found.setdefault(row.case, {})[row.provider] = row
@@ -67,12 +67,12 @@ def ratios(results: Results) -> str:
     return f"{text}\n\n{counted_out(found)} {about(results, text)}"
 
 
-def ratio(row: Result | None, best: Result) -> str:
+def ratio(row: Measurement | None, best: Measurement) -> str:
     """A cell: a time over eager's; a dash where there is none."""
     return "-" if row is None else ratio_text(row.over(best), row.stable and best.stable)
 
 
-def counted_out(found: list[dict[str, Result]]) -> str:
+def counted_out(found: list[dict[str, Measurement]]) -> str:
     """In how many cases ours is faster than each other, of those where the times can tell."""
     parts = []
     for name in dict.fromkeys(name for case in found for name in case if name != OURS):
@@ -101,7 +101,7 @@ def times(results: Results) -> str:
     others, found = cases_of(results)
     names = [name for name in EAGER if any(name in case for case in found)] + others
 
-    def cell(row: Result | None) -> str:
+    def cell(row: Measurement | None) -> str:
         if row is None:
             return "-"
         t = row.timing
@@ -173,5 +173,4 @@ def rewritten(page: str) -> str:
 
 if __name__ == "__main__":
     for path in PAGES:
-        if path.exists():
-            path.write_text(rewritten(path.read_text()))
+        path.write_text(rewritten(path.read_text()))

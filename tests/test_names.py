@@ -11,6 +11,8 @@ from resnet_fast.benchmarking import Request
 from resnet_fast.comparison import compare
 from resnet_fast.measuring import photographs
 from resnet_fast.profiling.command import profile_by_name
+from resnet_fast.recording import works
+from resnet_fast.spec import ConvSpec
 
 SPELLINGS = {
     "fp32": torch.float32, "f32": torch.float32, "float": torch.float32, "Float32": torch.float32,
@@ -36,8 +38,8 @@ def test_the_functions_of_the_commands_take_them():
     )
     assert list(request.models) == ["resnet18"]
     assert list(request.dtypes) == ["bfloat16", "float32"]
-    specs = tune.convolutions("ResNet18", [1], ["half"])
-    assert {spec.dtype for spec in specs} == {"float16"}
+    asked = works("ResNet18", [1], ["half"])
+    assert {work.spec.dtype for work in asked if isinstance(work.spec, ConvSpec)} == {"float16"}
     tune.check(["triton"], ["half"])
 
 

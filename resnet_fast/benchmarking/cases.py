@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resnet_fast import models
+from resnet_fast import models, ops
 from resnet_fast.measuring.peers import FULL, QUICK, USUAL
 from resnet_fast.profiling.layers import Layer, layers_of, touched_pixels
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
@@ -22,7 +22,6 @@ SUITES = ("models", "ops")  # in this order: where time runs out, models say mos
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 BATCHES = (1, 8, 32, 128, 256)
 SHAPES_FROM = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-OPS = ("conv_bn_act", "add_relu", "conv_bn_join", "stem_pool")
 IMAGE = 224
 
 
@@ -78,7 +77,7 @@ class OpCase:
     """One op at one shape.
 
     Args:
-        op: of `OPS`.
+        op: of `ops.OPS`.
         spec: the convolution; for add_relu, the one that made the first summand.
         where: the layers that have it, of all models.
         projection: of conv_bn_join, the shortcut's convolution.
@@ -210,7 +209,7 @@ def op_cases(
     """
     shapes = distinct_ops(tuple(names))
     kept = []
-    for op in OPS:
+    for op in ops.OPS:
         of_op = [case for case in shapes if case.op == op]
         if heaviest is not None:
             of_op.sort(key=lambda c: (c.layers * c.flops, c.layers * c.bytes), reverse=True)

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from resnet_fast.benchmarking.providers import EAGER
-from resnet_fast.benchmarking.rows import Result, Results
+from resnet_fast.benchmarking.rows import Measurement, Results
 from resnet_fast.measuring import steadiness
 
 FLOOR = 0.08
@@ -37,7 +37,7 @@ class Change:
         verdict: "slower", "faster", "same", "drift" (of eager itself), or "no time any more".
     """
 
-    row: Result
+    row: Measurement
     old_ms: float
     new_ms: float | None
     ratio: float
@@ -86,11 +86,13 @@ def regressions(found: list[Change]) -> list[Change]:
     return [change for change in found if change.verdict in (SLOWER, NO_TIME)]
 
 
-def _key(row: Result) -> tuple:
+def _key(row: Measurement) -> tuple:
     return (*row.case, row.provider, row.environment.kind)
 
 
-def _change(before: dict[tuple, Result], after: dict[tuple, Result], key: tuple) -> Change:
+def _change(
+    before: dict[tuple, Measurement], after: dict[tuple, Measurement], key: tuple
+) -> Change:
     old, new = before[key], after[key]
     if not new.measured:
         return Change(new, old.time_ms, None, math.nan, math.nan, False, NO_TIME)

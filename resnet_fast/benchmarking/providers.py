@@ -56,28 +56,19 @@ def _op_ours(work: OpWork, backend: str = "auto") -> Entrant:
     return Entrant(call, backend=partial(_backend_of, work), tile=partial(_tile_of, work))
 
 
-LAST_PLAN = {
-    "conv_bn_act": ops.last_plan,
-    "conv_bn_join": ops.last_join_plan,
-    "stem_pool": ops.last_stem_plan,
-}
-
-
 def _backend_of(work: OpWork) -> str:
-    """The backend that ran the last call; add_relu has no plan but one backend per dtype."""
-    case = work.case
-    if case.op in LAST_PLAN:
-        return LAST_PLAN[case.op]().backend
-    return ops.explain_add_relu(str(work.device), case.spec.dtype)[0]
+    """The backend that ran the last call."""
+    return ops.OPS[work.case.op].last_plan().backend
 
 
 def _tile_of(work: OpWork) -> str:
     """The tile of the last call's kernel; "" where there is none."""
-    plan = LAST_PLAN[work.case.op]() if work.case.op in LAST_PLAN else None
-    return str(plan.tile) if plan and plan.tile else ""
+    tile = ops.OPS[work.case.op].last_plan().tile
+    return str(tile) if tile else ""
 
 
-WITH_NORM = tuple(LAST_PLAN)  # add_relu takes no backend either
+# Those that can be asked for a backend have a BatchNorm to fold, too.
+WITH_NORM = tuple(name for name, op in ops.OPS.items() if "backend" in op.Call._fields)
 OP_PROVIDERS = (
     Provider("aten", "torch, unfused", _aten),
     Provider("aten-cudnn-benchmark", "torch, unfused, cudnn.benchmark",

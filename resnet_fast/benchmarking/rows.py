@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark leaves behind: rows that say everything needed to believe or repeat them.
 
-One `Result` per case and provider, also without a time, and then with the reason; as JSON and CSV.
+One `Measurement`, a row, per case and provider: with a time, or with the reason why there is none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Measurement:
     """One provider on one case. Times are milliseconds; None is "not known", never zero.
 
     Args:
@@ -125,7 +125,7 @@ class Result:
         parts = (getattr(self, f"{self.clock}_{part}ms") for part in ("", "p20_", "p80_", "p99_"))
         return Timing(*parts, self.rounds, self.busy, self.first_ms)
 
-    def over(self, other: Result) -> float | None:
+    def over(self, other: Measurement) -> float | None:
         """The ratio of the times; None where they scatter so much that it would say nothing."""
         return 1.0 if self is other else self.timing.over(other.timing)
 
@@ -135,14 +135,14 @@ class Results:
     """All rows of a run.
 
     Args:
-        rows: see `Result`.
+        rows: see `Measurement`.
         left_out: providers that were not asked on this machine, with the reason.
         complete: False where the run was interrupted.
         command: what was asked.
         seconds: how long the run took.
     """
 
-    rows: list[Result] = field(default_factory=list)
+    rows: list[Measurement] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     complete: bool = True
     command: str = ""
@@ -196,7 +196,7 @@ def read(path: Path) -> Results:
     check_version(path, data.pop("schema", None), data.pop("version", None))
     try:
         rows = [
-            Result(**{**row, "environment": Environment(**row["environment"])})
+            Measurement(**{**row, "environment": Environment(**row["environment"])})
             for row in data.pop("rows")
         ]
         return Results(rows=rows, **data)
@@ -227,17 +227,17 @@ def _plain(value: object) -> object:
 
 
 def _columns() -> list[str]:
-    own = [f.name for f in fields(Result) if f.name != "environment"]
+    own = [f.name for f in fields(Measurement) if f.name != "environment"]
     return ["schema", "version", *own, *(f"environment.{f.name}" for f in fields(Environment))]
 
 
-def _flat(row: Result) -> dict[str, object]:
+def _flat(row: Measurement) -> dict[str, object]:
     data = {"schema": SCHEMA, "version": VERSION, **asdict(row)}
     environment = data.pop("environment")
     return data | {f"environment.{name}": value for name, value in environment.items()}
 
 
-def _read_csv(path: Path) -> list[Result]:
+def _read_csv(path: Path) -> list[Measurement]:
     rows = []
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
@@ -246,7 +246,7 @@ def _read_csv(path: Path) -> list[Result]:
             facts = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
             own = {k: v for k, v in line.items() if not k.startswith(prefix)}
             environment = Environment(**_typed(Environment, facts))
-            rows.append(Result(**_typed(Result, own), environment=environment))
+            rows.append(Measurement(**_typed(Measurement, own), environment=environment))
     return rows
 
 

@@ -29,7 +29,7 @@ from resnet_fast.benchmarking.plan import (
     seconds_of,
 )
 from resnet_fast.benchmarking.providers import OpWork
-from resnet_fast.benchmarking.rows import Result, Results
+from resnet_fast.benchmarking.rows import Measurement, Results
 from resnet_fast.measuring import clock as clocks
 from resnet_fast.measuring import photographs, protocol
 from resnet_fast.measuring.machine import Environment, clocks_of, environment
@@ -115,7 +115,7 @@ def measure_case(
     deadline: float = math.inf,
     progress: Told = lambda text: None,
     samples: dict[str, tuple[float, ...]] | None = None,
-) -> tuple[list[Result], dict[str, str], bool]:
+) -> tuple[list[Measurement], dict[str, str], bool]:
     """One case: a row per provider, those left out with the reason, and whether Ctrl-C came.
 
     `samples`, if given, is filled with the rounds' wall times in milliseconds by provider.
@@ -289,7 +289,7 @@ def model_case(
 # ---- rows
 
 
-def roofs_of(found: list[Result], place: torch.device, progress: Told) -> dict[str, Roofline]:
+def roofs_of(found: list[Measurement], place: torch.device, progress: Told) -> dict[str, Roofline]:
     """The device's rooflines by dtype, raised by those ops that went through them."""
     roofs = {}
     timed = [row for row in found if row.suite == "ops" and row.measured]
@@ -305,10 +305,10 @@ def roofs_of(found: list[Result], place: torch.device, progress: Told) -> dict[s
     return roofs
 
 
-def with_shares(found: list[Result], roofs: dict[str, Roofline]) -> list[Result]:
+def with_shares(found: list[Measurement], roofs: dict[str, Roofline]) -> list[Measurement]:
     """The rows with the share of the roofline that each measured op reaches."""
 
-    def shared(row: Result) -> Result:
+    def shared(row: Measurement) -> Measurement:
         if row.suite != "ops" or not row.measured or row.dtype not in roofs:
             return row
         floor = roofs[row.dtype].time_floor(row.flops, row.bytes)
@@ -326,10 +326,10 @@ def _row(
     cache_text: str,
     clock: clocks.Clock,
     facts: Environment,
-) -> Result:
+) -> Measurement:
     model = isinstance(case, ModelCase)
     flops, moved = work_of(case)
-    row = Result(
+    row = Measurement(
         suite="models" if model else "ops",
         subject=case.model if model else case.op,
         shape=case.shape,
@@ -375,7 +375,7 @@ def _columns(name: str, found: Timing | None) -> dict[str, float]:
     return {f"{name}_ms": found.median, **columns}
 
 
-def _rates(row: Result) -> dict[str, float]:
+def _rates(row: Measurement) -> dict[str, float]:
     seconds = row.time_ms / 1e3
     return {
         "tflops": row.flops / seconds / 1e12,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from resnet_fast._table import Column, Table
 from resnet_fast.benchmarking.changes import NO_TIME, SAME, SLOWER, Change
 from resnet_fast.benchmarking.providers import EAGER
-from resnet_fast.benchmarking.rows import Result, Results
+from resnet_fast.benchmarking.rows import Measurement, Results
 from resnet_fast.measuring.peers import OURS
 from resnet_fast.measuring.steadiness import marked, ratio_text
 
@@ -38,7 +38,7 @@ def render(results: Results) -> Iterator[Table | str]:
         yield "interrupted: the rows above are what was measured until then"
 
 
-def times(suite: str, found: list[Result]) -> Table:
+def times(suite: str, found: list[Measurement]) -> Table:
     """The rows of a suite, a group per case."""
     device = any(row.device_ms is not None for row in found)
     ratio = f"ratio: {clock_of(found)} time over {EAGER[suite]}'s; below 1 is faster"
@@ -70,7 +70,7 @@ def times(suite: str, found: list[Result]) -> Table:
     return table
 
 
-def shortened(found: list[Result]) -> list[Result]:
+def shortened(found: list[Measurement]) -> list[Measurement]:
     """The rows, with those of a case in one where none has a time and all for the same reason."""
     short = []
     for _, group in itertools.groupby(found, key=lambda row: row.case):
@@ -82,7 +82,7 @@ def shortened(found: list[Result]) -> list[Result]:
     return short
 
 
-def inputs_of(found: list[Result]) -> str:
+def inputs_of(found: list[Measurement]) -> str:
     """How the rows' inputs met the caches, in a line."""
     texts = list(dict.fromkeys(row.inputs for row in found if row.inputs))
     if not texts:
@@ -96,17 +96,17 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def clock_of(found: list[Result]) -> str:
+def clock_of(found: list[Measurement]) -> str:
     """Which clock the ratios of a suite's rows are by: "device" or "wall"."""
     return next((row.clock for row in found if row.measured), "wall")
 
 
-def median_cell(row: Result, clock: str) -> str:
+def median_cell(row: Measurement, clock: str) -> str:
     """A row's median by a clock in milliseconds; marked where it stands for the row, unstable."""
     return marked(milliseconds(getattr(row, f"{clock}_ms")), row.stable or row.clock != clock)
 
 
-def ratio_cell(row: Result, found: list[Result]) -> str:
+def ratio_cell(row: Measurement, found: list[Measurement]) -> str:
     """A row's time over eager's of the same case; or that it would say nothing."""
     eager = eager_of(row, found)
     return ratio_text(row.over(eager), row.stable and eager.stable) if eager else ""
@@ -117,7 +117,7 @@ def milliseconds(value: float | None) -> str:
     return number(value, ".3g" if value is None or value < 999.5 else ".0f")
 
 
-def eager_of(row: Result, found: list[Result]) -> Result | None:
+def eager_of(row: Measurement, found: list[Measurement]) -> Measurement | None:
     """Eager torch's measured row of the same case."""
     name = EAGER[row.suite]
     same = (r for r in found if r.case == row.case and r.provider == name and r.measured)

@@ -88,7 +88,7 @@ def names(op: str | None = None) -> list[str]:
 
 
 def devices() -> dict[str, str | None]:
-    """The device type that each backend runs on; None for any."""
+    """The device type that each backend needs; None for any."""
     return {row.backend: row.device for row in ROWS}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from resnet_fast.benchmarking.rows import Result
+from resnet_fast.benchmarking.rows import Measurement
 from resnet_fast.measuring.clock import Clock
 from resnet_fast.measuring.machine import Environment
 from resnet_fast.measuring.protocol import MEASURED, Case, Entrant
@@ -55,7 +55,9 @@ def right(clock: FakeClock, milliseconds: float = 1.0, log: list | None = None, 
     return lambda: Entrant(call)
 
 
-def row(provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, **changes) -> Result:
+def row(
+    provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, **changes
+) -> Measurement:
     """A measured row whose p20 and p80 lie `spread` to both sides of the median."""
     given = {
         "suite": "models", "subject": "resnet18", "shape": "1x3x224x224", "where": "", "batch": 1,
@@ -65,4 +67,4 @@ def row(provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, *
         "flops": 10**9, "bytes": 10**7, "images_per_s": 1e3 / ms, "tflops": 0.1, "gbs": 1.0,
         "stable": True, "environment": ENVIRONMENT,
     }  # fmt: skip
-    return Result(**(given | changes))
+    return Measurement(**(given | changes))

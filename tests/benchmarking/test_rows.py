@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 import pytest
 
 from resnet_fast.benchmarking import changes, rows
-from resnet_fast.benchmarking.rows import Result, Results
+from resnet_fast.benchmarking.rows import Measurement, Results
 from resnet_fast.measuring import protocol
 from tests.benchmarking.fakes import ENVIRONMENT, row
 
@@ -22,7 +22,7 @@ def results() -> Results:
     threw = row(
         "compile", status=protocol.THREW, reason='RuntimeError: "quoted", and\na second line'
     )
-    timeless = {f.name: None for f in fields(Result) if f.name.endswith("_ms")}
+    timeless = {f.name: None for f in fields(Measurement) if f.name.endswith("_ms")}
     return Results(
         rows=[row(), row(EAGER, 20.0, stable=True, warm_up=7), replace(threw, **timeless)],
         left_out={"models: x": "no GPU"},

@@ -145,7 +145,7 @@ def test_the_real_providers_of_ops_agree_and_are_timed(name):
 def test_a_row_tells_the_backend_and_the_tile_of_the_last_plan(name, monkeypatch):
     case = SMALL_CASES[name]
     plan = types.SimpleNamespace(backend="cuda", tile=TileConfig(64, 32, 64, 4, 4, SPLIT_K=2))
-    monkeypatch.setitem(providers.LAST_PLAN, case.op, lambda: plan)
+    monkeypatch.setattr(ops.OPS[case.op], "last_plan", lambda: plan)
     request = Request(device="cpu", seconds=0.01, providers=["resnet_fast"])
     (row,), *_ = suite.measure_case(case, request, clocks.Clock(), ENVIRONMENT)
     assert (row.backend, row.tile) == ("cuda", "64x32x64 stages 4 warps 4 split 2")
