@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the command `resnet-fast` starts: outside the package, whose import may be interrupted.
+"""Where the command `resnet-fast` starts.
 
-torch comes with the package and takes a second or more; Ctrl-C then ends as it does later.
+It is outside the package because importing that, with torch, takes a second or more: Ctrl-C during
+the import must end the command in the same way as later.
 """
 
 import sys

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installs the package; all that is constant is in pyproject.toml.
+"""Installs the package; everything constant is in pyproject.toml.
 
-Pure Python by default: no compiler is needed and torch is not. Where the recipe of
-`resnet_fast/build.py` finds nvcc, torch, ninja and pybind11 (which a build in isolation does not
-see: `pip install --no-build-isolation`), the CUDA C++ extension is built too. Whether a GPU is
-there is never asked. `resnet-fast build` does the same later.
+By default the installation is pure Python and needs neither a compiler nor torch. If the recipe in
+`resnet_fast/build.py` finds nvcc, torch, ninja and pybind11, the CUDA C++ extension is built too,
+with or without a GPU in the machine. An isolated build does not see these packages: use
+`pip install --no-build-isolation`, or run `resnet-fast build` later, which does the same.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ recipe = load_recipe()
 
 
 def extensions() -> list[Extension]:
-    """The extension, or none and one line that says why."""
+    """The extension, or none and one line on stderr that says why."""
     try:
         recipe.find()
     except recipe.BuildError as error:
@@ -44,7 +44,7 @@ def extensions() -> list[Extension]:
 
 
 class BuildExtension(build_ext):
-    """Builds by the recipe; a failure leaves a pure Python installation, and says so."""
+    """Builds by the recipe; if that fails, it says so and the installation is pure Python."""
 
     def build_extension(self, extension: Extension) -> None:
         output = ROOT / self.get_ext_fullpath(extension.name)
@@ -55,7 +55,7 @@ class BuildExtension(build_ext):
 
 
 class BuildPython(build_py):
-    """Takes the C++ sources along, so that `resnet-fast build` works where the package lies."""
+    """Installs the C++ sources too, so that `resnet-fast build` works in the installed package."""
 
     def run(self) -> None:
         super().run()

@@ -32,7 +32,16 @@ import torch
 from resnet_fast import _hardware
 from resnet_fast.dispatch import heuristics, tiles
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, TileConfig
-from tests.support import cases, cuda_kernels, cutlass, join_cases, nvcc, sectors, stem
+from tests.support import (
+    cases,
+    cuda_kernels,
+    cutlass,
+    cutlass_kernels,
+    join_cases,
+    nvcc,
+    sectors,
+    stem,
+)
 from tests.support.tolerance import assert_within
 
 OURS, CUTLASS = "resnet_fast", "CUTLASS"
@@ -88,7 +97,7 @@ def count(job: Job) -> Row:
     if job.cutlass:
         tensors.scale.fill_(1)
         tensors.shift.zero_()
-        kernel = cutlass.conv_kernel(job.cutlass, tensors)
+        kernel = cutlass_kernels.conv_kernel(job.cutlass, tensors)
     else:
         (kernel,) = cuda_kernels.conv_kernels(tensors, job.tile, job.arch)
     counters = kernel.run().counters
@@ -153,7 +162,7 @@ def compile_cutlass(options, folder: Path) -> dict[TileConfig, cutlass.Program]:
         place = folder / f"cutlass{cuda_kernels.TILES.index(tile)}"
         place.mkdir()
         try:
-            return cutlass.compile_tile(tile, place)
+            return cutlass_kernels.compile_tile(tile, place)
         except RuntimeError:
             say(f"CUTLASS has no {tile}")
             return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the tables of the README from results: `python -m benchmarks.readme`.
+"""Write the tables of both READMEs from results: `python -m benchmarks.readme`.
 
 The results are what these commands wrote:
 
@@ -22,6 +22,7 @@ from resnet_fast.comparison.steadiness import is_stable, marked
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "benchmarks" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -91,7 +92,7 @@ TABLES = {  # by what stands in the markers <!-- begin: ... --> and <!-- end: ..
 
 
 def rewritten(readme: str) -> str:
-    """The README with each table of the results between its markers."""
+    """A page with each table of the results between its markers."""
     for name, table in TABLES.items():
         begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
         before, found, rest = readme.partition(begin)
@@ -101,4 +102,5 @@ def rewritten(readme: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))
+    for page in PAGES:
+        page.write_text(rewritten(page.read_text()))

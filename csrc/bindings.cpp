@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module resnet_fast._C: what the binary holds, and what its kernels take of a GPU. Importing
+// The module resnet_fast._C: what the binary holds, and which resources its kernels take. Importing
 // it registers the kernels with torch, which must have been imported before.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,24 +17,26 @@ namespace py = pybind11;
 namespace resnet_fast {
 namespace {
 
-const std::map<std::string, Kernels& (*)()> kOps = {
-    {"add_relu", add_relu_kernels},
-    {"conv_bn_act", conv_bn_act_kernels},
-    {"conv_bn_join", conv_bn_join_kernels},
-    {"stem_pool", stem_pool_kernels},
-};
+std::vector<Kernel*> kernels_of(const std::string& op) {
+  std::vector<Kernel*> all;
+  for (Kernels& table : tables()) {
+    if (table.op != op) continue;
+    for (Kernel& kernel : table.all) all.push_back(&kernel);
+  }
+  return all;
+}
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
   throw std::runtime_error(
-      std::string("resnet_fast: what a kernel takes is asked of a GPU, but: ") +
+      std::string("resnet_fast: a kernel's resources are asked of a GPU, but: ") +
       cudaGetErrorString(error) + "; `resnet-fast build` prints registers and spills without one");
 }
 
 std::vector<std::string> names(const std::string& op) {
   std::vector<std::string> all;
-  for (const Kernel& kernel : kOps.at(op)().all) all.push_back(kernel.name);
+  for (const Kernel* kernel : kernels_of(op)) all.push_back(kernel->name);
   return all;
 }
 
@@ -47,7 +49,7 @@ std::string driver_error() {
   return cudaGetErrorString(error);
 }
 
-// Makes a device the current one, and at the end the one that was.
+// Makes a device the current one, and restores the previous one at the end.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
@@ -61,7 +63,7 @@ class CurrentDevice {
 };
 
 py::dict resources(const std::string& op, int index, int device) {
-  Kernel& kernel = kOps.at(op)().all.at(index);
+  Kernel& kernel = *kernels_of(op).at(index);
   const CurrentDevice current(device);
   cudaFuncAttributes attributes;
   int blocks = 0, threads_per_sm = 0;
@@ -90,12 +92,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("architectures") = std::vector<int>{RESNET_FAST_ARCHITECTURES};
   m.attr("ptx") = RESNET_FAST_PTX;
   m.attr("built_for") = RESNET_FAST_BUILT_FOR;
-  m.attr("sources") = RESNET_FAST_SOURCES;  // a digest of csrc
-  py::dict tiles;  // op -> [(BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N)]
-  for (const auto& [op, kernels] : kOps) {
-    py::list rows;
-    for (const TileNumbers& tile : kernels().tiles) rows.append(py::tuple(py::cast(tile)));
-    if (!rows.empty()) tiles[op.c_str()] = rows;
+  m.attr("sources") = RESNET_FAST_SOURCES;                // a digest of csrc
+  std::map<std::string, std::vector<TileNumbers>> tiles;  // by op, its table's rows
+  for (const Kernels& table : tables()) {
+    if (!table.tiles.empty()) tiles[table.op] = table.tiles;
   }
   m.attr("tiles") = tiles;
   m.def("driver_error", &driver_error,

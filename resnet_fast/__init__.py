@@ -33,7 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """The profiler, loaded when it is asked for: a model that is only served need not wait."""
+    """The profiler, loaded on first use, so that importing the package stays fast."""
     if name in ("Profile", "profile"):
         from resnet_fast.profiling import profile as module
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environment variables that the package reads: all of them, and nowhere else.
+"""The environment variables that the package reads: all of them are read here.
 
 RESNET_FAST_DISABLE=1     every model takes its plain path, as under `resnet_fast.disabled()`.
 RESNET_FAST_BACKEND=name  ask for one backend (`resnet-fast check` lists them); where it cannot
@@ -26,7 +26,7 @@ def backend() -> str | None:
 
 
 def cache_folder() -> Path | None:
-    """The folder of measured choices, which need not exist; None where there is no home either."""
+    """The folder of measured choices, which may not exist; None without a home folder."""
     if named := os.environ.get("RESNET_FAST_CACHE"):
         return Path(named)
     if shared := os.environ.get("XDG_CACHE_HOME"):

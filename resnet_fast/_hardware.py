@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts about GPUs that heuristics and rooflines need; no device is touched by importing this.
 
-A GPU that is here tells its multiprocessors and its memory's clock itself; what its tensor cores do
-stands in its data sheet alone, which is found by its name. For one that is not here, a product
-stands for its architecture.
+The driver of a GPU in this machine reports its multiprocessors and its memory's clock; the speed of
+its tensor cores is found only in its data sheet, by its name. A GPU that is not in this machine is
+described by a product of its architecture.
 
 Sources: NVIDIA's data sheets and architecture white papers; the CUDA C++ Programming Guide,
 "Compute Capabilities" (shared memory per block and per SM, registers, threads).
@@ -32,7 +32,7 @@ class Gpu:
             is half of it.
         tflops_fp32: of CUDA cores.
         tflops_fp64: of whichever cores do most.
-        shared_per_block: bytes of shared memory that one block may ask for.
+        shared_per_block: bytes of shared memory that one block may request.
         shared_per_sm: bytes of shared memory that the blocks of one SM share.
         max_threads_per_sm: resident threads.
         note: whose figures these are, where they are not those of its own data sheet.
@@ -65,8 +65,8 @@ def _gpu(name: str, capability: int, *figures: float) -> Gpu:
     return Gpu(name, capability, *figures, *_LIMITS[capability])
 
 
-# By the words that torch's name of it has: the first row of which all are there. GeForce cards add
-# in fp32 at half the rate at which they add in fp16, the others at the same.
+# Found by the words in torch's name of a GPU: the first row whose words all occur. GeForce cards
+# accumulate in fp32 at half the rate of fp16, the others at the same rate.
 PRODUCTS = {
     # words: name, capability, SMs, GB/s, TFLOP/s of fp16, fp32, fp64
     "a100 40gb": _gpu("A100 40GB", 80, 108, 1555, 312, 19.5, 19.5),
@@ -96,7 +96,7 @@ PRODUCTS = {
     "rtx 5090": _gpu("RTX 5090", 120, 170, 1792, 210, 104.8, 1.64),
     "rtx pro 6000": _gpu("RTX PRO 6000", 120, 188, 1792, 503, 126, 1.97),
 }
-# By architecture the product that stands for it where none is at hand.
+# For each architecture, the product that describes it if no such GPU is here.
 GPUS = {gpu.capability: gpu for gpu in map(PRODUCTS.get, (
     "a100", "a10", "l4", "h100", "b200", "rtx 5090",
 ))}  # fmt: skip
@@ -109,7 +109,7 @@ def capability_of(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device; None where it is not known."""
+    """Free memory of a device; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -141,9 +141,9 @@ def _gpu_at(index: int) -> Gpu | None:
 def gpu_from(facts) -> Gpu | None:
     """The GPU that torch's device properties describe; None below compute capability 8.0.
 
-    Its size and its memory's speed are what the driver says; its peaks are those of its data sheet,
-    or of the product that stands for its architecture, which `note` says; and by the number of SMs
-    where it has fewer or more (part of a GPU, a mobile one).
+    Its size and its memory's speed are what the driver says. Its peaks are those of its data sheet,
+    or else of the product that describes its architecture, in which case `note` says so. They are
+    scaled by the number of SMs if it has fewer or more (part of a GPU, a mobile one).
     """
     capability = facts.major * 10 + facts.minor
     arch = nearest_architecture(capability)
@@ -177,7 +177,7 @@ def _bandwidth(facts) -> float:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory that was too short is behind an error, at whatever step it was raised."""
+    """Whether an error was caused by a lack of memory, at whatever step it was raised."""
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             return True
@@ -191,7 +191,7 @@ def mma_sync_share(gpu: Gpu) -> float:
 
 
 def described(target: Gpu | int) -> Gpu | None:
-    """A GPU, or the product that stands for a compute capability; None below 8.0."""
+    """A GPU, or the product that describes a compute capability; None below 8.0."""
     if isinstance(target, Gpu):
         return target
     arch = nearest_architecture(target)

@@ -21,7 +21,7 @@ ALIASES = _SHORT | {f"torch.{name}": _SHORT.get(name, name) for name in (*_SHORT
 def choose(
     kind: str, name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None
 ) -> str:
-    """The one of `known` that `name` means, in any case of letters.
+    """The one of `known` that `name` means; upper and lower case are the same.
 
     Args:
         kind: what it names, for the message: "model", "dtype", ...

@@ -17,7 +17,7 @@ NARROWEST = 20  # columns that wrapped text gets at least
 
 
 class Line(NamedTuple):
-    """A line, and how a terminal may show it: "bold", "yellow", "red" or "" for plainly."""
+    """A line, and its style on a terminal: "bold", "yellow", "red" or "" for none."""
 
     text: str
     style: str = ""
@@ -25,12 +25,12 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A heading and how its cells stand.
+    """A heading and the alignment of its cells.
 
     Args:
         name: the heading.
-        right: whether cells stand at the right, as numbers do.
-        rank: 0 for a column that is always shown; of the others those of the highest go first.
+        right: whether cells are aligned to the right, as numbers are.
+        rank: 0 for a column that is always shown; the highest rank is left out first.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Table:
         title: a line above; "" for none.
         columns: see `Column`.
         notes: lines below.
-        elsewhere: where columns that are left out can be had, for the note that names them.
+        elsewhere: where to find columns that are left out, for the note that names them.
     """
 
     title: str
@@ -67,7 +67,7 @@ class Table:
         self.rows.append(_Row(cells, style, text))
 
     def lines(self, width: int | None = None) -> list[Line]:
-        """The table for a terminal of `width` columns; None: as wide as it likes."""
+        """The table for a terminal of `width` columns; None: any width."""
         used = [i for i in range(len(self.columns)) if self._filled(i)]
         while width is not None and self._width(used) > width:
             highest = max(self.columns[i].rank for i in used)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When two results agree: the one rule of tests, benchmarks, `compare` and `optimize(verify=True)`.
+"""When two results agree: one rule for tests, benchmarks, `compare` and `optimize(verify=True)`.
 
     error(y) = max |y - reference64| / max |reference64|
     error(ours) <= FACTOR * error(eager) + eps(dtype) / 2 + sqrt(K_gemm) * eps(float32)
 
-Both sides are measured against float64: another rounding is no reference. The factor two leaves
-room for another order of summation. The floor is for the case where eager happens to round
-exactly: half an ulp of the output's dtype, as one rounding may fall the other way, and the growth
-of a random sum of K_gemm products in the fp32 accumulator. After FlashAttention's rule.
+Both results are compared with float64, since a result with other rounding errors is not a
+reference. The factor two leaves room for another order of summation. The floor is for the case
+that eager happens to be exact: half an ulp of the output's dtype, as one rounding may fall the
+other way, and the error of a random sum of K_gemm products in the fp32 accumulator. After
+FlashAttention's rule.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FACTOR = 2.0
 def error(y: Tensor, reference: Tensor) -> float:
     """Largest absolute difference over the largest magnitude of the float64 reference.
 
-    NaN where the two do not have their NaNs and infinities in the same places.
+    NaN if the two do not have NaNs and infinities in the same places.
     """
     y = y.double()
     finite = reference.isfinite()
@@ -43,7 +44,7 @@ def bound(eager_error: float, dtype: torch.dtype, k_gemm: int = 1) -> float:
     Args:
         eager_error: `error` of eager torch at the same dtype.
         dtype: of both results.
-        k_gemm: products per output element; 1 where the two sum in no particular way.
+        k_gemm: products per output element; 1 if nothing is summed.
     """
     rounding = torch.finfo(dtype).eps / 2
     summation = math.sqrt(k_gemm) * torch.finfo(torch.float32).eps

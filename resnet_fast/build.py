@@ -5,18 +5,19 @@
 
 Only the standard library is used and torch is not imported: setup.py loads this file alone, before
 there is a package. nvcc compiles and links everything: it knows its own headers, and links CUDA's
-runtime statically, so that the module loads on a machine without a GPU or a driver. torch is met
-through its stable headers, so the module serves every release from `TORCH_TARGET` on.
+runtime statically, so that the module loads on a machine without a GPU or a driver. Only torch's
+stable headers are used, so the module works with every release from `TORCH_TARGET` on.
 
-The front end runs once: the PTX of the first architecture, which the tests run on the PTX machine,
-is assembled for all. The kernels use nothing newer, and it saves more than half of the time. That
-PTX is in the module too, so a GPU newer than all of the list can run it.
+The sources are compiled once, to the PTX of the first architecture, which is then assembled for
+all: the kernels use nothing newer, and this saves more than half of the time. The module contains
+that PTX too, so GPUs newer than the whole list can run it.
 
-ptxas says of every kernel what it takes; it is kept beside each object and becomes the report.
+ptxas reports the registers and spills of every kernel; its output is kept beside each object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import importlib.metadata
@@ -51,12 +52,12 @@ class Toolchain:
 
     Args:
         nvcc, ninja: the programs.
-        host_compiler: what nvcc is told to use, or "" for its own choice.
+        host_compiler: the C++ compiler that nvcc must use, or "" for nvcc's own choice.
         cuda: nvcc's version, (13, 0).
         torch: the folder of the installed torch.
         torch_version: its version.
         pybind11: its include folder.
-        wheels: NVIDIA's wheels, searched for what the toolkit lacks: folders with include and lib.
+        wheels: folders of NVIDIA's wheels (include and lib), for what the toolkit lacks.
         known: compute capabilities times ten that nvcc compiles for.
     """
 
@@ -72,17 +73,6 @@ class Toolchain:
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What ptxas says of one kernel for one architecture."""
-
-    source: str
-    kernel: str
-    arch: int
-    registers: int
-    spill_bytes: int
-
-
-@dataclass(frozen=True)
 class Report:
     """A finished build.
 
@@ -91,23 +81,23 @@ class Report:
         architectures: compute capabilities times ten; of the first there is PTX as well.
         left_out: default architectures that this nvcc does not know.
         seconds: wall clock.
-        usage: of every kernel and architecture.
-        toolchain: with what it was built.
+        logs: what ptxas said while each .cu was compiled, by its name without the suffix.
+        toolchain: what it was built with.
     """
 
     path: Path
     architectures: tuple[int, ...]
     left_out: tuple[int, ...]
     seconds: float
-    usage: tuple[Usage, ...]
+    logs: dict[str, str]
     toolchain: Toolchain
 
 
 def find() -> Toolchain:
-    """Look for all that a build needs; no GPU is asked for.
+    """Find everything a build needs; a GPU is not part of it.
 
     Raises:
-        BuildError: what is missing or does not fit, and what to do.
+        BuildError: something is missing or does not fit; the text says what to do.
     """
     nvcc = _program("nvcc", "install NVIDIA's CUDA toolkit, or put its bin folder on PATH")
     torch = _package("torch", "pip install torch, and let pip see it: --no-build-isolation")
@@ -161,73 +151,36 @@ def build(
         architectures: compute capabilities times ten; default: those of `ARCHITECTURES` that nvcc
             knows.
         jobs: processes at a time; default: the usable cores.
-        folder: where objects are kept between builds; default: build/ beside csrc in a checkout;
-            a temporary folder where the package is installed or `output` is given.
+        folder: where objects are kept between builds; default: build/ beside csrc in a checkout,
+            a temporary folder if the package is installed or `output` is given.
         output: the module's file; default: in the package.
         progress: called at every step.
         verbose: called with every line that the tools print, commands included.
 
     Raises:
-        BuildError: the output cannot be written, an architecture is not known, or a tool failed:
-            with its messages.
+        BuildError: the output cannot be written, an architecture is not known, or a tool failed;
+            the text has the tool's messages.
     """
-    if folder is None and output is None and csrc().parent == PACKAGE.parent:
-        folder = PACKAGE.parent / "build" / "extension"
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return build(
-                toolchain, architectures=architectures, jobs=jobs, folder=Path(temporary),
-                output=output, progress=progress, verbose=verbose,
-            )  # fmt: skip
     begun = time.monotonic()
     wanted, left_out = _architectures(toolchain, architectures)
-    output = output or PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _check_writable(output.parent)
-    record(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    module = output or PACKAGE / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _check_writable(module.parent)
+    record(module)
+    if folder is None and output is None and csrc().parent == PACKAGE.parent:
+        folder = PACKAGE.parent / "build" / "extension"
     jobs = jobs or len(os.sched_getaffinity(0))
-    _write(folder / "build.ninja", _ninja(toolchain, wanted, jobs))
-    _write(folder / "build_facts.h", _facts(toolchain, wanted))
-    _run_ninja(toolchain, folder, jobs, progress, verbose)
-    # A copy beside it and a rename: processes that have the old module loaded keep it whole.
-    beside = output.with_name(output.name + ".new")
-    shutil.copyfile(folder / "_C.so", beside)
-    os.replace(beside, output)
-    usage = tuple(u for log in sorted(folder.glob("*.log")) for u in _usage(log, toolchain))
-    return Report(output, wanted, left_out, time.monotonic() - begun, usage, toolchain)
-
-
-def describe(report: Report, every_kernel: bool = False) -> list[str]:
-    """A report as lines; spills are always told, each kernel's registers on demand."""
-    names = ", ".join(str(arch / 10) for arch in report.architectures)
-    cuda = ".".join(map(str, report.toolchain.cuda))
-    target = ".".join(map(str, TORCH_TARGET))
-    size = report.path.stat().st_size / 1e6
-    lines = [
-        f"built {report.path} ({size:.1f} MB) in {report.seconds:.0f} s",
-        f"  GPUs     {names}; newer ones by PTX of {report.architectures[0] / 10}",
-        f"  with     nvcc {cuda}, torch {report.toolchain.torch_version}; "
-        f"loads with torch {target} and newer",
-    ]
-    if report.left_out:
-        left = ", ".join(str(arch / 10) for arch in report.left_out)
-        lines.append(f"  without  {left}, which nvcc {cuda} does not know")
-    for source in dict.fromkeys(u.source for u in report.usage):
-        usage = [u for u in report.usage if u.source == source]
-        registers = [u.registers for u in usage]
-        spilled = {u.kernel for u in usage if u.spill_bytes}
-        lines.append(
-            f"  kernels  {source}: {len({u.kernel for u in usage})}, {min(registers)} to "
-            f"{max(registers)} registers, {len(spilled) or 'none'} with spills"
-        )
-        for kernel in dict.fromkeys(u.kernel for u in usage):
-            own = [u for u in usage if u.kernel == kernel]
-            if every_kernel or kernel in spilled:
-                per_arch = ", ".join(f"{u.arch / 10}: {u.registers}" for u in own)
-                spills = [f"{u.spill_bytes} bytes on {u.arch / 10}" for u in own if u.spill_bytes]
-                told = f"; spills {', '.join(spills)}" if spills else ""
-                lines.append(f"             {kernel}: registers {per_arch}{told}")
-    return lines
+    with contextlib.ExitStack() as stack:
+        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "build.ninja", _ninja(toolchain, wanted, jobs))
+        _write(folder / "build_facts.h", _facts(toolchain, wanted))
+        _run_ninja(toolchain, folder, jobs, progress, verbose)
+        # A copy and a rename: processes that have the old module loaded keep it whole.
+        beside = module.with_name(module.name + ".new")
+        shutil.copyfile(folder / "_C.so", beside)
+        os.replace(beside, module)
+        logs = {log.stem: log.read_text() for log in sorted(folder.glob("*.log"))}
+    return Report(module, wanted, left_out, time.monotonic() - begun, logs, toolchain)
 
 
 def csrc() -> Path:
@@ -237,7 +190,7 @@ def csrc() -> Path:
 
 
 def digest() -> str:
-    """Of the sources that are here now: a module with another one was built from others."""
+    """A hash of the current sources; a module that has another one was built from other sources."""
     files = sorted(path for path in csrc().rglob("*") if path.suffix in SUFFIXES)
     content = hashlib.sha256()
     for path in files:
@@ -246,11 +199,11 @@ def digest() -> str:
 
 
 def record(module: Path) -> None:
-    """Enter a module of the installed package into pip's list of its files.
+    """Add the module to pip's list of the installed package's files.
 
-    `pip uninstall` takes along what is listed there. A module that it left behind would keep a
-    folder `resnet_fast`, which Python imports as an empty package. A checkout that is installed to
-    be edited has no such list, and pip leaves it alone.
+    `pip uninstall` removes what is listed there. A module left behind would keep the folder
+    `resnet_fast`, which Python would import as an empty package. An editable installation has no
+    such list, and pip leaves its folder alone.
     """
     try:
         files = importlib.metadata.distribution("resnet_fast").files or ()
@@ -271,7 +224,7 @@ def record(module: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Before anything is compiled."""
+    """Raise BuildError before anything is compiled."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -284,7 +237,7 @@ def _check_writable(folder: Path) -> None:
 def _architectures(
     toolchain: Toolchain, asked: Sequence[int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What to build, and what of the default this nvcc does not know."""
+    """The architectures to build, and the default ones that this nvcc does not know."""
     for arch in asked or ():
         if arch < 80:
             raise BuildError(f"the kernels need compute capability 8.0, not {arch / 10}")
@@ -348,7 +301,7 @@ def _ninja(toolchain: Toolchain, architectures: Sequence[int], jobs: int) -> str
 
 
 def _facts(toolchain: Toolchain, architectures: Sequence[int]) -> str:
-    """The header in which bindings.cpp reads what was built."""
+    """The header that tells bindings.cpp what was built."""
     cuda = ".".join(map(str, toolchain.cuda))
     return (
         "#pragma once\n"
@@ -360,7 +313,7 @@ def _facts(toolchain: Toolchain, architectures: Sequence[int]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file unless it says so already: what depends on it would be built again."""
+    """Write a file unless it has this text already: ninja rebuilds what depends on a new one."""
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
 
@@ -387,49 +340,8 @@ def _run_ninja(toolchain, folder: Path, jobs: int, progress: Progress, verbose) 
         raise BuildError("compiling failed:\n" + "".join(errors[-60:]).rstrip())
 
 
-def _usage(log: Path, toolchain: Toolchain) -> list[Usage]:
-    """What ptxas said while one source was compiled."""
-    found = []
-    pattern = re.compile(
-        r"Compiling entry function '(\w+)' for 'sm_(\d+)\w*'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers",
-        re.DOTALL,
-    )
-    for name, arch, stack, stores, loads, registers in pattern.findall(log.read_text()):
-        spilled = max(int(stack), int(stores), int(loads))
-        found.append(Usage(log.stem, name, int(arch), int(registers), spilled))
-    names = _demangled([u.kernel for u in found], toolchain)
-    return [
-        Usage(u.source, name, u.arch, u.registers, u.spill_bytes)
-        for u, name in zip(found, names, strict=True)
-    ]
-
-
-def _demangled(names: list[str], toolchain: Toolchain) -> list[str]:
-    """C++ names without namespaces and parameters; as they are where no tool can read them."""
-    tool = shutil.which("cu++filt") or shutil.which("c++filt")
-    if tool is None:
-        beside = _toolkit(toolchain) / "bin" / "cu++filt"
-        tool = str(beside) if beside.is_file() else None
-    if tool is None or not names:
-        return names
-    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    if len(lines) != len(names):
-        return names
-    return [_plain(line) for line in lines]
-
-
-def _plain(signature: str) -> str:
-    """`void resnet_fast::f<__half, resnet_fast::Tile<(int)64> >(P)` -> `f<float16, Tile<64> >`."""
-    text = re.sub(r"\((?:int|bool)\)", "", signature).replace("resnet_fast::", "")
-    text = re.sub(r"^void ", "", text.rpartition("(")[0] or text)
-    return text.replace("__nv_bfloat16", "bfloat16").replace("__half", "float16").strip()
-
-
-def _toolkit(toolchain: Toolchain) -> Path:
-    """The folder of the CUDA toolkit; nvcc on PATH may be a script that lies elsewhere."""
+def toolkit(toolchain: Toolchain) -> Path:
+    """The folder of the CUDA toolkit: nvcc on PATH may be a script outside of it."""
     said = subprocess.run(
         [toolchain.nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull],
         capture_output=True, text=True,
@@ -439,10 +351,9 @@ def _toolkit(toolchain: Toolchain) -> Path:
 
 
 def _has_runtime(toolchain: Toolchain) -> bool:
-    top = _toolkit(toolchain)
-    return any(top.glob("lib*/libcudart_static.a")) or any(
-        top.glob("targets/*/lib/libcudart_static.a")
-    )
+    top = toolkit(toolchain)
+    places = ("lib*", "targets/*/lib")
+    return any(any(top.glob(f"{place}/libcudart_static.a")) for place in places)
 
 
 def _program(name: str, remedy: str) -> str:

@@ -7,8 +7,8 @@ layer at batch 1. A CUDA graph records them once and launches them together.
 A graph has addresses in it, not values. Therefore
 - the input is copied to where the graph reads it, and the output from where the graph writes it;
 - weights that change in place (an optimizer's step, load_state_dict, BatchNorm's statistics) are
-  picked up by themselves, as the kernels read them live; weights that move are noticed by their
-  addresses, and the graph is recorded anew;
+  picked up by themselves, as the kernels read them live; weights that move and modules that change
+  (a stride, an eps, a child) are noticed, and the graph is recorded anew;
 - what a graph cannot hold (hooks, gradients, training, autocast, CPU tensors) is a plain call,
   counted with its reason in `report()`; so is what cannot be recorded, which is tried once, or now
   and then where only memory was short.
@@ -31,7 +31,8 @@ from torch.nn.modules import module as nn_module
 from torch.utils import _pytree as pytree
 
 from resnet_fast import _hardware, ops
-from resnet_fast.nn import fusion
+from resnet_fast.nn import reasons
+from resnet_fast.nn.guard import Guard
 
 WARM_UP = 3  # runs before recording: plans are made, kernels compiled, cuDNN's choice settled
 MAX_GRAPHS = 8  # each keeps its own activations alive
@@ -119,21 +120,22 @@ class GraphedModel(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all graphs: after a change that moves no weight, as of a stride or an eps."""
+        """Forget all graphs: after a change that no weight and no module shows."""
         self._graphs: dict[tuple, Recorded] = {}
         self._failed.clear()
         self._modules_seen = list(self.model.modules())
         seen = self._modules_seen
         self._hooks = [getattr(m, name) for m in seen for name in _HOOKS]
-        self._storage = [d for m in seen for d in (m._modules, m._parameters, m._buffers)]
-        self._where = self._addresses()
+        self._guard = Guard(self.model)
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        self._guard.watch((m for m in seen if m is not self.model), tensors)
 
     def forward(self, x: Tensor) -> object:
         """The model's output on x: from a graph where one can hold the call."""
         reason = self._refusal(x)
         if reason is not None:
             return self._call_plainly(x, reason)
-        if self._addresses() != self._where:
+        if not self._guard.holds(self.model):
             self.moved += bool(self._graphs)
             self.reset()
             reason = self._refusal(x)  # of other modules, perhaps
@@ -161,7 +163,8 @@ class GraphedModel(nn.Module):
         """How its calls ran so far."""
         lines = [
             f"{self.replays} calls replayed from {len(self._graphs)} graphs; recorded "
-            f"{self.captures} times, {self.moved} times anew because weights had moved"
+            f"{self.captures} times, {self.moved} times anew because weights had moved or modules "
+            "had changed"
         ]
         lines += [f"{count} plain calls: {reason}" for reason, count in self.plain.most_common()]
         return "\n".join(lines)
@@ -188,7 +191,7 @@ class GraphedModel(nn.Module):
 
     def _refusal(self, x: Tensor) -> str | None:
         """Why a graph cannot hold this call, or None."""
-        reason = fusion.context_refusal(x)
+        reason = reasons.context_refusal(x)
         if reason is not None:
             return reason
         if torch.compiler.is_compiling():
@@ -208,12 +211,6 @@ class GraphedModel(nn.Module):
             return "a hook is registered, which a graph would not call"
         return "another graph is being recorded" if self._capture.capturing() else None
 
-    def _addresses(self) -> tuple[list[int], list[int]]:
-        """The children by identity, and where each parameter and buffer lies."""
-        values = list(chain.from_iterable(map(dict.values, self._storage)))
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        return list(map(id, values)), list(map(Tensor.data_ptr, tensors))
-
 
 def cuda_graph(
     model: nn.Module, example: Tensor | None = None, *, clone: bool = True
@@ -221,8 +218,9 @@ def cuda_graph(
     """The model as one launch: for latency where the host, not the GPU, sets the pace.
 
     A graph is recorded for each shape, dtype and layout that comes, at most 8 of them, and anew
-    when weights have moved (`.to()`, a new Parameter). In-place changes of weights need nothing.
-    Calls that a graph cannot hold run as always, and `report()` of the result counts them.
+    when weights have moved (`.to()`, a new Parameter) or a module has changed (a stride, an eps).
+    In-place changes of weights need nothing. Calls that a graph cannot hold run as always, and
+    `report()` of the result counts them.
 
     Args:
         model: any eager model with one [N, C, H, W] input, in eval mode; it is not copied.

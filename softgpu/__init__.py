@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An NVIDIA GPU in software: so far its PTX machine, `softgpu.ptx`. Needs NumPy alone."""
+"""An NVIDIA GPU in software: so far the PTX machine, `softgpu.ptx`. Needs only NumPy."""

@@ -139,12 +139,14 @@ MOVES = {
     "buffer": lambda m: setattr(m[1], "running_var", torch.full((4,), 3.0)),
     "module": lambda m: m.__setitem__(2, nn.Tanh()),
     "new-child": lambda m: m.append(nn.Hardtanh(-0.01, 0.01)),
+    "eps": lambda m: setattr(m[1], "eps", 0.5),
+    "dilation": lambda m: (setattr(m[0], "dilation", (2, 2)), setattr(m[0], "padding", (1, 1))),
 }
 
 
 @pytest.mark.parametrize("name", MOVES)
 @torch.no_grad()
-def test_weights_that_moved_are_recorded_anew(graphed, capture, name):
+def test_what_moved_or_changed_is_recorded_anew(graphed, capture, name):
     before = graphed(X)
     MOVES[name](graphed.model)
     graphed.model.eval()

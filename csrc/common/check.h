@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the launchers refuse, in one form of words:
+// What the launchers refuse, always in the same form:
 //
 //   resnet_fast::op: argument must be <expected>, got <got>; <remedy>
 //
 // Only torch's stable headers are used, so one binary serves several releases of torch. No check
-// reads a tensor's data, so tests make them all with CPU tensors; that the tensors are on a GPU is
-// therefore asked last.
+// reads a tensor's data, so the tests can run all of them with CPU tensors; whether the tensors are
+// on a GPU is therefore checked last.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// A tensor argument, and all that is ever asked of it: torch is called once for each fact.
+// A tensor argument and every fact used about it: torch is called only once for each.
 struct Argument {
   const char* op;
   std::string name;
@@ -187,7 +187,7 @@ inline void check_aligned(const Argument& a) {
   a.reject("at a multiple of 16 bytes", "address " + hexadecimal(a.data), "call .clone()");
 }
 
-// A number that is no tensor, or a bound of the 32-bit arithmetic in a kernel.
+// A number among the arguments, or a limit of the kernels' 32-bit arithmetic.
 inline void check_range(const char* op, const std::string& name, int64_t value, int64_t low,
                         int64_t high, const std::string& remedy) {
   if (value >= low && value <= high) return;
@@ -207,8 +207,8 @@ inline std::pair<const char*, const char*> span_of(const Argument& a) {
   return {first, first + (last + 1) * a.element_size()};
 }
 
-// `out` is written while others are still read. One that is `itself` out is no harm where each
-// element is read by the thread that overwrites it.
+// `out` is written while the others are still being read. With `itself`, `other` may be exactly
+// `out`: each element is then read by the thread that overwrites it.
 inline void check_apart(const Argument& out, const Argument& other, bool itself = false) {
   if (!other.given) return;
   auto a = span_of(out), b = span_of(other);
@@ -249,7 +249,7 @@ void copy_bytes(const char* op, const Tensor& bytes, const Struct& value) {
   std::memcpy(to.data, &value, sizeof(value));
 }
 
-// The last of all checks. Returns the index of x's device.
+// The last check of all. Returns the index of x's device.
 inline int check_devices(const Argument& x, std::initializer_list<const Argument*> others) {
   for (const Argument* other : others) {
     if (!other->given || other->device == x.device) continue;

@@ -20,7 +20,7 @@ namespace resnet_fast {
 
 enum class Dtype : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// Division of 31-bit numbers by one that is known on the host: a multiplication and a shift
+// Division of 31-bit numbers by one known on the host: a multiplication and a shift
 // (Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994, fig. 4.1).
 struct Divisor {
   uint32_t divisor;
@@ -40,7 +40,7 @@ struct Divisor {
 };
 
 // How a position (r, s, c) in a filter, and its offset in x, advance by the products of one step:
-// as an odometer, whose digits are c, s and r.
+// like an odometer with the digits c, s and r.
 struct Walk {
   int32_t c, s, r;           // a step's products as digits
   int32_t offset;            // elements that the digits move in x
@@ -53,7 +53,7 @@ struct ChannelVector {
   Dtype dtype;
 };
 
-// BatchNorm in inference, its tensors as they are: (v - mean) / sqrt(var + eps) * scale + shift.
+// BatchNorm in inference, with its tensors unchanged: (v - mean) / sqrt(var + eps) * scale + shift.
 struct Norm {
   ChannelVector scale, shift;
   ChannelVector mean, var;  // both or neither

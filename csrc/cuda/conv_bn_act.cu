@@ -8,10 +8,12 @@
 #include "conv_call.h"
 #include "device/conv_implicit_gemm.cuh"
 #include "launch.h"
+#include "table.h"
 
 namespace resnet_fast {
 namespace {
 
+extern Kernels &kernels, &reductions;
 constexpr int kReduceThreads = 256, kReduceLength = 4;
 
 ConvCall call_of(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
@@ -46,22 +48,19 @@ void conv_bn_act_op(const Tensor& x, const Tensor& weight, const Tensor& scale, 
                     const Tensor& out) {
   const ConvCall call = call_of(x, weight, scale, shift, mean, var, eps, residual, stride, padding,
                                 dilation, relu, split_k, workspace, out);
-  auto& [kernels, tiles] = conv_bn_act_kernels();
-  const TileNumbers& numbers = tile_of(call.op, tiles, tile);
+  const TileNumbers& numbers = tile_of(call.op, kernels, tile);
   const ConvProblem p = problem_of(call, numbers);
   const int device = check_devices(call.x, {&call.weight, &call.scale, &call.shift, &call.mean,
                                             &call.var, &call.residual, &call.workspace, &call.out});
   if (p.m == 0) return;
 
-  const size_t dtype = static_cast<size_t>(kernel_dtype(call.x));
+  const Dtype dtype = kernel_dtype(call.x);
   auto text = [&] { return describe(call, p); };
   const int64_t blocks = divided_up(p.m, numbers[0]) * p.tiles_n.divisor;
-  launch(kernels[(dtype * tiles.size() + tile) * 2 + is_pointwise(p)], dim3(blocks, p.split_k), p,
-         device, text);
+  launch(kernels.at(dtype, tile, is_pointwise(p)), dim3(blocks, p.split_k), p, device, text);
   if (p.split_k == 1) return;
   const int64_t threads = int64_t{p.m} * p.k / kReduceLength;
-  launch(kernels[3 * tiles.size() * 2 + dtype], dim3(divided_up(threads, kReduceThreads)), p,
-         device, text);
+  launch(reductions.at(dtype, 0), dim3(divided_up(threads, kReduceThreads)), p, device, text);
 }
 
 // The struct that would be launched, as bytes: a test holds it against its Python mirror.
@@ -73,32 +72,27 @@ void conv_problem_op(const Tensor& x, const Tensor& weight, const Tensor& scale,
                      const Tensor& out, const Tensor& bytes) {
   const ConvCall call = call_of(x, weight, scale, shift, mean, var, eps, residual, stride, padding,
                                 dilation, relu, split_k, workspace, out);
-  const ConvProblem p = problem_of(call, tile_of(call.op, conv_bn_act_kernels().tiles, tile));
+  const ConvProblem p = problem_of(call, tile_of(call.op, kernels, tile));
   copy_bytes("_conv_problem", bytes, p);
 }
 
-template <class Element, class Tile, bool kPointwise>
-void add(Kernels& kernels) {
-  kernels.all.emplace_back(std::string("conv_bn_act<") + kElementName<Element> + ", " +
-                               tile_name(numbers_of(static_cast<Tile*>(nullptr))) +
-                               (kPointwise ? ", pointwise>" : ">"),
-                           reinterpret_cast<const void*>(&conv_bn_act<Element, Tile, kPointwise>),
-                           Tile::kThreads, Tile::kSharedBytes);
-}
+struct ConvBnAct {
+  template <class Element, class Tile>
+  static void add(Kernels& to, Element, Tile tile) {
+    const std::string name = kernel_name<Element>("conv_bn_act", tile_name(tile));
+    to.add(name + ">", &conv_bn_act<Element, Tile, false>, Tile::kThreads, Tile::kSharedBytes);
+    to.add(name + ", pointwise>", &conv_bn_act<Element, Tile, true>, Tile::kThreads,
+           Tile::kSharedBytes);
+  }
+};
 
-template <class Element, class... Tiles>
-void add_all(Kernels& kernels, TileList<Tiles...>) {
-  ((add<Element, Tiles, false>(kernels), add<Element, Tiles, true>(kernels)), ...);
-}
-
-template <class Element>
-void add_reduction(Kernels& kernels) {
-  kernels.all.emplace_back(std::string("reduce_splits<") + kElementName<Element> + ">",
-                           reinterpret_cast<const void*>(&reduce_splits<Element>), kReduceThreads,
-                           0);
-}
-
-}  // namespace
+struct ReduceSplits {
+  template <class Element>
+  static void add(Kernels& to, Element, Row<>) {
+    to.add(kernel_name<Element>("reduce_splits", "") + ">", &reduce_splits<Element>, kReduceThreads,
+           0);
+  }
+};
 
 // THE TABLE. `tile` is an index in it; the reasons and the choice are CUDA_TILES in
 // resnet_fast/dispatch/heuristics.py, and a test holds the two equal. Each tile exists for three
@@ -108,20 +102,10 @@ using ConvTiles = TileList<  //  BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M,
     Tile<64, 128, 64, 3, 2, 2>, Tile<64, 64, 64, 3, 2, 2>, Tile<128, 64, 32, 4, 2, 2>,
     Tile<64, 64, 32, 4, 2, 2>, Tile<64, 32, 64, 4, 2, 2>>;
 
-Kernels& conv_bn_act_kernels() {
-  static Kernels* kernels = [] {
-    auto* made = new Kernels{{}, tile_numbers(ConvTiles{})};
-    add_all<float>(*made, ConvTiles{});  // dtypes in the order of enum class Dtype
-    add_all<__half>(*made, ConvTiles{});
-    add_all<__nv_bfloat16>(*made, ConvTiles{});
-    add_reduction<float>(*made);
-    add_reduction<__half>(*made);
-    add_reduction<__nv_bfloat16>(*made);
-    return made;
-  }();
-  return *kernels;
-}
+Kernels& kernels = enlist<ConvBnAct>("conv_bn_act", ConvTiles{});
+Kernels& reductions = enlist<ReduceSplits>("conv_bn_act", TileList<Row<>>{});
 
+}  // namespace
 }  // namespace resnet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {

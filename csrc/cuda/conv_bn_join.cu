@@ -9,10 +9,12 @@
 #include "conv_call.h"
 #include "device/conv_bn_join.cuh"
 #include "launch.h"
+#include "table.h"
 
 namespace resnet_fast {
 namespace {
 
+extern Kernels& kernels;
 constexpr auto kOp = "_conv_bn_join_cuda";
 
 void check_filter(const Argument& weight, int64_t largest) {
@@ -74,8 +76,7 @@ void conv_bn_join_op(const Tensor& h, const Tensor& weight, const Tensor& scale,
                                false,
                                1};
 
-  auto& [kernels, tiles] = conv_bn_join_kernels();
-  const TileNumbers& numbers = tile_of(kOp, tiles, tile);
+  const TileNumbers& numbers = tile_of(kOp, kernels, tile);
   const JoinProblem p = {problem_of(main, numbers), problem_of(projection, numbers)};
   check_same_dtype(projection.x, main.x);
   const int device =
@@ -84,44 +85,29 @@ void conv_bn_join_op(const Tensor& h, const Tensor& weight, const Tensor& scale,
                              &projection.shift, &projection.mean, &projection.var, &to});
   if (p.main.m == 0) return;
 
-  const size_t dtype = static_cast<size_t>(kernel_dtype(main.x));
   const int64_t blocks = divided_up(p.main.m, numbers[0]) * p.main.tiles_n.divisor;
-  launch(kernels[(dtype * tiles.size() + tile) * 2 + is_pointwise(p.main)], dim3(blocks), p, device,
+  launch(kernels.at(kernel_dtype(main.x), tile, is_pointwise(p.main)), dim3(blocks), p, device,
          [&] { return describe(main, p.main) + "; " + describe(projection, p.projection); });
 }
 
-template <class Element, class Tile, bool kPointwise>
-void add(Kernels& kernels) {
-  kernels.all.emplace_back(std::string("conv_bn_join<") + kElementName<Element> + ", " +
-                               tile_name(numbers_of(static_cast<Tile*>(nullptr))) +
-                               (kPointwise ? ", pointwise>" : ">"),
-                           reinterpret_cast<const void*>(&conv_bn_join<Element, Tile, kPointwise>),
-                           Tile::kThreads, Tile::kSharedBytes);
-}
-
-template <class Element, class... Tiles>
-void add_all(Kernels& kernels, TileList<Tiles...>) {
-  ((add<Element, Tiles, false>(kernels), add<Element, Tiles, true>(kernels)), ...);
-}
-
-}  // namespace
+struct ConvBnJoin {
+  template <class Element, class Tile>
+  static void add(Kernels& to, Element, Tile tile) {
+    const std::string name = kernel_name<Element>("conv_bn_join", tile_name(tile));
+    to.add(name + ">", &conv_bn_join<Element, Tile, false>, Tile::kThreads, Tile::kSharedBytes);
+    to.add(name + ", pointwise>", &conv_bn_join<Element, Tile, true>, Tile::kThreads,
+           Tile::kSharedBytes);
+  }
+};
 
 // THE TABLE. The reasons and the choice are CUDA_TILES in resnet_fast/dispatch/join.py, and a test
 // holds the two equal. Two sums for each output: tiles are half as large as a convolution's.
 using JoinTiles = TileList<  //  BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N
     Tile<128, 128, 64, 3, 2, 4>, Tile<128, 64, 64, 3, 2, 2>, Tile<64, 64, 64, 3, 2, 2>>;
 
-Kernels& conv_bn_join_kernels() {
-  static Kernels* kernels = [] {
-    auto* made = new Kernels{{}, tile_numbers(JoinTiles{})};
-    add_all<float>(*made, JoinTiles{});  // dtypes in the order of enum class Dtype
-    add_all<__half>(*made, JoinTiles{});
-    add_all<__nv_bfloat16>(*made, JoinTiles{});
-    return made;
-  }();
-  return *kernels;
-}
+Kernels& kernels = enlist<ConvBnJoin>("conv_bn_join", JoinTiles{});
 
+}  // namespace
 }  // namespace resnet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {

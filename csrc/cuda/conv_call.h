@@ -32,8 +32,6 @@ struct ConvSizes {
   int64_t n, c, h, w, k, r, s, p, q;
 };
 
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // x may be a slice of a larger tensor: channels adjacent, the rest strided by multiples of 16
 // bytes.
 inline void check_x(const Argument& x) {
@@ -48,7 +46,7 @@ inline void check_x(const Argument& x) {
   check_aligned(x);
 }
 
-// Of height and width: dispatchers let lists of any length pass for int[2].
+// Height and width: the dispatcher accepts lists of any length for int[2].
 inline void check_pair(const char* op, const std::string& name, const std::vector<int64_t>& pair,
                        int64_t low) {
   check_range(op, "length of " + name, pair.size(), 2, 2, "give one number for each axis");
@@ -115,18 +113,11 @@ inline int64_t check_tile(const ConvCall& call, const ConvSizes& z, const TileNu
   return steps;
 }
 
-inline const TileNumbers& tile_of(const char* op, const std::vector<TileNumbers>& tiles,
-                                  int64_t tile) {
-  check_range(op, "tile", tile, 0, static_cast<int64_t>(tiles.size()) - 1,
-              "see resnet_fast._C.tiles");
-  return tiles[tile];
-}
-
 inline bool is_pointwise(const ConvProblem& p) {
   return p.r == 1 && p.s == 1 && p.padding_h == 0 && p.padding_w == 0;
 }
 
-// What is written lies apart from what is read; only the residual may be `out` itself.
+// Output and workspace must not overlap the inputs; only the residual may be `out` itself.
 inline void check_overlap(const ConvCall& call) {
   for (const Argument* a :
        {&call.x, &call.weight, &call.scale, &call.shift, &call.mean, &call.var}) {
@@ -153,7 +144,7 @@ inline int64_t filter_reach(const ConvProblem& p) {
          int64_t{p.s - 1} * p.dilation_w * p.stride_w + p.c;
 }
 
-// Everything but the device is checked here, so that it can be tested without one.
+// Checks everything but the device, so that tests need no GPU.
 inline ConvProblem problem_of(const ConvCall& call, const TileNumbers& tile) {
   const auto op = call.op;
   const Argument& x = call.x;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A kernel as the host knows it: a name, a function, threads and shared memory; how it is launched;
-// and the lists of all of them, which `bindings.cpp` shows to Python. No torch.
+// A kernel as the host knows it: a name, a function, threads and shared memory; and the tables of
+// all kernels, which each op's .cu fills and `bindings.cpp` shows to Python. No torch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,10 @@
 #include <cstdint>
 #include <deque>
 #include <string>
+#include <utility>
 #include <vector>
+
+#include "../common/conv_problem.h"
 
 namespace resnet_fast {
 
@@ -19,13 +22,13 @@ struct Kernel {
   const void* function;
   int threads;
   int shared_bytes;                    // dynamic
-  std::atomic<uint64_t> ready{0};      // bit i: device i has been told about shared_bytes
-  std::atomic<int> resident[64] = {};  // by device: blocks that it holds; 0 is not known
+  std::atomic<uint64_t> ready{0};      // bit i: device i allows shared_bytes
+  std::atomic<int> resident[64] = {};  // by device: how many blocks it holds; 0: not known yet
 
   Kernel(std::string name, const void* function, int threads, int shared_bytes)
       : name(std::move(name)), function(function), threads(threads), shared_bytes(shared_bytes) {}
 
-  // More than 48 KiB of dynamic shared memory must be asked for, once per device.
+  // More than 48 KiB of dynamic shared memory must be requested, once per device.
   cudaError_t prepare(int device) {
     constexpr int kWithoutAsking = 48 * 1024;
     uint64_t bit = uint64_t{1} << (device % 64);
@@ -38,7 +41,7 @@ struct Kernel {
     return error;
   }
 
-  // Blocks that a device holds at a time; at least one, so that a launch tells what is wrong.
+  // Blocks that a device holds at a time; 1 after an error, which the launch then reports.
   int64_t resident_blocks(int device) {
     std::atomic<int>& known = resident[device % 64];
     if (int blocks = known.load(std::memory_order_relaxed)) return blocks;
@@ -54,38 +57,32 @@ struct Kernel {
   }
 };
 
-// Of a convolution: BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N.
+inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A row of a table; of a convolution BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N.
 using TileNumbers = std::vector<int>;
 
-inline std::string tile_name(const TileNumbers& t) {
-  auto text = [&](int i) { return std::to_string(t[i]); };
-  return text(0) + "x" + text(1) + "x" + text(2) + " stages " + text(3) + " warps " + text(4) +
-         "x" + text(5);
-}
-
-template <class... Tiles>
-struct TileList {};
-
-template <template <int, int, int, int, int, int> class Tile, int BLOCK_M, int BLOCK_N, int BLOCK_K,
-          int NUM_STAGES, int WARPS_M, int WARPS_N>
-TileNumbers numbers_of(Tile<BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N>*) {
-  return {BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N};
-}
-
-template <class... Tiles>
-std::vector<TileNumbers> tile_numbers(TileList<Tiles...>) {
-  return {numbers_of(static_cast<Tiles*>(nullptr))...};
-}
-
-// An op's instantiations and its tiles, in the order of its table.
+// The kernels of a table in a .cu: `variants` for each dtype and row (table.h).
 struct Kernels {
-  std::deque<Kernel> all;
-  std::vector<TileNumbers> tiles;
+  const char* op;
+  std::vector<TileNumbers> tiles;  // the rows; empty where they are not tiles
+  size_t rows, variants = 0;
+  std::deque<Kernel> all = {};  // by dtype, then row, then variant
+
+  template <class Function>
+  void add(std::string name, Function* function, int threads, int shared_bytes) {
+    all.emplace_back(std::move(name), reinterpret_cast<const void*>(function), threads,
+                     shared_bytes);
+  }
+  Kernel& at(Dtype dtype, size_t row, size_t variant = 0) {
+    return all[(static_cast<size_t>(dtype) * rows + row) * variants + variant];
+  }
 };
 
-Kernels& add_relu_kernels();
-Kernels& conv_bn_act_kernels();
-Kernels& conv_bn_join_kernels();
-Kernels& stem_pool_kernels();
+// Every op's; an op may have several.
+inline std::deque<Kernels>& tables() {
+  static auto* all = new std::deque<Kernels>;
+  return *all;
+}
 
 }  // namespace resnet_fast

@@ -2,32 +2,31 @@
 // Launches a kernel on torch's current stream; a failure names the kernel and the problem.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "../common/check.h"
 #include "kernel.h"
 
 namespace resnet_fast {
 
-template <class T>
-constexpr const char* kElementName = "float32";
-template <>
-inline constexpr const char* kElementName<__half> = "float16";
-template <>
-inline constexpr const char* kElementName<__nv_bfloat16> = "bfloat16";
+// The row of a table that an op's argument `tile` names.
+inline const TileNumbers& tile_of(const char* op, const Kernels& kernels, int64_t tile) {
+  check_range(op, "tile", tile, 0, static_cast<int64_t>(kernels.tiles.size()) - 1,
+              "see resnet_fast._C.tiles");
+  return kernels.tiles[tile];
+}
 
-// `describe` is called for the text of an error only.
+// `describe` is called only for the text of an error.
 template <class Problem, class Describe>
 void launch(Kernel& kernel, dim3 grid, const Problem& problem, int device, Describe describe) {
   torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  // The runtime that is linked in here has a current device of its own beside torch's.
+  // The CUDA runtime linked into this module has a current device of its own, beside torch's.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = kernel.prepare(device);
   if (error == cudaSuccess) {

@@ -9,14 +9,15 @@
 #include "../common/check.h"
 #include "device/stem_pool.cuh"
 #include "launch.h"
+#include "table.h"
 
 namespace resnet_fast {
 namespace {
 
+extern Kernels& kernels;
 constexpr auto kOp = "_stem_pool_cuda";
 
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t halved(int64_t size) { return (size - 1) / 2 + 1; }  // by either convolution or pool
+int64_t halved(int64_t size) { return (size - 1) / 2 + 1; }  // by the convolution, and by the pool
 
 const float* photograph_vector(const Argument& a, bool bytes) {
   if (!a.given) return nullptr;
@@ -27,7 +28,7 @@ const float* photograph_vector(const Argument& a, bool bytes) {
   return static_cast<const float*>(a.data);
 }
 
-// Everything but the device.
+// Checks everything but the device.
 StemProblem problem_of(const Argument& x, const Argument& weight, const Argument& out, Norm norm,
                        const Argument& image_mean, const Argument& image_std,
                        const TileNumbers& tile) {
@@ -68,19 +69,17 @@ StemProblem problem_of(const Argument& x, const Argument& weight, const Argument
   return problem;
 }
 
-// A stem as the op was given it.
+// The arguments of one call.
 struct StemCall {
   Argument x, weight, scale, shift, mean, var, image_mean, image_std, out;
   double eps;
   int64_t tile;
 
   StemProblem problem() const {
-    const auto& tiles = stem_pool_kernels().tiles;
-    check_range(kOp, "tile", tile, 0, static_cast<int64_t>(tiles.size()) - 1,
-                "see resnet_fast._C.tiles");
+    const TileNumbers& numbers = tile_of(kOp, kernels, tile);
     check_four_dimensions(weight);
     const Norm norm = norm_of(scale, shift, mean, var, eps, weight.sizes[0]);
-    const StemProblem made = problem_of(x, weight, out, norm, image_mean, image_std, tiles[tile]);
+    const StemProblem made = problem_of(x, weight, out, norm, image_mean, image_std, numbers);
     for (const Argument* a : {&x, &weight, &scale, &shift, &mean, &var, &image_mean, &image_std}) {
       check_apart(out, *a);
     }
@@ -117,9 +116,7 @@ void stem_pool_op(const Tensor& x, const Tensor& weight, const Tensor& scale, co
                              &call.image_mean, &call.image_std, &call.out});
   if (problem.tiles == 0) return;
 
-  auto& [kernels, tiles] = stem_pool_kernels();
-  const size_t dtype = static_cast<size_t>(kernel_dtype(call.weight));
-  Kernel& kernel = kernels[dtype * tiles.size() + tile];
+  Kernel& kernel = kernels.at(kernel_dtype(call.weight), tile);
   torch::stable::accelerator::DeviceGuard guard(device);  // resident_blocks changes the current one
   // Blocks walk over tiles and load the filters once: as many as the GPU holds at a time.
   const int64_t blocks = std::min<int64_t>(problem.tiles, kernel.resident_blocks(device));
@@ -138,39 +135,26 @@ void stem_problem_op(const Tensor& x, const Tensor& weight, const Tensor& scale,
       call_of(x, weight, scale, shift, mean, var, eps, image_mean, image_std, tile, out).problem());
 }
 
-// BLOCK_N is 128 bytes of channels: the 64 of a ResNet in half precision, two groups in float32.
-template <class Element, int BLOCK_P, int BLOCK_Q, int WARPS>
-void add(Kernels& kernels) {
-  using Tile = StemTile<BLOCK_P, BLOCK_Q, 128 / sizeof(Element), WARPS>;
-  kernels.all.emplace_back(std::string("stem_pool<") + kElementName<Element> + ", " +
-                               std::to_string(BLOCK_P) + "x" + std::to_string(BLOCK_Q) +
-                               " pixels, " + std::to_string(WARPS) + " warps>",
-                           reinterpret_cast<const void*>(&stem_pool<Element, Tile>), Tile::kThreads,
-                           StemLayout<Element, Tile>::kSharedBytes);
-}
+struct StemPool {
+  // BLOCK_N is 128 bytes of channels: the 64 of a ResNet in half precision, two groups in float32.
+  template <class Element, int BLOCK_P, int BLOCK_Q, int WARPS>
+  static void add(Kernels& to, Element, Row<BLOCK_P, BLOCK_Q, WARPS>) {
+    using Tile = StemTile<BLOCK_P, BLOCK_Q, 128 / sizeof(Element), WARPS>;
+    const std::string row = std::to_string(BLOCK_P) + "x" + std::to_string(BLOCK_Q) + " pixels, " +
+                            std::to_string(WARPS) + " warps";
+    to.add(kernel_name<Element>("stem_pool", row) + ">", &stem_pool<Element, Tile>, Tile::kThreads,
+           StemLayout<Element, Tile>::kSharedBytes);
+  }
+};
 
 // THE TABLE: pixels of y that a block makes at a time, and its warps. The reasons and the choice
 // are CUDA_TILES in resnet_fast/dispatch/stem.py, and a test holds the two equal.
-template <class Element>
-void add_all(Kernels& kernels) {
-  add<Element, 8, 7, 8>(kernels);
-  add<Element, 3, 4, 4>(kernels);
-}
-const std::vector<TileNumbers> kTiles = {{8, 7, 8}, {3, 4, 4}};
+using StemTiles = TileList<  //  BLOCK_P, BLOCK_Q, WARPS
+    Row<8, 7, 8>, Row<3, 4, 4>>;
+
+Kernels& kernels = enlist<StemPool>("stem_pool", StemTiles{});
 
 }  // namespace
-
-Kernels& stem_pool_kernels() {
-  static Kernels* kernels = [] {
-    auto* made = new Kernels{{}, kTiles};
-    add_all<float>(*made);  // dtypes in the order of enum class Dtype
-    add_all<__half>(*made);
-    add_all<__nv_bfloat16>(*made);
-    return made;
-  }();
-  return *kernels;
-}
-
 }  // namespace resnet_fast
 
 STABLE_TORCH_LIBRARY_IMPL(resnet_fast, CompositeExplicitAutograd, m) {

@@ -3,8 +3,8 @@
 
 A file per command: `add` describes its options, `run` does what they ask. What the commands share
 is in `arguments.py` (options and their types), `terminal.py` (what is shown) and `files.py` (what
-is written). argparse, because it has options of several values (`--batch 1 8`), which click and
-typer have not.
+is written). argparse is used because click and typer do not support options with several values
+(`--batch 1 8`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         _check_environment()
         return options.run(options)
     except (BadInput, ValueError, OSError, ImportError, MemoryError) as error:
-        # Errors of the package begin with its name, which is told already.
+        # Errors of the package begin with its name, which the command prints itself.
         words = re.sub(r"^resnet_fast(\.\w+)*: ", "", str(error))
         print(f"resnet-fast: {words}", file=sys.stderr)
         return BAD_INPUT
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="resnet-fast",
         description="Drop-in ResNets that run fused.",
-        epilog="resnet-fast COMMAND --help tells each command's options, with an example.",
+        epilog="resnet-fast COMMAND --help shows a command's options, with an example.",
     )
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     parser.add_argument(
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_environment() -> None:
-    """Refuse a variable that no model here could obey."""
+    """Refuse an environment variable with a value that is not known."""
     if name := _env.backend():
         try:
             ops.check_backend(name)

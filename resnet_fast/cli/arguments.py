@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands have, and the types of their values: one spelling everywhere."""
+"""Options that several commands have, and the types of their values: spelled alike everywhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +20,7 @@ MODELS = "a model's name, resnet18 ... wide_resnet101_2"
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Lines of descriptions and examples stay lines, and wrap at words where they do not fit."""
+    """Keeps the lines of descriptions and examples, and wraps long ones at words."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         lines = text.splitlines()
@@ -32,7 +32,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line, as all others of the command are."""
+    """argparse's parser, but with one-line errors, like all other errors of the command."""
 
     def __init__(self, **settings) -> None:
         super().__init__(formatter_class=Formatter, **settings)
@@ -50,6 +50,45 @@ def add_model(command: argparse.ArgumentParser, default: str | None = None) -> N
             "model", metavar="MODEL", nargs="?", default=default,
             help=f"{MODELS}; default: {default}",
         )  # fmt: skip
+
+
+def add_batches(
+    command: argparse.ArgumentParser, default: Sequence[int], about: str = "", otherwise: str = ""
+) -> None:
+    """--batch, several sizes: a remark on them, and how an empty default reads."""
+    text = otherwise or " ".join(map(str, default))
+    command.add_argument(
+        "--batch", type=positive, nargs="+", default=list(default), metavar="N",
+        help=f"{about}default: {text}",
+    )  # fmt: skip
+
+
+def add_dtypes(
+    command: argparse.ArgumentParser,
+    default: Sequence[str],
+    otherwise: str = "",
+    names: str = DTYPES,
+) -> None:
+    """--dtype, several names."""
+    text = otherwise or " ".join(default)
+    command.add_argument(
+        "--dtype",
+        nargs="+",
+        default=list(default),
+        metavar="DTYPE",
+        help=f"{names}; default: {text}",
+    )
+
+
+def add_seconds(
+    command: argparse.ArgumentParser, what: str, default: float | None, otherwise: str = ""
+) -> None:
+    """--seconds, how long `what` is timed."""
+    text = otherwise or f"{default:g}"
+    command.add_argument(
+        "--seconds", type=duration, default=default,
+        help=f"how long {what} is timed; default: {text}",
+    )  # fmt: skip
 
 
 def add_device(command: argparse.ArgumentParser, default: str = "auto") -> None:
@@ -78,12 +117,12 @@ def positive(text: str) -> int:
     except ValueError:
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return number
 
 
 def duration(text: str) -> float:
-    """Seconds: finite, and more than none."""
+    """Seconds: positive and finite."""
     seconds = _seconds(text)
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: seconds must be positive and finite")
@@ -91,7 +130,7 @@ def duration(text: str) -> float:
 
 
 def duration_or_none(text: str) -> float:
-    """Seconds: finite; 0 stands for the fewest rounds there are."""
+    """Seconds: finite; 0 means as few rounds as possible."""
     seconds = _seconds(text)
     if not 0 <= seconds < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r}: seconds must be finite and not negative")
@@ -102,22 +141,24 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None
 
 
 def architecture(text: str) -> int:
     """A compute capability, times ten: 90 for 9.0, sm_90 and 90."""
     match = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)", text.lower())
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability such as 9.0 or sm_90")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a compute capability such as 9.0 or sm_90"
+        )
     return int(match[1]) * 10 + int(match[2])
 
 
 def writable(*suffixes: str) -> Callable[[str], Path]:
-    """A file that can be written: refused before the work, not after it.
+    """A file that can be written; others are refused before the work, not after it.
 
     Args:
-        *suffixes: those that it may have; any if there are none.
+        *suffixes: allowed suffixes; without any, every name is allowed.
     """
 
     def check(text: str) -> Path:

@@ -8,7 +8,7 @@ import sysconfig
 from dataclasses import asdict
 from pathlib import Path
 
-from resnet_fast.cli import arguments, files, terminal
+from resnet_fast.cli import arguments, files, ptxas, terminal
 from resnet_fast.cli.status import AGREES, BadInput
 
 TEXTS = {
@@ -44,7 +44,7 @@ def add(command: argparse.ArgumentParser) -> None:
         "--into",
         type=Path,
         metavar="FOLDER",
-        help="put the module there; default: the package, and pip uninstall removes it with it",
+        help="put the module there; default: the package, with which pip uninstall removes it",
     )
     add("--verbose", action="store_true", help="print commands, and every kernel's registers")
     arguments.add_outputs(command, "the architectures and every kernel's registers", csv=False)
@@ -70,9 +70,11 @@ def run(options: argparse.Namespace) -> int:
             )
     except (recipe.BuildError, OSError) as error:
         raise BadInput(f"not built: {error}") from None
-    data = asdict(report) | {"path": str(report.path)}
+    usage = ptxas.usage_of(report)
+    data = asdict(report) | {"path": str(report.path), "usage": list(map(asdict, usage))}
+    del data["logs"]
     data["toolchain"] = {name: str(value) for name, value in data["toolchain"].items()}
     files.write(options, data)
     if not quiet:
-        terminal.show(recipe.describe(report, every_kernel=options.verbose))
+        terminal.show(ptxas.describe(report, usage, every_kernel=options.verbose))
     return AGREES

@@ -57,7 +57,7 @@ def _services(services: list[Service]) -> Table:
 
 
 def _reasons(services: list[Service]) -> Iterator[Table | str]:
-    """Each reason once, with the backends and the part of the table that it is about."""
+    """Each reason once, with its backends and the part of the table that it concerns."""
     about: dict[str, dict[str, list[Service]]] = {}
     for service in services:
         for backend, reason in service.others.items():
@@ -70,7 +70,7 @@ def _reasons(services: list[Service]) -> Iterator[Table | str]:
 
 
 def _where(concerned: list[Service], services: list[Service]) -> str:
-    """For which ops and dtypes, where it is not for all of a device."""
+    """The ops and dtypes that a reason concerns, unless it concerns all of a device."""
     devices = {service.device for service in concerned}
     same = [service for service in services if service.device in devices]
     parts = []

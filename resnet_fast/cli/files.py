@@ -17,10 +17,10 @@ from resnet_fast.cli.status import BadInput
 
 
 def takes_stdout(options: argparse.Namespace) -> bool:
-    """Whether stdout is for a file's text, so that what people read goes to stderr.
+    """Whether a file's text goes to stdout, so that everything for people must go to stderr.
 
     Raises:
-        BadInput: two files are to go there.
+        BadInput: two files would go there.
     """
     asked = [name for name in ("json", "csv") if getattr(options, name, None) == STDOUT]
     if len(asked) > 1:
@@ -29,7 +29,7 @@ def takes_stdout(options: argparse.Namespace) -> bool:
 
 
 def write(options: argparse.Namespace, data: object, rows: Sequence[dict] = ()) -> None:
-    """Write what --json and --csv ask for: before tables are printed, whose pipe may be closed."""
+    """Write the files of --json and --csv: before the tables, whose reader may close the pipe."""
     if options.json is not None:
         text = json.dumps(plain(data), indent=2, allow_nan=False) + "\n"
         _put(options.json, text)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the commands show: tables that fit, notes, and how far the work is.
+"""What the commands show: tables that fit, notes, and progress.
 
-With `rich` a terminal gets a bar; without it, or away from a terminal, there is a line now and
-then. Everything else is plain text.
+With `rich`, progress is a bar on a terminal; otherwise it is a line now and then. Everything else
+is plain text.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import TextIO
 from resnet_fast._table import Line, Table, wrapped
 from resnet_fast.comparison.progress import Progress
 
-PIPED_WIDTH = 160  # of tables in logs and pipes, which have no columns; their texts do not wrap
-LINE_SECONDS = 10.0  # between two lines about the work
+PIPED_WIDTH = 160  # of tables in logs and pipes, which have no width; texts do not wrap there
+LINE_SECONDS = 10.0  # between two lines of progress
 STYLES = {"bold": "1", "yellow": "33", "red": "1;31"}
 
 
 def width_of(stream: TextIO) -> int | None:
-    """The columns that a stream's reader has; None of a log or a pipe."""
+    """The width of a terminal in columns; None for a log or a pipe."""
     if stream.isatty() or os.environ.get("COLUMNS"):
         return shutil.get_terminal_size().columns
     return None
 
 
 def show(parts: Iterable[Table | str], stream: TextIO | None = None) -> None:
-    """Print tables and texts, which wrap at their words where there are columns."""
+    """Print tables and texts; on a terminal, texts wrap at words."""
     stream = stream or sys.stdout
     width = width_of(stream)
     for part in parts:
@@ -42,7 +42,7 @@ def show(parts: Iterable[Table | str], stream: TextIO | None = None) -> None:
 
 
 def print_lines(lines: Iterable[Line], stream: TextIO) -> None:
-    """Print lines as they are; a reader who closes the pipe has had enough."""
+    """Print lines as they are; a closed pipe ends the output quietly."""
     coloured = stream.isatty() and "NO_COLOR" not in os.environ
     try:
         for line in lines:
@@ -50,7 +50,7 @@ def print_lines(lines: Iterable[Line], stream: TextIO) -> None:
             print(f"\x1b[{code}m{line.text}\x1b[0m" if code else line.text, file=stream)
         stream.flush()
     except BrokenPipeError:
-        # Python would say so once more when it closes the stream.
+        # Otherwise Python reports the closed pipe again when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -61,7 +61,7 @@ def note(text: str) -> None:
 
 @contextlib.contextmanager
 def progress(stream: TextIO | None = None) -> Iterator[Progress]:
-    """Gives a function that is told what is being done and how much of the whole is."""
+    """Gives a function to report progress: tell(what is being done, share done)."""
     stream = stream or sys.stderr
     try:
         from rich.console import Console
@@ -88,7 +88,7 @@ left=left)  # fmt: skip
 
 
 class Lines:
-    """Tells how far the work is by a line now and then."""
+    """Reports progress by a line now and then."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.begun = stream, time.monotonic()
@@ -104,7 +104,7 @@ class Lines:
 
 
 def time_left(share: float, elapsed: float) -> str:
-    """In words, how long the rest will take if it goes on as until now; "" if that is not known."""
+    """In words, how long the rest will take at this speed; "" if that is not known."""
     if not 0 < share < 1:
         return ""
     seconds = elapsed * (1 - share) / share

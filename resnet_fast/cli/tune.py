@@ -29,28 +29,10 @@ def add(command: argparse.ArgumentParser) -> None:
     """Its options."""
     arguments.add_model(command, default="resnet50")
     add = command.add_argument
-    add(
-        "--batch",
-        type=arguments.positive,
-        nargs="+",
-        default=[1, 8],
-        metavar="N",
-        help="default: 1 8",
-    )
-    add(
-        "--dtype",
-        nargs="+",
-        default=["float16"],
-        metavar="DTYPE",
-        help=f"{arguments.DTYPES}; default: float16",
-    )
+    arguments.add_batches(command, (1, 8))
+    arguments.add_dtypes(command, ("float16",))
     add("--backend", nargs="+", default=[], metavar="NAME", help="cuda, triton, aten; default: all")
-    add(
-        "--seconds",
-        type=arguments.duration,
-        default=1.0,
-        help="how long each op is timed; default: 1",
-    )
+    arguments.add_seconds(command, "each op", 1.0)
     arguments.add_device(command, default="cuda")
     add("--dry-run", action="store_true", help="print the candidates, modelled; measure nothing")
     add(
@@ -74,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         terminal.show([f"removed {file}" for file in removed] or ["nothing was kept"], out)
         return AGREES
     if options.arch is not None and not options.dry_run:
-        raise BadInput("--arch is for --dry-run: a GPU is measured as what it is")
+        raise BadInput("--arch is for --dry-run: a measured GPU has its own architecture")
     tuner.check(options.backend, options.dtype)
     if options.dry_run:
         return _dry_run(options, out)
@@ -113,7 +95,7 @@ def _dry_run(options: argparse.Namespace, out) -> int:
     arch = options.arch or tuner.arch_here() or 80
     if arch not in _hardware.GPUS and arch != tuner.arch_here():
         known = ", ".join(str(known / 10) for known in _hardware.GPUS)
-        text = f"--arch: nothing is known of compute capability {arch / 10}"
+        text = f"--arch: nothing is known about compute capability {arch / 10}"
         raise BadInput(f"{text}; known are {known}")
     works = recording.works(options.model, options.batch, options.dtype)
     modelled = {work: tuner.modelled(work, arch, options.backend) for work in works}

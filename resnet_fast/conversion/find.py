@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from resnet_fast.conversion import recipes
-from resnet_fast.conversion.forward import Role, is_converted
-from resnet_fast.nn import blocks, fusion, parts
-from resnet_fast.nn.parts import SEQUENCE, Recipe
+from resnet_fast.conversion.forward import Method, Role, is_converted
+from resnet_fast.nn import parts, reasons
+from resnet_fast.nn.recipes import SEQUENCE, Recipe, fusable, is_sequence
 
 
 class Owner(NamedTuple):
@@ -72,19 +72,19 @@ def _whole_of(module: nn.Module) -> Found | None:
     if recipe is None:
         return None
     kind = "sequence" if recipe is SEQUENCE else "block"
-    return recipe, parts.fusable(module) is not None, Role(kind, recipe)
+    return recipe, fusable(module) is not None, Role(kind, recipe)
 
 
 def _stem_of(module: nn.Module) -> Found | None:
     """By what the beginning of a model is known."""
-    fuses = blocks.fuses_stem(module)
-    if fuses or ("forward" not in module.__dict__ and recipes.is_torchvision_resnet(module)):
-        return parts.STEM, fuses, Role("model")
+    family = getattr(type(module), "family", None)
+    if family is not None and "forward" not in module.__dict__:
+        return family.stem, True, Role("network", known=Method("forward", family))
     method, taps = recipes.method_for(module), recipes.taps_for(module)
     known = method or taps
     if known is None or known.method in module.__dict__:
         return None
-    role = Role("stem" if method else "taps", known=known)
+    role = Role("network" if method else "taps", known=known)
     return known.stem(module), is_converted(module), role
 
 
@@ -123,7 +123,7 @@ def _why_left(module: nn.Module, children: list[nn.Module]) -> str:
     )
     if norm < conv:
         return "pre-activation: its norms come before its convolutions, with no way to fold them in"
-    if parts.is_sequence(module):
-        return fusion.unit_refusal(children[conv], next(iter(children[conv + 1 :]), None))
+    if is_sequence(module):
+        return reasons.unit_refusal(children[conv], next(iter(children[conv + 1 :]), None))
     kind = type(module)
     return f"{kind.__module__}.{kind.__qualname__}.forward is not one that is known"

@@ -23,20 +23,27 @@ from types import FunctionType
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.nn import blocks, fusion, parts
-from resnet_fast.nn.parts import Fusable, Recipe
+from resnet_fast.nn import forward, reasons
+from resnet_fast.nn.recipes import Family, Recipe, is_sequence, stem_of
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method that a model's forward calls, and its parts in the order they run."""
+    """A method of a network that runs the parts of a family.
+
+    Args:
+        method: its name.
+        family: the names of the network's parts.
+        inner: a method that it does nothing but call; "" for none.
+    """
 
     method: str
-    main: tuple[str, ...]
+    family: Family
+    inner: str = ""
 
     def stem(self, _module: nn.Module) -> Recipe:
-        """The method's recipe."""
-        return Recipe(self.main)
+        """The recipe of the convolutions that run first."""
+        return self.family.stem
 
 
 def _second(_first: object, second: object) -> object:
@@ -67,9 +74,9 @@ class Taps:
             child = module._modules.get(name)
             if not (
                 type(child) is nn.Conv2d
-                or fusion.is_like_norm(child)
-                or fusion.is_like_activation(child)
-                or parts.is_sequence(child)
+                or reasons.is_like_norm(child)
+                or reasons.is_like_activation(child)
+                or is_sequence(child)
             ):
                 break
             names.append(name)
@@ -84,12 +91,11 @@ class Role:
 
     Args:
         kind: "block", a residual block or a convolution with its norm; "sequence", an nn.Sequential
-            that holds such; "stage", an nn.Sequential of blocks; "model", a ResNet with
-            torchvision's children: conv1, bn1, relu, maxpool, layer1 to 4, avgpool, fc; "stem" or
-            "taps", a model of which one method is known.
+            that holds such; "stage", an nn.Sequential of blocks; "network" or "taps", a model of
+            which one method is known.
         recipe: the block's or the sequence's parts.
         backend: see `ops.conv_bn_act`.
-        known: the method, of a stem or of taps.
+        known: the method of a network or of taps.
     """
 
     kind: str
@@ -142,35 +148,34 @@ def _converted_class(plain: type[nn.Module], role: Role) -> type[nn.Module]:
         namespace["_forward_plain"] = getattr(plain, "_forward_plain", method)
     if role.kind in ("sequence", "stage"):
         namespace["runs_chain"] = True
-    if role.kind == "model":
-        namespace["fuses_stem"] = True
+    if role.kind == "network" and role.method == "forward":
+        namespace["family"] = role.known.family
     return type(plain)(plain.__name__, (plain,), namespace)
 
 
 def _run_block(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
-    return blocks.block_forward
+    return forward.block_forward
 
 
 def _run_stage(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
     def run(stage: nn.Sequential, x: Tensor) -> Tensor:
-        return plain(stage, x) if fusion.is_symbolic(x) else blocks.stage_forward(stage, x)
+        return plain(stage, x) if reasons.is_symbolic(x) else forward.stage_forward(stage, x)
 
     return run
 
 
-def _run_model(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
+def _checkpoints(module: nn.Module) -> bool:
+    """Whether timm computes activations again in the backward pass."""
+    return getattr(module, "grad_checkpointing", False) and torch.is_grad_enabled()
+
+
+def _run_network(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
+    family, inner = role.known.family, role.known.inner
+
     def run(model: nn.Module, x: Tensor) -> Tensor:
-        if fusion.is_symbolic(x) or "_forward_impl" in model.__dict__:
+        if reasons.is_symbolic(x) or inner in model.__dict__ or _checkpoints(model):
             return plain(model, x)
-        return blocks.resnet_forward(model, x, role.backend)
-
-    return run
-
-
-def _run_stem(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tensor]:
-    def run(model: nn.Module, x: Tensor) -> Tensor:
-        found = Fusable(role.known.stem(model), role.backend, plain)
-        return blocks.stem_of_forward(model, x, found)
+        return forward.network_forward(model, x, family, role.backend)
 
     return run
 
@@ -178,17 +183,12 @@ def _run_stem(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], Tens
 def _run_taps(plain: Callable, role: Role) -> Callable[[nn.Module, Tensor], object]:
     taps = role.known
 
-    def call_stem(module: nn.Module, x: Tensor) -> Tensor:
-        for name in taps.stem(module).main:
-            x = module._modules[name](x)
-        return x
-
     def run(module: nn.Module, x: Tensor) -> object:
-        stem = taps.stem(module).main
-        again = getattr(module, "grad_checkpointing", False) and torch.is_grad_enabled()
-        if again or not stem or fusion.is_symbolic(x):
+        recipe = taps.stem(module)
+        stem = recipe.main
+        if _checkpoints(module) or not stem or reasons.is_symbolic(x):
             return plain(module, x)
-        y = blocks.stem_of_forward(module, x, Fusable(Recipe(stem), role.backend, call_stem))
+        y = forward.stem_forward(module, x, stem_of(recipe, role.backend))
         out = OrderedDict()
         for name, key in taps.children(module):
             if name in stem[:-1]:
@@ -206,8 +206,7 @@ _RUN = {
     "block": _run_block,
     "sequence": _run_block,
     "stage": _run_stage,
-    "model": _run_model,
-    "stem": _run_stem,
+    "network": _run_network,
     "taps": _run_taps,
 }
 

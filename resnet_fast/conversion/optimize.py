@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from resnet_fast import agreement, ops
 from resnet_fast.conversion.find import owners
 from resnet_fast.conversion.forward import Role, convert, revert
-from resnet_fast.nn import blocks
-from resnet_fast.nn.fusion import disabled
-from resnet_fast.nn.parts import is_sequence
+from resnet_fast.nn.reasons import disabled
+from resnet_fast.nn.recipes import is_sequence
+from resnet_fast.nn.run import forget_plans
 
 
 # Tensors made under inference mode have no version counter, so no packed copy is kept of them.
@@ -138,7 +138,7 @@ def refresh(model: nn.Module) -> nn.Module:
         >>> model.conv1.weight.data[0, 0, 0, 0] = 0.5
         >>> resnet_fast.refresh(model)
     """
-    blocks.forget_programs(model)
+    forget_plans(model)
     ops.forget(model.parameters())
     return model
 

@@ -12,17 +12,30 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from resnet_fast.conversion.forward import Method, Taps, class_of
-from resnet_fast.nn import parts
-from resnet_fast.nn.parts import BASIC_BLOCK, BOTTLENECK, Recipe, residual
+from resnet_fast.nn.recipes import (
+    BASIC_BLOCK,
+    BOTTLENECK,
+    RESNET,
+    SEQUENCE,
+    STAGES,
+    STEM,
+    Family,
+    Recipe,
+    is_sequence,
+    recipe_of,
+    residual,
+)
 
 _CONV_BN_RELU = Recipe(("conv", "bn", "relu"))
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_CLIP_STEM = Recipe(
+    ("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3"),
+)
 _BYOB_END = ("attn_last", "drop_path")
 
 
@@ -33,6 +46,12 @@ def _transformers(prefix: str) -> dict[str, Recipe]:
     known = {"ConvLayer": Recipe(names), "ShortCut": Recipe(names[:2])}
     known |= dict.fromkeys(("BasicLayer", "BottleNeckLayer", "XLayer", "YLayer"), block)
     return {prefix + name: recipe for name, recipe in known.items()}
+
+
+def _preactivation(convolutions: int) -> Recipe:
+    """Of timm: a norm with its ReLU before each convolution; the projection reads the first's."""
+    layers = [name for i in range(1, convolutions + 1) for name in (f"norm{i}", f"conv{i}")]
+    return residual(*layers, "drop_path", activation="", fork="norm1")
 
 
 _SE_BOTTLENECK = residual(*BOTTLENECK.main, "se_module")
@@ -57,6 +76,10 @@ KNOWN: dict[str, dict[str, Recipe]] = {
     "timm.models.senet": {
         "Bottleneck": _SE_BOTTLENECK,
         "SEResNetBlock": residual("conv1", "bn1", "relu", "conv2", "bn2", "relu", "se_module"),
+    },
+    "timm.models.resnetv2": {
+        "PreActBasic": _preactivation(2),
+        "PreActBottleneck": _preactivation(3),
     },
     "timm.models.byobnet": {
         "DownsampleAvg": Recipe(("pool", "conv")),
@@ -93,23 +116,18 @@ KNOWN: dict[str, dict[str, Recipe]] = {
 }
 
 
-# library module -> class -> what runs its stem
+# library module -> class -> the method that runs a family's parts
 METHODS: dict[str, dict[str, Method]] = {
+    "torchvision.models.resnet": {"ResNet": Method("forward", RESNET, inner="_forward_impl")},
     "timm.models.resnet": {
-        "ResNet": Method("forward_features", ("conv1", "bn1", "act1", "maxpool", *_STAGES)),
-    },
-    "torchreid.reid.models.resnet": {
-        "ResNet": Method("featuremaps", ("conv1", "bn1", "relu", "maxpool", *_STAGES)),
-    },
-    "open_clip.modified_resnet": {
-        "ModifiedResNet": Method(
-            "stem",
-            (
-                *("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3"),
-                "avgpool",
-            ),
+        "ResNet": Method(
+            "forward_features", Family(Recipe(("conv1", "bn1", "act1")), "maxpool", STAGES)
         ),
     },
+    "torchreid.reid.models.resnet": {
+        "ResNet": Method("featuremaps", Family(STEM, "maxpool", STAGES)),
+    },
+    "open_clip.modified_resnet": {"ModifiedResNet": Method("stem", Family(_CLIP_STEM, "avgpool"))},
 }
 
 
@@ -122,8 +140,8 @@ def _smp_result(x: Tensor, out: OrderedDict) -> list[Tensor]:
 
 
 def _smp_children(module: nn.Module) -> Iterator[tuple[str, object]]:
-    names = ("conv1", "bn1", "relu", "maxpool", *_STAGES)
-    after = {name: depth for depth, name in enumerate(("relu", *_STAGES), 1)}
+    names = ("conv1", "bn1", "relu", "maxpool", *STAGES)
+    after = {name: depth for depth, name in enumerate(("relu", *STAGES), 1)}
     end = 3 if module._depth == 1 else 3 + module._depth
     return ((name, after.get(name)) for name in (names[:end] if module._depth else ()))
 
@@ -149,47 +167,32 @@ def recipe_for(module: nn.Module) -> Recipe | None:
     """The recipe that the module's forward follows, or None if it is not known."""
     if "forward" in module.__dict__ or isinstance(module, torch.jit.ScriptModule):
         return None
-    recipe = _look_up(KNOWN, module, lambda _: "forward")
-    if recipe is None and parts.is_sequence(module):
-        return parts.SEQUENCE
-    return recipe or parts.recipe_of(module)
+    recipe = _look_up(KNOWN, module)
+    if recipe is None and is_sequence(module):
+        return SEQUENCE
+    return recipe or recipe_of(module)
 
 
 def method_for(module: nn.Module) -> Method | None:
-    """The method of a model that runs its stem, or None."""
-    return _look_up(METHODS, module, lambda found: found.method)
+    """The method of a network that runs a family's parts, or None."""
+    return _look_up(METHODS, module)
 
 
 def taps_for(module: nn.Module) -> Taps | None:
     """How a module that calls its children one after the other collects their results, or None."""
-    return _look_up(TAPS, module, lambda found: found.method)
+    return _look_up(TAPS, module)
 
 
-def is_torchvision_resnet(model: nn.Module) -> bool:
-    """Whether the model runs torchvision's own ResNet forward, so that its stem can be fused."""
-    return _is_resnet_of("torchvision.models.resnet", model)
-
-
-def is_own_resnet(model: nn.Module) -> bool:
-    """Whether the model runs the forward of this package's ResNet."""
-    return _is_resnet_of("resnet_fast.models.resnet", model)
-
-
-def _is_resnet_of(library: str, model: nn.Module) -> bool:
-    known = getattr(sys.modules.get(library), "ResNet", None)
-    return known is not None and all(
-        getattr(class_of(model), name, None) is getattr(known, name)
-        for name in ("forward", "_forward_impl")
-    )
-
-
-def _look_up(table: dict[str, dict], module: nn.Module, method_of: Callable):
+def _look_up(table: dict[str, dict], module: nn.Module):
+    """The entry of the class whose methods the module runs, or None."""
+    kind = class_of(module)
     for library, classes in table.items():
-        if library in sys.modules:
-            for name, found in classes.items():
-                known = getattr(sys.modules[library], name, None)
-                method = method_of(found)
-                ours = getattr(class_of(module), method, None)
-                if ours is not None and ours is getattr(known, method, None):
-                    return found
+        for name, found in classes.items():
+            known = getattr(sys.modules.get(library), name, None)
+            methods = [getattr(found, "method", "forward"), getattr(found, "inner", "")]
+            if known is not None and all(
+                getattr(kind, method, None) is getattr(known, method)
+                for method in filter(None, methods)
+            ):
+                return found
     return None

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from resnet_fast import ops
 from resnet_fast.conversion.find import Owner, kind_of, left_over, owners
-from resnet_fast.nn import blocks, parts
+from resnet_fast.nn import parts, reasons
+from resnet_fast.nn.run import record_of
 
 UNFUSED = "aten"  # the backend that runs an op's steps one after the other
 ASKED = "backend aten was asked for, which fuses nothing"
@@ -125,7 +126,7 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
 
 def _row(owner: Owner) -> Row | None:
     """An owner's line; None for one that ran, if at all, as part of another."""
-    record = blocks.record_of(owner.module)
+    record = record_of(owner.module)
     ran = record.fused + record.plain
     if owner.inner and not record.fused:
         return None
@@ -161,7 +162,8 @@ def _foretell(owner: Owner) -> tuple[str | None, str]:
     with torch.inference_mode():
         # Only its shape is looked at.
         x = weight.new_empty(1).expand(1, weight.shape[1] * convs[0].groups, 64, 64)
-        outcome = parts.parts_of(owner.module, owner.recipe, x)
+        refusal = reasons.context_refusal(x)
+        outcome = refusal or parts.parts_of(owner.module, owner.recipe, x)
         if isinstance(outcome, str):
             return outcome, ""
     role = getattr(type(owner.module), "_role", None)

@@ -164,7 +164,7 @@ def join_build(problem: JoinProblem, tile: TileConfig) -> Binder:
 
     def launch(
         weight, scale, shift, mean, var, eps,
-        proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps, h, x,
+        proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps, h, x, *_,
     ) -> Tensor:  # fmt: skip
         y = new_output(h, spec.main)
         with on_device_of(h):

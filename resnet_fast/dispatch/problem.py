@@ -231,7 +231,7 @@ class Runner(functools.partial):
 
     Called with the tensors of a call it returns y. A convolution's takes
     (x, residual, inplace=False, finite=False): with `inplace` y is written over residual; `finite`
-    tells it that no value can be NaN or infinite. A join's takes (h, x), a stem's (x, ...).
+    tells it that no value can be NaN or infinite. A join's takes (h, x, ...), a stem's (x, ...).
 
     `growth` is (gain, offset): results are at most gain * (largest input) + offset, the shortcut
     apart; or None where the backend has no use for the knowledge that all values are finite.

@@ -35,7 +35,7 @@ def join(build: Build) -> Callable[[JoinProblem, None], Binder]:
 
         def launch(
             weight, scale, shift, mean, var, eps,
-            proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps, h, x,
+            proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps, h, x, *_,
         ) -> Tensor:  # fmt: skip
             vectors = (proj_scale, proj_shift, proj_mean, proj_var, proj_eps)
             shortcut = projection(proj_weight, *vectors)(x, None)

@@ -6,14 +6,13 @@
 
 x, y, out: any shape, dense, all three in the same memory order, so that one index serves them all.
 
-This is the smallest kernel of the package and the template of the next one. Every kernel file is
-built so:
+This is the smallest kernel of the package and the template for the next one. Every kernel file has:
   1. a docstring with the formula, the layout of each tensor and what the caller must have checked;
   2. the kernel: pointers first, then sizes (snake_case: known at the launch), then constants
      (UPPER: known to the compiler), every tensor with its shape;
   3. one function that describes the launch as a value (`launches`), used by the GPU, by the
-     interpreter and by the tests that compile for GPUs which are not there;
-  4. `build`, which does once what need not be done at every call, and returns the launch function.
+     interpreter and by the tests that compile for GPUs that are not present;
+  4. `build`, which does everything that is the same for all calls, and returns the launch function.
 The kernel checks nothing: shapes, dtypes and layouts are the op's business
 (`resnet_fast/ops/add_relu.py`, which has the reference as well).
 """
@@ -73,9 +72,9 @@ def launches(
     element = TRITON_TYPE[str(dtype).removeprefix("torch.")]
     block = NUM_WARPS * 32 * BYTES_PER_THREAD // dtype.itemsize
     index64 = numel > LIMIT_32BIT
-    # The mask ends at numel, so no access may be wider than what divides numel. The pointers are
-    # promised no more: else a thread would still hold 16 bytes side by side, and read them singly
-    # while its neighbours are 16 bytes away, eight times the sectors.
+    # The mask ends at numel, so no access may be wider than what divides numel. The pointers
+    # promise no more: otherwise a thread would still hold 16 adjacent bytes, but read them one by
+    # one, with its neighbours 16 bytes away, which touches eight times the sectors.
     divisor = math.gcd(numel, 16)
     pointer = min(16, divisor * dtype.itemsize)
     divisors = dict.fromkeys(("x", "y", "out"), pointer) if aligned else {}
@@ -110,7 +109,7 @@ def build(
         dtype: of all three: float16, bfloat16 or float32.
         aligned: `is_aligned(x, y, out)`.
         arch: compute capability of the current device times ten.
-        bind: what makes a function of a launch; tests that have no GPU pass another.
+        bind: turns a launch into a function; tests without a GPU pass their own.
         gradient: the mask instead of the sum.
 
     Returns:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops written with torch's own functions: their definition, and the backend of last resort.
 
-Whatever no fused kernel takes (fp64, groups on a GPU, unusual layouts) runs here, unfused but
-right, so these few lines are also the reference that tests and benchmarks compare with.
+Whatever no fused kernel accepts (fp64, groups on a GPU, unusual layouts) runs here, unfused. These
+few lines are also the reference for tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def per_channel(vector: Tensor) -> Tensor:
 
 # ---- cuDNN's fused convolution, as torch offers it: relu(conv(x, weight) + residual + bias)
 
-# Not chosen by itself, because nothing shows that its ReLU passes NaN: torch builds the operation
+# Never chosen automatically, because its ReLU is not known to pass NaN: torch builds the operation
 # with cudnn-frontend's pointwise descriptor, whose default, which torch leaves, is
 # CUDNN_NOT_PROPAGATE_NAN (aten/src/ATen/native/cudnn/Conv_v8.cpp; cudnn_frontend_PointWiseDesc.h).
-CUDNN_BY_NAME = "only where asked for by name: its ReLU is not known to pass NaN"
+CUDNN_BY_NAME = "only if chosen by name: its ReLU is not known to pass NaN"
 
 CUDNN_WEIGHT_SHARE = 1 / 4  # of the output's bytes
 
-# What it takes, each rule with its reason; the first that a spec breaks is why it is refused.
+# What it takes, each rule with its reason; the first rule that a spec breaks is the refusal.
 CUDNN_RULES = (
     (
         lambda spec: spec.activation == "relu",

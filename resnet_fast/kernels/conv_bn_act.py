@@ -23,15 +23,15 @@ Where C is so small that BLOCK_K products would be mostly padding (the 7x7 stem 
 filter row is one tap: its S*C elements lie side by side in x as they do in the filter (MERGE_S).
 
 With SPLIT_K programs per tile, each sums a share of the steps into an fp32 workspace, and
-a second kernel adds the shares in order and finishes: the same sum at every run, no atomics.
+a second kernel adds the shares in order and finishes: without atomics, so every run is the same.
 
 TF32 operands are rounded in registers: tensor cores only drop the low bits.
 
 Tiles come by 16-byte asynchronous copies on every architecture, not by tensor descriptors (TMA).
 A tiled descriptor cannot gather the pixels of a padded or strided tap; for pointwise convolutions,
 which it can serve, sm_90's main loop at 128x128x64 and 8 warps grows from 69 to 84 instructions
-for the same wgmma, and the host would have to encode two descriptors at every launch. Both are
-read from what the compiler makes; a measurement on a GPU may overrule them.
+for the same wgmma, and the host would have to encode two descriptors at every launch. Both facts
+come from compiled code; a measurement on a GPU may overrule them.
 
 Preconditions: the channel stride of x is 1; weight, residual and y are dense in their NHWC order
 (a residual is a whole activation of the network, and a strided one would cost two divisions
@@ -116,7 +116,7 @@ def conv_bn_act_kernel(
     if SPLIT_K > 1:
         y += tl.program_id(1).to(tl.int64) * m * k if INDEX64 else tl.program_id(1) * m * k
     if BLOCK_N >= 128:
-        # by halves: a whole tile's residual beside its sums would not fit the registers
+        # in halves: the residual of a whole tile and its sums do not both fit the registers
         HALF: tl.constexpr = BLOCK_N // 2
         acc, acc_right = tl.split(acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1))
         cols = pid_n * BLOCK_N + tl.arange(0, HALF)
@@ -152,8 +152,8 @@ def reduce_splits_kernel(
 ):
     """Add the shares in order, then the same ending as the unsplit kernel."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # In fours, the vectors of fp32. Else all accesses take the eights of a half-precision y, and a
-    # thread reads its eight sums by two loads that each touch every second half of a sector.
+    # Four channels at a time, a vector of fp32. With eight, a vector of half precision, a thread
+    # would read its eight sums by two loads that each touch only half of every sector.
     cols = tl.program_id(1) * BLOCK_N + tl.max_contiguous(tl.arange(0, BLOCK_N), 4)
     mask = (rows < m)[:, None] & (cols < k)[None, :]
     index = rows.to(tl.int64) if INDEX64 else rows
@@ -169,7 +169,7 @@ def reduce_splits_kernel(
 
 
 class Operands(NamedTuple):
-    """What a launch depends on beside its `ConvSpec`: with the device, all that must key it.
+    """What a launch depends on besides its `ConvSpec` and the device, as part of its key.
 
     Args:
         x_strides: strides of x along (n, h, w), in elements.
@@ -313,7 +313,7 @@ def build(
         tile: how it is cut, from `dispatch.heuristics.choose`.
         operands: from `operands(...)` of the call at hand.
         arch: compute capability of the current device times ten.
-        bind: what makes a function of a launch; tests that have no GPU pass another.
+        bind: turns a launch into a function; tests without a GPU pass their own.
 
     Returns:
         launch(x, weight, scale, shift, mean, var, eps, residual, out): runs on the current stream

@@ -15,17 +15,17 @@ shortcut never exists in memory: it is not written, read, or rounded.
       BLOCK_M  | h at (r, s)   |  | x sampled |         acc  = sums of x
       pixels   +---------------+  +-----------+         y    = relu(held + norm'(acc))
 
-The two sums have different factors, so they stay apart: two fp32 tiles in registers. One that is
-scaled by scale / proj_scale between the products would need half of that, and would lose everything
-where a scale is zero or tiny; scaling the filters instead would round them a second time.
+The two sums have different factors, so they stay apart, in two fp32 tiles in registers. A single
+sum, scaled by scale / proj_scale between the products, would need half the registers, but would
+lose everything if a scale is zero or tiny; scaling the filters would round them a second time.
 
 Two loops, one after the other. A single one, which sets the first sum aside by a branch, keeps the
 pipeline of loads full between them; but a branch that touches the accumulator makes the compiler
 wait for each wgmma of sm_90 (8 waits a step at 128x64x64, not 1), and it saves no instruction on
-sm_80. Both are read from machine code. What drains is hidden by the other blocks of the SM.
+sm_80. Both facts come from machine code. Other blocks of the SM hide the wait between the loops.
 
-The main convolution keeps the map's size: stride 1, an odd filter, padding of half of it. What a
-Bottleneck ends in is pointwise; what a BasicBlock ends in is 3x3.
+The main convolution keeps the map's size: stride 1, an odd filter, padding of half its size. It is
+1x1 in a Bottleneck and 3x3 in a BasicBlock.
 
 Preconditions: the channel strides of h and x are 1; the weights and y are dense in NHWC order.
 Reference: `resnet_fast/ops/conv_bn_join.py`. He et al. 2015, equation 2 and option B.
@@ -123,7 +123,7 @@ def conv_bn_join_kernel(
 
 
 class Operands(NamedTuple):
-    """What a launch depends on beside its `JoinSpec`: with the device, all that must key it.
+    """What a launch depends on besides its `JoinSpec` and the device, as part of its key.
 
     Args:
         h_strides, x_strides: along (n, h, w), in elements.
@@ -212,7 +212,7 @@ def build(
         tile: how they are cut, from `dispatch.join.choose_tile`.
         operands: of the call at hand.
         arch: compute capability of the current device times ten.
-        bind: what makes a function of a launch; tests that have no GPU pass another.
+        bind: turns a launch into a function; tests without a GPU pass their own.
 
     Returns:
         launch(h, weight, scale, shift, mean, var, eps, x, proj_weight, proj_scale, proj_shift,

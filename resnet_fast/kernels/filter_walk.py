@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the implicit GEMM walks a filter: in taps, each of so many products side by side in memory.
+"""How the implicit GEMM walks a filter: in taps, each a run of products adjacent in memory.
 
 Usually a tap is one (r, s) with its C channels. Where C is no whole number of 16-byte accesses (the
 7x7 stem has C = 3), a tap is a whole filter row r: its S*C products lie side by side in x as they

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One kernel launch as a value: all of it but the pointers, decided once and then kept.
+"""One kernel launch as a value: everything but the pointers, decided once and then kept.
 
 A `Launch` names the Triton function, its grid, the type of every argument and the value of every
 argument that does not change from call to call. The same value is compiled for the GPU at hand
@@ -8,7 +8,7 @@ argument that does not change from call to call. The same value is compiled for 
 
 Triton's own `kernel[grid](...)` inspects the type and the alignment of every argument on every
 call, to find the variant that it compiled. A `Launch` states them instead, so a bound launch goes
-straight to the compiled kernel; whoever keeps one must key it by all that it was built from.
+straight to the compiled kernel; code that keeps one must key it by everything it was built from.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Launch:
         kernel: a function decorated with `triton.jit`.
         grid: programs along the three axes.
         leading: Triton type of each argument that is passed anew at every call, by name and in
-            order, such as `"*fp16"` or `"fp32"`; None for a pointer that this launch has not got.
+            order, such as `"*fp16"` or `"fp32"`; None for a pointer that this launch lacks.
         sizes: the integers that follow: sizes and strides, as 32-bit or `wide` 64-bit arguments.
         constants: the compile-time arguments, by name.
-        divisors: what the compiler may take an argument for a multiple of (a pointer: in bytes),
-            by name; this is what lets it form 16-byte accesses. Other names are ignored.
+        divisors: by name, a number that divides an argument (a pointer: in bytes); this lets the
+            compiler form 16-byte accesses. Other names are ignored.
         wide: the names in `sizes` that are passed as 64-bit integers.
         num_warps, num_stages: warps per program, and steps in flight in its pipelined loop.
     """
@@ -88,7 +88,7 @@ class Launch:
         """A function of the leading arguments that launches on torch's current stream.
 
         The kernel is compiled and loaded on the current device at the first call, or taken from
-        Triton's cache on disk; the function is good for that device alone.
+        Triton's cache on disk; the function is valid only for that device.
         """
         trailing = self.trailing
         if isinstance(self.kernel, InterpretedFunction):
@@ -113,16 +113,16 @@ class Launch:
 
 
 # By source, options and device, for the life of the process. A compiled kernel unloads its module
-# when it is collected, and whoever keeps a launch may drop it at any time: but a recorded CUDA
-# graph launches the kernel still, and an unloading breaks a recording that is under way.
+# when it is garbage-collected, which happens whenever its launch is dropped; but a recorded CUDA
+# graph may still launch the kernel, and unloading breaks a recording in progress.
 _kernels: dict[tuple, CompiledKernel] = {}
 
 
 @functools.cache
 def driver_fault() -> str | None:
-    """Why Triton can launch nothing on this machine, or None: asked once, by loading its driver.
+    """Why Triton cannot launch anything on this machine, or None; asked once, of its driver.
 
-    Triton compiles a part of it where it is first used, with the C compiler that it finds.
+    Triton compiles part of its driver on first use, with the C compiler that it finds.
     """
     try:
         _ = triton.runtime.driver.active

@@ -3,8 +3,8 @@
 
     out[n, i, j, k] = max of x[n, 2i - 1 : 2i + 2, 2j - 1 : 2j + 2, k], a NaN winning as in torch
 
-torch's own pool writes an int64 index beside every value, for a gradient that inference does not
-want: four times the bytes of a half precision result. x is read about once: a program's pixels
+torch's own pool also writes an int64 index beside every value, for a gradient that inference does
+not need: four times the bytes of a half precision result. x is read about once: a program's pixels
 share eight of nine loads in the L1 cache.
 
 x, out: dense channels_last. The kernel checks nothing: that is the op's business
@@ -102,7 +102,7 @@ def build_max_pool(
         dtype: of both: float16, bfloat16 or float32.
         aligned: whether both start at multiples of 16 bytes.
         arch: compute capability of the current device times ten.
-        bind: what makes a function of a launch; tests that have no GPU pass another.
+        bind: turns a launch into a function; tests without a GPU pass their own.
 
     Returns:
         launch(x, out): runs on the current stream of the current device, and checks nothing.

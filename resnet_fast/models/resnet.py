@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from resnet_fast.models.registry import register_model
 from resnet_fast.models.weights import enum_getattr, overwrite_named_param, takes_weights
-from resnet_fast.nn import blocks, fusion, parts
+from resnet_fast.nn import forward, reasons, recipes
 
 __all__ = [
     "ResNet",
@@ -84,7 +84,7 @@ class BasicBlock(nn.Module):
     """
 
     expansion: int = 1
-    recipe = parts.BASIC_BLOCK
+    recipe = recipes.BASIC_BLOCK
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._forward_plain(x)
-        return blocks.block_forward(self, x)
+        return forward.block_forward(self, x)
 
     def _forward_plain(
         self,
@@ -154,7 +154,7 @@ class Bottleneck(nn.Module):
     """
 
     expansion: int = 4
-    recipe = parts.BOTTLENECK
+    recipe = recipes.BOTTLENECK
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return self._forward_plain(x)
-        return blocks.block_forward(self, x)
+        return forward.block_forward(self, x)
 
     def _forward_plain(
         self,
@@ -227,7 +227,7 @@ class ResNet(nn.Module):
         torch.Size([2, 1000])
     """
 
-    fuses_stem = True
+    family = recipes.RESNET
 
     def __init__(
         self,
@@ -311,8 +311,8 @@ class ResNet(nn.Module):
     ) -> Tensor:
         # Two conditions in one would be compiled by torch.jit.script, body and all.
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if not fusion.is_symbolic(x):
-                return blocks.resnet_forward(self, x)
+            if not reasons.is_symbolic(x):
+                return forward.network_forward(self, x, recipes.RESNET)
         x = self.conv1(x)
         x = self.bn1(x)
         x = self.relu(x)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretrained weights: torchvision's enums, fetched when someone asks for them.
+"""Pretrained weights: torchvision's enums, looked up when they are used.
 
 torchvision is optional, and this is the only module of `models` that imports it. Its enums
 (`ResNet50_Weights`, ...) carry the URL, the transforms and the metadata of each checkpoint; they
-are handed on, never redefined, so a member works with both packages.
+are passed on, never redefined, so a member works with both packages.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def weights_enum(name: str) -> type[enum.Enum]:
 
 
 def enum_getattr(module: str) -> Callable[[str], type[enum.Enum]]:
-    """A `__getattr__` for that module, by which it has torchvision's enums as attributes."""
+    """A `__getattr__` that gives a module torchvision's enums as attributes."""
 
     def find(name: str) -> type[enum.Enum]:
         if name in ENUM_NAMES:
@@ -76,7 +76,7 @@ def takes_weights(enum_name: str) -> Callable[[Callable[..., Model]], Callable[.
     Raises (when the builder is called):
         TypeError: `weights` is a member of another enum.
         KeyError: `weights` is a string that names no member.
-        ImportError: weights are wanted and torchvision is not there.
+        ImportError: weights are given and torchvision is not installed.
     """
 
     def decorate(function: Callable[..., Model]) -> Callable[..., Model]:
@@ -95,7 +95,7 @@ def takes_weights(enum_name: str) -> Callable[[Callable[..., Model]], Callable[.
 
 
 def overwrite_named_param(kwargs: dict[str, Any], name: str, value: Any) -> None:
-    """Set kwargs[name], which a caller may have set too, but only to the same value.
+    """Set kwargs[name]; the caller may have set it already, but only to the same value.
 
     Raises:
         ValueError: the caller set another value.
@@ -106,7 +106,7 @@ def overwrite_named_param(kwargs: dict[str, Any], name: str, value: Any) -> None
 
 
 def _modernize(enum_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of today for a call in the style before torchvision 0.13, with warnings.
+    """Today's keyword arguments for a call in the style before torchvision 0.13, with warnings.
 
     The warnings' words are torchvision's: programs filter on them.
     """
@@ -136,7 +136,7 @@ def _modernize(enum_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     else:
         return kwargs
 
-    # Programs that still say pretrained=True were written for the first weights, not the best.
+    # Programs that still use pretrained=True were written for the first weights, not the best.
     weights = weights_enum(enum_name).IMAGENET1K_V1 if pretrained else None
     hint = (
         f" You can also use `weights={enum_name}.DEFAULT` to get the most up-to-date weights."

@@ -1,71 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a module is made of: its parts in the order they run, and which of them run as one op.
+"""What a module holds in the places that its recipe names, and which of it runs as one op.
 
-    y = activation(main(x) + shortcut(x))        a residual block
-    y = main(x)                                  a stem, a sequence, a convolution with its norm
+Missing parts and identities drop out, parts that are sequences themselves are opened, and each
+convolution that a BatchNorm follows becomes a `Fused`, together with its ReLU. All else stays the
+module that it is, and is called: squeeze-and-excitation, pools, activations of other kinds.
 
-A `Recipe` names the parts, as a class has them. `parts_of` looks at what an instance has in these
-places. Missing parts and identities drop out, parts that are sequences themselves are opened, and
-each convolution that a BatchNorm follows becomes a `Fused`, together with its ReLU. All else stays
-the module that it is, and is called: squeeze-and-excitation, pools, activations of other kinds.
-
-What the modules *are* decides what is fused. What they are *in*, for the moment (training, hooks,
-a gradient that is needed), decides whether: then the owner runs the plain forward of its class.
+What the modules *are* decides what is fused. The state they are *in* (training, hooks, a gradient
+that is needed) decides whether: if it speaks against it, the owner runs its class's plain forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.nn import fusion
-from resnet_fast.nn.fusion import Unit
-from resnet_fast.spec import conv_output_size
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """The names of a module's parts.
-
-    Args:
-        main: the parts in the order they run, "?" behind those that may be missing or None; or
-            None for all children, whatever they are called.
-        shortcut: what is done to x before it is added to main's result; "" where nothing is added.
-        activation: what follows the addition; "" for nothing.
-        always: whether x itself is added where the shortcut is None; else nothing is.
-    """
-
-    main: tuple[str, ...] | None
-    shortcut: str = ""
-    activation: str = ""
-    always: bool = True
-
-
-def residual(*main: str, shortcut: str = "downsample", activation: str = "relu") -> Recipe:
-    """The recipe of a residual block."""
-    return Recipe(main, shortcut, activation)
-
-
-BASIC_BLOCK = residual("conv1", "bn1", "relu", "conv2", "bn2")
-BOTTLENECK = residual("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
-STEM = Recipe(("conv1", "bn1", "relu"))
-SEQUENCE = Recipe(None)
+from resnet_fast.nn import reasons
+from resnet_fast.nn.recipes import Recipe, is_sequence, recipe_of
+from resnet_fast.nn.units import Unit
 
 BY_ITSELF = "runs by itself"
 _DROPS = ("DropPath", "DropBlock2d", "Dropout", "Dropout2d")  # the identity in evaluation
-
-
-class Fusable(NamedTuple):
-    """How calling a module tries to fuse."""
-
-    recipe: Recipe
-    backend: str
-    plain: Callable[[nn.Module, Tensor], Tensor]  # the class's: (module, x) -> y
 
 
 class Fused(NamedTuple):
@@ -85,6 +43,7 @@ class Parts(NamedTuple):
     Args:
         main: in order.
         shortcut: in order; empty for the identity.
+        fork: how many parts of main run before the shortcut branches off; 0 where it reads x.
         adds: whether the shortcut is added to main's result.
         joins: whether the last part of main adds it.
         after: what is called on the result; None where nothing is left to do.
@@ -94,6 +53,7 @@ class Parts(NamedTuple):
 
     main: list[Part]
     shortcut: list[Part]
+    fork: int
     adds: bool
     joins: bool
     after: nn.Module | None
@@ -108,41 +68,8 @@ class Parts(NamedTuple):
             and len(self.shortcut) <= 1
             and (self.joins or not self.adds)
             and self.after is None
+            and self.fork == 0
         )
-
-
-def fusable(module: nn.Module) -> Fusable | None:
-    """How calling `module` would try to fuse, or None if it would not.
-
-    True of a class that has a `recipe` beside its forward; not of a subclass that overrides the
-    forward, nor of an instance that has one of its own.
-    """
-    kind = type(module)
-    recipe = getattr(kind, "recipe", None)
-    if recipe is None or "forward" in module.__dict__:
-        return None
-    if "recipe" not in _owner(kind, "forward").__dict__:
-        return None
-    return Fusable(recipe, getattr(kind, "backend", "auto"), kind._forward_plain)
-
-
-def _owner(kind: type, attribute: str) -> type:
-    return next(k for k in kind.__mro__ if attribute in k.__dict__)
-
-
-def recipe_of(module: nn.Module) -> Recipe | None:
-    """The recipe that calling `module` follows, or None."""
-    found = fusable(module)
-    return found and found.recipe
-
-
-def is_sequence(module: nn.Module) -> bool:
-    """Whether calling it runs its children one after the other and nothing else."""
-    kind = type(module)
-    forward = getattr(kind, "forward", None)  # a scripted module's class has none
-    if forward is not nn.Sequential.forward and not getattr(kind, "runs_chain", False):
-        return False
-    return "forward" not in module.__dict__ and not fusion.has_hooks(module)
 
 
 # ---- what is there
@@ -176,7 +103,7 @@ def _inside(module: nn.Module, lookup: Lookup) -> list[Named] | None:
         children = list(module._modules.items())
         # A stage of residual blocks is called as one: its blocks write over each other's results.
         return None if any(_is_residual(m, lookup) for _, m in children) else children
-    recipe = None if fusion.has_hooks(module) else lookup(module)
+    recipe = None if reasons.has_hooks(module) else lookup(module)
     if recipe is None or recipe.shortcut:
         return None
     return list(named_of(module, recipe.main))
@@ -199,7 +126,7 @@ def _is_identity(module: nn.Module) -> bool:
     """Whether it returns its input and nothing watches it: Identity, or a drop in evaluation."""
     kind = type(module)
     drops = kind.__name__ in _DROPS and not module.training
-    return (kind is nn.Identity or drops) and fusion.call_refusal(module) is None
+    return (kind is nn.Identity or drops) and reasons.call_refusal(module) is None
 
 
 def candidates(
@@ -217,7 +144,7 @@ def candidates(
     for names in (recipe.main, (recipe.shortcut,)):
         modules = open_parts(named_of(owner, names), opened, lookup)
         pairs = pairwise(module for _, module in modules)
-        found += [conv for conv, norm in pairs if fusion.unit_refusal(conv, norm) is None]
+        found += [conv for conv, norm in pairs if reasons.unit_refusal(conv, norm) is None]
     return found
 
 
@@ -225,31 +152,33 @@ def candidates(
 
 
 def parts_of(owner: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
-    """The owner's parts, or why nothing of it may run fused on a tensor like `x`."""
-    reason = fusion.context_refusal(x)
-    if reason is not None:
-        return reason
+    """The owner's parts, or why nothing of it may run fused on a tensor like `x`.
+
+    Ask `reasons.context_refusal` first: this looks at the modules alone.
+    """
     reason = _missing(owner, recipe)
     if reason is not None:
         return reason
     modules = owner._modules
     bypassed: list[nn.Module] = []
     left: list[str] = []
-    main = _group(named_of(owner, recipe.main), x, bypassed, left)
-    if isinstance(main, str):
-        return main
+    before, after_fork = _split(recipe)
+    lead = _group(named_of(owner, before), x, bypassed, left)
+    rest = _group(named_of(owner, after_fork), x, bypassed, left)
     adds = bool(recipe.shortcut) and (recipe.always or modules.get(recipe.shortcut) is not None)
     shortcut = _group(named_of(owner, (recipe.shortcut,)) if adds else (), x, bypassed, left)
-    if isinstance(shortcut, str):
-        return shortcut
+    for group in (lead, rest, shortcut):
+        if isinstance(group, str):
+            return group
+    main, fork = [*lead, *rest], len(lead)
     if not any(isinstance(part, Fused) for part in (*main, *shortcut)):
         return left[0] if left else f"{type(owner).__name__} has no convolution with a BatchNorm"
-    if adds and not (main and type(main[0]) in (Fused, nn.Conv2d)):
-        # It might write over x, which the class's forward reads again afterwards.
+    if adds and not (main and _keeps_its_input(main[0])):
+        # The class's forward reads x again afterwards.
         return left[0] if left else f"{type(owner).__name__} does not begin with a convolution"
     joins = adds and isinstance(main[-1], Fused) and main[-1].activation == "none"
     after = modules.get(recipe.activation)
-    reason = after and fusion.activation_refusal(after)
+    reason = after and reasons.activation_refusal(after)
     if after is None or _is_identity(after):
         after = None
     elif reason is None and joins:
@@ -265,8 +194,22 @@ def parts_of(owner: nn.Module, recipe: Recipe, x: Tensor) -> Parts | str:
         return f"x has {x.shape[1]} channels, conv1 takes {main[0].unit.channels}"
     if not recipe.shortcut:  # a pool in a sequence needs no words
         left = [words for words in left if not words.endswith(BY_ITSELF)]
-    parts = Parts(main, shortcut, adds, joins, after, bypassed, "; ".join(dict.fromkeys(left)))
+    words = "; ".join(dict.fromkeys(left))
+    parts = Parts(main, shortcut, fork, adds, joins, after, bypassed, words)
     return (_misfit if parts.is_whole else _called_refusal)(parts, x) or parts
+
+
+def _split(recipe: Recipe) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """The names in main up to where the shortcut branches off, and the rest."""
+    if not recipe.fork:
+        return (), recipe.main
+    at = recipe.main.index(recipe.fork) + 1
+    return recipe.main[:at], recipe.main[at:]
+
+
+def _keeps_its_input(part: Part) -> bool:
+    """Whether it writes over nothing that it reads, whoever made it."""
+    return type(part) in (Fused, nn.Conv2d) or reasons.is_plain_norm(part)
 
 
 def _misfit(parts: Parts, x: Tensor) -> str | None:
@@ -275,22 +218,13 @@ def _misfit(parts: Parts, x: Tensor) -> str | None:
     for part in parts.main:
         if part.unit.channels != shape[1]:
             return f"a convolution takes {part.unit.channels} channels, it is given {shape[1]}"
-        shape = shape_after(part.unit, shape)
+        shape = part.unit.shape_after(shape)
     shortcut = x.shape
     if parts.shortcut:
-        shortcut = shape_after(parts.shortcut[0].unit, shortcut)
+        shortcut = parts.shortcut[0].unit.shape_after(shortcut)
     if parts.adds and shape != shortcut:
         return f"the convolutions end in {list(shape)}, the shortcut in {list(shortcut)}"
     return None
-
-
-def shape_after(unit: Unit, shape: torch.Size) -> torch.Size:
-    """The shape of what the unit's op returns for a tensor of this one; 0 where nothing is left."""
-    conv, (n, _, *sizes) = unit.conv, shape
-    each = zip(
-        *(sizes, unit.weight.shape[2:], conv.stride, conv.padding, conv.dilation), strict=True
-    )
-    return torch.Size((n, unit.weight.shape[0], *(max(conv_output_size(*of), 0) for of in each)))
 
 
 def _missing(owner: nn.Module, recipe: Recipe) -> str | None:
@@ -318,20 +252,20 @@ def _group(
     while rest:
         name, module = rest.pop(0)
         norm = rest[0][1] if rest else None
-        reason = fusion.unit_refusal(module, norm)
+        reason = reasons.unit_refusal(module, norm)
         if reason is not None:
             left += _why_called(name, module, reason)
             parts.append(module)
             continue
-        unit = fusion.unit_of(module, norm, x)
+        unit = reasons.unit_of(module, norm, x)
         if isinstance(unit, str):
             return f"{name}: {unit}"
         at = rest.pop(0)[0]
-        inner = [(f"{at}.{n}", m) for n, m in fusion.runs_inside(norm)]
+        inner = [(f"{at}.{n}", m) for n, m in reasons.runs_inside(norm)]
         rest = open_parts(inner, bypassed, recipe_of) + rest
         relu = bool(rest) and type(rest[0][1]) is nn.ReLU
-        if relu and fusion.call_refusal(rest[0][1]) is not None:
-            return f"{rest[0][0]}: {fusion.call_refusal(rest[0][1])}"
+        if relu and reasons.call_refusal(rest[0][1]) is not None:
+            return f"{rest[0][0]}: {reasons.call_refusal(rest[0][1])}"
         parts.append(Fused(unit, norm, "relu" if relu else "none"))
         bypassed += [module, norm]
         if relu:
@@ -341,14 +275,14 @@ def _group(
 
 def _why_called(name: str, module: nn.Module, refusal: str) -> list[str]:
     """In words, what is called that somebody might have expected to be fused."""
-    kind, hooked = type(module).__name__, fusion.has_hooks(module)
+    kind, hooked = type(module).__name__, reasons.has_hooks(module)
     if isinstance(module, nn.Conv2d):
         return [f"{name}: {refusal}"]
-    if type(module) is nn.ReLU or fusion.is_like_norm(module):
+    if type(module) is nn.ReLU or reasons.is_like_norm(module):
         return []
-    if fusion.is_like_activation(module):
+    if reasons.is_like_activation(module):
         return [f"{name}: {kind} is not a ReLU"]
-    return [f"{name}: {fusion.HOOKED}" if hooked else f"{name} ({kind}) {BY_ITSELF}"]
+    return [f"{name}: {reasons.HOOKED}" if hooked else f"{name} ({kind}) {BY_ITSELF}"]
 
 
 def _called_refusal(parts: Parts, x: Tensor) -> str | None:

@@ -7,11 +7,12 @@ calls `dispatch`, but for `tune`, which measures the candidates of its table.
 
 from resnet_fast.dispatch.table import AUTO
 from resnet_fast.dispatch.table import check_name as check_backend
-from resnet_fast.kernels.cpu import forget, magnitude, max_pool_3x3_2, packed_bytes
+from resnet_fast.kernels.cpu import magnitude, max_pool_3x3_2
 from resnet_fast.kernels.cuda import architecture_refusal as explain_extension_on
 from resnet_fast.kernels.cuda import explain as explain_extension
 from resnet_fast.kernels.cuda import missing as explain_extension_missing
 from resnet_fast.kernels.cuda import resources as explain_extension_resources
+from resnet_fast.kernels.packed import forget, packed_bytes
 from resnet_fast.ops._library import ArgumentError
 from resnet_fast.ops._op import Op, precision
 from resnet_fast.ops.add_relu import ADD_RELU, add_relu

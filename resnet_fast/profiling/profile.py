@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from resnet_fast.comparison import steadiness
 from resnet_fast.comparison.measure import describe_machine
 from resnet_fast.conversion.find import owners
-from resnet_fast.nn.program import Step
+from resnet_fast.nn.launches import OpStep
 from resnet_fast.profiling import page, picture
 from resnet_fast.profiling import rows as _rows
 from resnet_fast.profiling import text as _text
@@ -170,7 +170,7 @@ class _Subject:
 
     @torch.inference_mode()
     def prepare(self, clock: Clock, warmup: int, progress: Callable[[str], None]) -> None:
-        for run in range(max(warmup, 2)):  # fused blocks keep their programs from the second on
+        for run in range(max(warmup, 2)):  # fused blocks keep their plans from the second on
             progress(f"warm-up {run + 1}")
             self.model(self.x)
             clock.synchronize()
@@ -285,7 +285,7 @@ def _beside(row: Row, peer: Row | None) -> Row:
     return row if peer is None else replace(row, peer=peer.seconds, peer_spread=peer.spread)
 
 
-def _served(row: Row, step: Step | None) -> Row:
+def _served(row: Row, step: OpStep | None) -> Row:
     """The row with the backend that ran it."""
     if row.kind == "gap":
         return row

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """When each layer of a running model begins and ends.
 
-Three places are watched while a `Timeline` is open: calls of modules that call no others; the
-launches of kept programs, by which our blocks run without calling their modules; and the few
-functions that our models call beside them. What runs between two of them is seen as the time
-between: an addition in a block's forward, or the host alone.
+Two places are watched while a `Timeline` is open: calls of modules that call no others, and the
+launches of kept plans, by which our networks run without calling their modules. What runs between
+two of them is seen as the time between: an addition in a block's forward, or the host alone.
 
 A `Clock` is read at both ends of a layer. On a GPU it records an event, which tells when the device
 got there; a spin kernel in front lets the host run ahead, so that the device never waits for it and
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -24,16 +23,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from resnet_fast import ops
-from resnet_fast.nn import program
+from resnet_fast.nn.launches import POOL, RANGE_CHECK, OpStep, observed
 from resnet_fast.profiling.calls import Calls, around_calls
 
-RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
-POOL = "max-pool"  # whose layer has the name of the module that is not called
-FUNCTIONS = {"magnitude": RANGE_CHECK, "max_pool_3x3_2": POOL}  # of `ops`, for CPUs
-HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
+__all__ = ["POOL", "RANGE_CHECK", "Clock", "Edge", "Replay", "Timeline", "clock_of"]
 
-Steps = program.Step | program.JoinStep
+HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
 
 
 class Clock(Protocol):
@@ -171,12 +166,12 @@ class Timeline:
     def __init__(self, model: nn.Module, x: Tensor, clock: Clock) -> None:
         self.model, self.x, self.clock = model, x, clock
         self.names = {id(module): name for name, module in model.named_modules()}
-        self.steps: dict[str, Steps] = {}  # by name, those that ran by a program
+        self.steps: dict[str, OpStep] = {}  # by name, those that ran by a plan
         self._thread = threading.get_ident()
         # Of the replay that is under way: the names of what ran in one go, and one mark more.
-        self._runs: list[tuple[str, ...]] = []
+        self._runs: list[list[str]] = []
         self._marks: list[object] = []
-        self._steps_names: dict[int, tuple[Sequence[Steps], tuple[str, ...]]] = {}
+        self._last = -1  # marks there were when the last step of a plan had ended
         self._leaves = self._find_leaves()
 
     def _find_leaves(self) -> dict[int, str]:
@@ -193,18 +188,15 @@ class Timeline:
             finally:
                 stack.pop()
 
-        def watch(steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator:
+        def watch(step: OpStep | str, launch: Callable, *args: object) -> object:
             inner.update(stack[-1:])
-            self.steps.update({self._name_of(step): step for step in steps})
-            return iter(launches)
+            if isinstance(step, OpStep):
+                self.steps[self._name(step.step.units[0].conv)] = step
+            return launch(*args)
 
-        with self._watching(around, watch), torch.inference_mode():
+        with self._watching(around, _Observer(watch)), torch.inference_mode():
             self.model(self.x)
         return {key: name for key, name in called.items() if key not in inner}
-
-    def _name_of(self, step: Steps) -> str:
-        """The convolution's; of a join, that of the main one of the two."""
-        return self._name(getattr(step, "main", step).unit.conv)
 
     def _name(self, module: nn.Module) -> str:
         return self.names.get(id(module)) or type(module).__name__
@@ -216,7 +208,7 @@ class Timeline:
         Args:
             calls: of an `around_calls` that is open already.
         """
-        with self._watching(self._around, self._watch, calls):
+        with self._watching(self._around, _Observer(self._watch, self._begin), calls):
             yield
 
     def replay(self) -> Replay:
@@ -239,61 +231,56 @@ class Timeline:
 
     @contextmanager
     def _watching(
-        self, around: Callable, watch: Callable, calls: Calls | None = None
+        self, around: Callable, observer: _Observer, calls: Calls | None = None
     ) -> Iterator[None]:
-        plain = {name: getattr(ops, name) for name in FUNCTIONS}
-        program.watch = watch
-        for name, function in plain.items():
-            setattr(ops, name, self._marked(function, FUNCTIONS[name]))
-        try:
-            with nullcontext(calls) if calls else around_calls() as calls:
-                calls.around = around
+        with observed(observer), nullcontext(calls) if calls else around_calls() as calls:
+            calls.around = around
+            try:
                 yield
-        finally:
-            if calls:
+            finally:
                 calls.around = None
-            program.watch = None
-            for name, function in plain.items():
-                setattr(ops, name, function)
-
-    def _marked(self, function: Callable, name: str) -> Callable:
-        def marked(*args) -> object:
-            if threading.get_ident() != self._thread:
-                return function(*args)
-            mark, marks = self.clock.mark, self._marks
-            marks.append(mark())
-            out = function(*args)
-            marks.append(mark())
-            self._runs.append((name,))
-            return out
-
-        return marked
 
     def _around(self, module: nn.Module, call: Callable, args: tuple, kwargs: dict) -> object:
         name = self._leaves.get(id(module))
         if name is None:
             return call(module, *args, **kwargs)
+        return self._marked(name, call, module, *args, **kwargs)
+
+    def _marked(self, name: str, function: Callable, *args, **kwargs) -> object:
         mark, marks = self.clock.mark, self._marks
         marks.append(mark())
-        out = call(module, *args, **kwargs)
+        out = function(*args, **kwargs)
         marks.append(mark())
-        self._runs.append((name,))
+        self._runs.append([name])
         return out
 
-    def _watch(self, steps: Sequence[Steps], launches: Sequence[Callable]) -> Iterator[Callable]:
-        if threading.get_ident() != self._thread:
-            return iter(launches)
-        known = self._steps_names.get(id(steps))
-        if known is None:
-            names = tuple(map(self._name_of, steps))
-            known = self._steps_names[id(steps)] = steps, names  # kept, so that the id is its own
-        self._runs.append(known[1])
-        return self._give_out(launches)
+    def _begin(self) -> None:
+        self._last = -1
 
-    def _give_out(self, launches: Sequence[Callable]) -> Iterator[Callable]:
-        """The launches, each from one mark to the next."""
-        mark, add = self.clock.mark, self._marks.append
-        add(mark())
-        for launch in launches:
-            yield launch
-            add(mark())
+    def _watch(self, step: OpStep | str, launch: Callable, *args: object) -> object:
+        """A step of a plan; one mark lies between it and the step before."""
+        if threading.get_ident() != self._thread:
+            return launch(*args)
+        if isinstance(step, str):
+            return self._marked(step, launch, *args)
+        mark, marks = self.clock.mark, self._marks
+        name = self._name(step.step.units[0].conv)
+        if self._last == len(marks):
+            self._runs[-1].append(name)
+        else:
+            marks.append(mark())
+            self._runs.append([name])
+        out = launch(*args)
+        marks.append(mark())
+        self._last = len(marks)
+        return out
+
+
+class _Observer:
+    """Two functions as an `Observer` of kept plans."""
+
+    def __init__(self, watch: Callable, begin: Callable[[], None] = lambda: None) -> None:
+        self._watch, self.begin = watch, begin
+
+    def __call__(self, what: OpStep | str, function: Callable, *args: object) -> object:
+        return self._watch(what, function, *args)

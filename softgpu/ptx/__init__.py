@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs compiled PTX on the CPU, as a sanitizer that counts: see README.md beside this file.
+"""Runs compiled PTX on the CPU, finds its faults and counts what it does: see README.md here.
 
 module = ptx.Module(text)
 run = module.kernel("conv").launch(grid, block, args, shared_bytes)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m softgpu.ptx FILE.ptx ...: kernels, parameters, unsupported instructions.
 
-Exits with 1 where a file holds something that the machine does not know, 2 where one is unreadable.
+Exits with 1 if a file contains something that the machine does not know, 2 if one is unreadable.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bytes of global memory that a launch reads in a way that forbids to write them meanwhile.
+"""Bytes of global memory that a launch must not write because of how it reads them.
 
-What ld.global.nc reads must stay as it is until the kernel ends: it may come from a cache that no
-store reaches. What an asynchronous copy reads must stay from its issue to the wait that covers it.
+Bytes read by ld.global.nc must not change until the kernel ends: they may come from a cache that
+stores do not reach. Bytes read by an asynchronous copy must not change until its wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ STORED, CONSTANT = 1, 2  # bits of each byte's shadow
 
 
 class Aliases:
-    """Of one launch; `shadow_of(size)` makes an array of so many zero bytes."""
+    """For one launch; `shadow_of(size)` makes an array of `size` zero bytes."""
 
     def __init__(self, functions: list[Function], shadow_of):
         bodies = (ins for function in functions for ins in function.body)
@@ -25,7 +25,7 @@ class Aliases:
         self._shadow_of, self._shadows = shadow_of, {}
 
     def forget(self, batch) -> None:
-        """Its blocks are gone, and with them what copies they left under way."""
+        """Forget the copies under way: the blocks that started them have ended."""
         self.readers = [reader for reader in self.readers if reader.batch is not batch]
 
     def load_constant(self, buffer, address, size: int, threads) -> None:

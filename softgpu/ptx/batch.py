@@ -242,7 +242,7 @@ class Batch:
         return self.all if m is None else m
 
     def wake_collectives(self, threads) -> None:
-        """Who waits in these threads' blocks for lanes to come looks again: they exit."""
+        """These threads exit: collectives in their blocks that wait for lanes must look again."""
         waiting = np.flatnonzero(self.state == AT_COLLECTIVE)
         if len(waiting):
             inside = np.isin(self.block_of[waiting], self.block_of[threads])

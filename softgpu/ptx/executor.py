@@ -77,7 +77,7 @@ class Executor:
     # --- run ----------------------------------------------------------------------------------
 
     def run(self, instructions: int) -> bool:
-        """Run to the end, which gives True, or for about so many instructions, to be resumed."""
+        """Run to the end and return True, or for about this many instructions and return False."""
         try:
             with np.errstate(all="ignore"):
                 return self._schedule(self.steps + instructions)

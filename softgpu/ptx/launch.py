@@ -25,7 +25,7 @@ from .tensor_map import TensorMap
 BATCH_THREADS = 1024  # NumPy is at its best with rows of about this length
 MAX_STEPS = 50_000_000
 # Batches run one after the other; one that runs long, as where it waits for a later block, goes on
-# in turns of so many instructions with at most so many others.
+# in turns with at most this many others, this many instructions each.
 TURN, RESIDENT = 50_000, 64
 
 
@@ -144,7 +144,7 @@ class Kernel:
         return layout
 
     def _granule(self) -> int:
-        """The smallest shared access, up to 4 bytes: what races are told apart by."""
+        """The smallest shared access, up to 4 bytes: the granularity of race detection."""
         smallest = 4
         for ins in self.function.body:
             if ins.name in ("ld", "st", "atom", "red") and ins.modifiers[-1] in SIZES:

@@ -100,7 +100,7 @@ def address_of(array, publish: bool = True) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Struct:
-    """An argument that is a struct: its bytes, and the arrays whose addresses stand in them.
+    """An argument that is a struct: its bytes, and the arrays whose addresses they contain.
 
     Example: Struct(struct.pack("<Qi", address_of(x, publish=False), x.size), (x,))
     """
@@ -237,7 +237,7 @@ class GlobalMemory:
             view[(address[pick] - base) // size] = data[pick]
 
     def claim(self, where, address, size: int, threads, what: str) -> None:
-        """A fault unless the launch may write here, now."""
+        """Raise a fault unless the launch may write here now."""
         for buffer, pick, one in self._by_interval(where, address):
             mine = threads if threads is None else threads[pick]
             if not self.intervals[one].writable:
@@ -284,7 +284,7 @@ class GlobalMemory:
         self.mark(kind, keys & ((1 << 41) - 1))
 
     def mark(self, kind: str, sectors: np.ndarray) -> None:
-        """Remember which sectors were touched at all."""
+        """Remember which sectors were touched."""
         while len(sectors):
             at = int(np.searchsorted(self.low, int(sectors[0]) * 32 + 31, "right")) - 1
             buffer = self.intervals[max(at, 0)].buffer

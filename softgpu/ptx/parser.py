@@ -2,8 +2,8 @@
 """PTX text -> functions, variables, instructions, each with its line.
 
 Statements end with `;`, but `.loc`, `.file` and the module's head directives end with their line,
-and `{ }` opens a scope with its own registers and labels (inline assembly does). What is not known
-raises PtxError with its line; nothing is skipped silently.
+and `{ }` opens a scope with its own registers and labels (inline assembly does). Unknown
+text raises PtxError with its line; nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Parser:
             elif word == ".extern":
                 extern = True
             elif word == ".align":
-                if not pointee:  # `.u64 .ptr .global .align 1` tells what the pointer points to
+                if not pointee:  # `.u64 .ptr .global .align 1` describes what the pointer points to
                     align = int(words[i + 1])
             elif word == ".ptr":
                 pointee = True

@@ -93,7 +93,7 @@ class SharedMemory:
         self.mark_written(at, size)
 
     def _raise_lost(self, at, threads, i: int):
-        """Thread i's value is gone: another thread stored to its address at once."""
+        """Thread i's value is lost: another thread stored to its address at the same time."""
         rivals = threads[at == at[i]] >> 5
         raise Fault(
             "race: two warps write different values to the same shared bytes at once"
@@ -154,8 +154,9 @@ class SharedMemory:
     ) -> np.ndarray:
         """A write must happen after every read and write of its bytes; returns its granules.
 
-        same: whose bytes hold already what the thread writes. Such a write need not happen after
-        another warp's; the other then counts as a reader, whom no other value may overtake.
+        same: threads whose bytes already hold what they write. Such a write need not happen after
+        another warp's write; the other warp then counts as a reader, and a different value must
+        still be ordered after it.
         """
         pieces = self.granules(at, size)
         if self.landing[pieces].any():
@@ -266,7 +267,7 @@ class SharedMemory:
         pieces = self.granules(at, size)
         if self.atomics is None:
             self.atomics = np.zeros_like(self.reads)
-        mine, self.atomics = self.atomics, None  # atomics of others are no race
+        mine, self.atomics = self.atomics, None  # other atomics are not a race
         self.check_read(at, threads, size, "shared atomic", record=False)
         self.check_write(at, threads, size, "shared atomic")
         self.atomics = mine

@@ -61,13 +61,13 @@ class TensorMap:
         self.inner = tuple(reversed(self.box))
         row = self.inner[0] * self.size
         problems = [
-            (self.address % 16, f"address 0x{self.address:x} is no multiple of 16"),
+            (self.address % 16, f"address 0x{self.address:x} is not a multiple of 16"),
             (self.strides[0] != self.size, "the last dimension must be contiguous"),
             (
                 any(s % 16 for s in self.strides[1:]),
-                f"strides {self.strides} are no multiples of 16",
+                f"strides {self.strides} are not multiples of 16",
             ),
-            (row % 16, f"a box row of {row} bytes is no multiple of 16"),
+            (row % 16, f"a box row of {row} bytes is not a multiple of 16"),
             (self.swizzle and row > self.swizzle, f"a box row of {row} bytes exceeds the swizzle"),
             (max(self.box) > (1024 if self.im2col else 256), f"box {self.box} is too large"),
             (self.swizzle not in (0, 32, 64, 128), f"swizzle {self.swizzle}"),

@@ -21,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import resnet_fast
 import resnet_fast.models.resnet as ours
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import packed
 from tests.conversion.checks import close, is_fused, run
 
 
@@ -223,7 +223,7 @@ def test_a_freed_storage_is_an_error_as_in_torch(buffer, name, model, plain, x):
 
 @pytest.mark.parametrize("converted", [True, False], ids=["optimized", "ours"])
 def test_a_deleted_model_is_freed_at_once(converted, x):
-    cpu.forget()
+    packed.forget()
     build = reference if converted else ours
     model = build.ResNet(build.Bottleneck, [1] * 4, num_classes=10).eval()
     model = resnet_fast.optimize(model, inplace=True)
@@ -232,10 +232,10 @@ def test_a_deleted_model_is_freed_at_once(converted, x):
     try:
         for _ in range(2):
             run(model, x)
-        assert cpu._cache
+        assert packed._cache
         gone = [weakref.ref(module) for module in model.modules()]
         del model
         assert not any(ref() for ref in gone)
-        assert not cpu._cache
+        assert not packed._cache
     finally:
         gc.enable()

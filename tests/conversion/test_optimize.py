@@ -17,7 +17,7 @@ from torch import nn
 import resnet_fast
 import resnet_fast.models.resnet as ours
 from resnet_fast.conversion.forward import is_converted
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import cpu, packed
 from tests.conversion.checks import close, is_fused, run
 from tests.support.here import cpu_refusal
 
@@ -180,13 +180,13 @@ def test_verify_leaves_a_model_in_training_as_it_was(inplace, model, x):
 
 
 def test_verify_catches_a_wrong_kernel(model, x, monkeypatch):
-    right = cpu.fold
+    right = packed.fold
 
     def wrong(scale, shift, mean, var, eps):
         gain, bias = right(scale, shift, mean, var, eps)
         return gain * 1.01, bias
 
-    monkeypatch.setattr(cpu, "fold", wrong)
+    monkeypatch.setattr(packed, "fold", wrong)
     with pytest.raises(RuntimeError, match=r"verify failed: error .* exceeds"):
         resnet_fast.optimize(model, verify=True, example_input=x)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from resnet_fast import build, cli, machine
+from resnet_fast.cli import ptxas
 from resnet_fast.kernels import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,8 +119,7 @@ def test_wheels_come_after_the_toolkit_and_the_runtime_is_static(monkeypatch):
 
 
 def test_spills_are_told(tmp_path):
-    log = tmp_path / "op.log"
-    log.write_text(
+    log = (
         "ptxas info    : Compiling entry function 'good' for 'sm_80'\n"
         "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
         "ptxas info    : Used 30 registers, used 0 barriers\n"
@@ -127,13 +127,15 @@ def test_spills_are_told(tmp_path):
         "    24 bytes stack frame, 16 bytes spill stores, 8 bytes spill loads\n"
         "ptxas info    : Used 255 registers, used 0 barriers\n"
     )
-    usage = tuple(build._usage(log, TOOLCHAIN))
+    module = tmp_path / "_C.so"
+    module.write_text("")
+    report = build.Report(module, (80, 90), (120,), 1.0, {"op": log}, TOOLCHAIN)
+    usage = ptxas.usage_of(report)
     assert [(u.kernel, u.arch, u.registers, u.spill_bytes) for u in usage] == [
         ("good", 80, 30, 0),
         ("bad", 90, 255, 24),
     ]
-    report = build.Report(log, (80, 90), (120,), 1.0, usage, TOOLCHAIN)
-    text = "\n".join(build.describe(report))
+    text = "\n".join(ptxas.describe(report, usage))
     assert "30 to 255 registers, 1 with spills" in text and "24 bytes on 9.0" in text
     assert "without  12.0, which nvcc 13.0 does not know" in text and "good" not in text
 

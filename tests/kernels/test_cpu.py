@@ -17,7 +17,7 @@ from torch import nn
 
 from resnet_fast import ops
 from resnet_fast.agreement import error
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import cpu, packed
 from resnet_fast.spec import ConvSpec
 from tests.support.here import cpu_backend
 
@@ -26,7 +26,7 @@ CHANNELS_LAST = torch.channels_last
 
 @pytest.fixture(autouse=True)
 def without_gradient():
-    cpu.forget()
+    packed.forget()
     with torch.no_grad():
         yield
 
@@ -76,8 +76,8 @@ def x():
     return torch.randn(2, 16, 8, 8).contiguous(memory_format=CHANNELS_LAST)
 
 
-def entry_of(weight) -> cpu.PackedWeight:
-    (entry,) = cpu._entries(weight).values()
+def entry_of(weight) -> packed.PackedWeight:
+    (entry,) = packed._entries(weight).values()
     return entry
 
 
@@ -190,10 +190,10 @@ def test_train_and_eval_in_turn(layer, x):
 def unsampled(weight) -> int:
     """An element of weight that none of the four samples covers."""
     element = weight.element_size()
-    last = weight.nbytes - cpu.SAMPLE_BYTES
-    starts = [last * i // (cpu.SAMPLES - 1) for i in range(cpu.SAMPLES)]
+    last = weight.nbytes - packed.SAMPLE_BYTES
+    starts = [last * i // (packed.SAMPLES - 1) for i in range(packed.SAMPLES)]
     covered = {
-        byte // element for start in starts for byte in range(start, start + cpu.SAMPLE_BYTES)
+        byte // element for start in starts for byte in range(start, start + packed.SAMPLE_BYTES)
     }
     return min(set(range(weight.numel())) - covered)
 
@@ -206,7 +206,7 @@ def test_forget_is_for_the_data_write_that_leaves_no_trace(everything, layer, x)
     weight.data.view(-1)[unsampled(weight)] = 30.0
     assert not close(layer(x), layer.plain(x)), "seen at once: the documentation is too modest"
     assert launch.fresh(weight)
-    cpu.forget(None if everything else [weight])
+    packed.forget(None if everything else [weight])
     assert not launch.fresh(weight)
     assert close(layer(x), layer.plain(x))
 
@@ -226,7 +226,7 @@ def test_a_write_that_no_sample_sees_is_seen_before_many_pixels(name, layer, x):
     layer(x)
     launch = layer.bind(x)
     WRITES_NO_SAMPLE_SEES[name](layer.conv.weight)
-    calls = -(-cpu.PIXELS_PER_SUM // 128)
+    calls = -(-packed.PIXELS_PER_SUM // 128)
     assert not all(launch.fresh(layer.conv.weight) for _ in range(calls))
     assert close(layer(x), layer.plain(x))
 
@@ -237,19 +237,19 @@ def test_a_write_that_no_sample_sees_is_seen_before_many_pixels(name, layer, x):
 def test_sums_see_every_element_wherever_the_weight_begins(offset, shape, dtype):
     memory = torch.randn(200 + offset + torch.Size(shape).numel()).to(dtype)
     weight = memory[offset : offset + torch.Size(shape).numel()].view(shape)
-    before = cpu._sums(weight)
+    before = packed._sums(weight)
     for element in range(weight.numel()):
         kept = weight.view(-1)[element].clone()
         weight.view(-1)[element] += 1
-        assert not torch.equal(cpu._sums(weight), before)
+        assert not torch.equal(packed._sums(weight), before)
         weight.view(-1)[element] = kept
     memory[-200:] = 0.0
-    assert torch.equal(cpu._sums(weight), before)
+    assert torch.equal(packed._sums(weight), before)
 
 
 def test_a_write_is_seen_at_once_by_a_large_convolution(layer):
     x = torch.randn(8, 16, 32, 32).contiguous(memory_format=CHANNELS_LAST)
-    assert cpu.PIXELS_PER_SUM <= 8 * 32 * 32
+    assert packed.PIXELS_PER_SUM <= 8 * 32 * 32
     layer(x)
     layer.conv.weight.data[10, 3, 1, 1] = 30.0
     assert close(layer(x), layer.plain(x))
@@ -305,28 +305,28 @@ def test_aliases_that_count_their_versions_apart_keep_a_copy_each(layer, x, pack
     for _ in range(5):  # functional_call with fresh aliases, say
         call = layer.call(x)
         ops.conv_bn_act_op(*call._replace(weight=call.weight.data))
-    assert len(cpu._entries(layer.conv.weight)) <= cpu.MAX_ALIASES
+    assert len(packed._entries(layer.conv.weight)) <= packed.MAX_ALIASES
 
 
 def test_forget_of_one_weight_leaves_the_others(layer, x):
     other = Layer()
     layer(x), other(x)
-    cpu.forget([layer.conv.weight, torch.ones(3)])
-    assert cpu.packed_bytes([layer.conv.weight]) == 0
-    assert cpu.packed_bytes([other.conv.weight]) > 0
+    packed.forget([layer.conv.weight, torch.ones(3)])
+    assert packed.packed_bytes([layer.conv.weight]) == 0
+    assert packed.packed_bytes([other.conv.weight]) > 0
 
 
 @pytest.fixture
 def packs(monkeypatch):
     """The list of all packings since the test began."""
     done = []
-    pack = cpu.PackedWeight.pack
+    pack = packed.PackedWeight.pack
 
     def counted(self, *arguments):
         done.append(arguments)
         return pack(self, *arguments)
 
-    monkeypatch.setattr(cpu.PackedWeight, "pack", counted)
+    monkeypatch.setattr(packed.PackedWeight, "pack", counted)
     return done
 
 
@@ -348,11 +348,11 @@ def test_two_input_sizes_are_both_right_and_share_what_they_can(layer, x, packs)
         assert close(layer(x), layer.plain(x))
         assert close(layer(small), layer.plain(small))
     assert len(packs) == 2
-    assert cpu.packed_bytes([layer.conv.weight]) <= 2 * layer.conv.weight.nbytes
+    assert packed.packed_bytes([layer.conv.weight]) <= 2 * layer.conv.weight.nbytes
 
 
 def test_many_input_sizes_do_not_pile_up(layer, monkeypatch):
-    monkeypatch.setattr(cpu, "MAX_SHAPES", 3)
+    monkeypatch.setattr(packed, "MAX_SHAPES", 3)
     for size in range(3, 12):
         x = torch.randn(1, 16, size, size).contiguous(memory_format=CHANNELS_LAST)
         assert close(layer(x), layer.plain(x))
@@ -421,9 +421,9 @@ def test_a_weight_with_two_geometries(x):
 
 def test_packed_bytes_counts_what_is_kept(layer, x):
     weight = layer.conv.weight
-    assert cpu.packed_bytes([weight]) == 0
+    assert packed.packed_bytes([weight]) == 0
     layer(x)
-    assert weight.nbytes <= cpu.packed_bytes([weight]) <= 2 * weight.nbytes
+    assert weight.nbytes <= packed.packed_bytes([weight]) <= 2 * weight.nbytes
 
 
 def test_a_narrow_weight_has_a_narrow_copy(layer, x, needs_cpu_backend):
@@ -431,19 +431,19 @@ def test_a_narrow_weight_has_a_narrow_copy(layer, x, needs_cpu_backend):
     layer(x)
     weight = layer.conv.weight
     layer.bfloat16()(x.bfloat16())
-    assert cpu.packed_bytes([layer.conv.weight]) <= weight.numel() * 4
+    assert packed.packed_bytes([layer.conv.weight]) <= weight.numel() * 4
 
 
 def test_the_packed_copy_goes_with_the_weight(x):
     layer = Layer()
     layer(x)
     weight = layer.conv.weight
-    (packed,) = entry_of(weight).packed.values()
-    gone = weakref.ref(packed)
+    (copy,) = entry_of(weight).packed.values()
+    gone = weakref.ref(copy)
     gc.disable()
     try:
-        del packed, layer, weight
-        assert not cpu._cache
+        del copy, layer, weight
+        assert not packed._cache
         assert gone() is None
     finally:
         gc.enable()
@@ -457,7 +457,7 @@ def test_a_new_weight_at_an_old_identity_is_packed_anew(x):
         y = ops.conv_bn_act(x, weight, one, zero, padding=1)
         assert close(y, F.relu(F.conv2d(x, weight, padding=1)))
         del weight
-    assert len(cpu._cache) <= 1
+    assert len(packed._cache) <= 1
 
 
 def test_a_weight_made_under_inference_mode_is_not_packed(x):
@@ -470,7 +470,7 @@ def test_a_weight_made_under_inference_mode_is_not_packed(x):
         assert close(ops.conv_bn_act_op(*layer.call(x)), layer.plain(x))
     assert plan.backend == "aten"
     assert "inference_mode" in plan.why_fallback()
-    assert not cpu._cache
+    assert not packed._cache
 
 
 def test_calls_under_inference_mode_pack_an_ordinary_weight(layer, x):
@@ -508,3 +508,12 @@ def test_a_cpu_without_the_instructions_is_refused(dtype, monkeypatch):
     name = {"bfloat16": "_is_mkldnn_bf16_supported", "float16": "_is_mkldnn_fp16_supported"}[dtype]
     monkeypatch.setattr(torch.ops.mkldnn, name, lambda: False)
     assert f"no {dtype} instructions" in cpu.refusal(ConvSpec(1, 4, 4, 8, 8, 1, 1, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (7, 8), (8, 7), (9, 5)], ids=str)
+def test_the_pool_is_torchs(size, dtype):
+    x = torch.randn(2, 5, *size).relu().to(getattr(torch, dtype))
+    expected = F.max_pool2d(x, 3, 2, 1)
+    y = cpu.max_pool_3x3_2(x.contiguous(memory_format=CHANNELS_LAST))
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=CHANNELS_LAST)

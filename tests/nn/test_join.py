@@ -21,7 +21,7 @@ from torch import nn
 import resnet_fast
 from resnet_fast import ops
 from resnet_fast.dispatch import table
-from resnet_fast.nn import blocks
+from resnet_fast.nn import run
 from tests.nn import test_guards as guards
 from tests.nn import test_staleness as staleness
 from tests.support import interpreted
@@ -71,19 +71,21 @@ def test_without_a_kernel_a_block_runs_as_two_ops(pair, image, monkeypatch):
     fused, _ = pair()
     fused(image(2, 3, 40, 40))
     assert merged(fused) == {}
-    programs = blocks.record_of(fused.layer2[0]).programs.values()
-    assert all(program.join is None and len(program.sequence) == 3 for program in programs)
+    (plan,) = run.plans_of(fused)
+    assert {step.kind for step in plan.steps} == {"conv", "pool"}
 
 
 def test_a_join_is_kept_as_one_step(pair, image):
     fused, _ = pair()
     fused(image(2, 3, 40, 40))
-    (program,) = blocks.record_of(fused.layer2[0]).programs.values()
-    assert program.join.plan.is_one_kernel
-    assert len(program.sequence) == 2
-    calls = program.join.plan.calls
+    (plan,) = run.plans_of(fused)
+    blocks = [[step.kind for step in piece.steps] for piece in plan.pieces]
+    assert blocks == [["conv", "pool"], *[["conv", "conv"]] * 2, ["conv", "join"]]
+    join = plan.pieces[-1].runs[-1].plan
+    assert join.is_one_kernel
+    calls = join.calls
     fused(image(2, 3, 40, 40))
-    assert program.join.plan.calls == calls + 1
+    assert join.calls == calls + 1
 
 
 CHANGES = [

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import resnet_fast
-from resnet_fast.nn import blocks
-from resnet_fast.nn.mixed import MixedProgram
+from resnet_fast.nn import run
 from tests.nn.conftest import randomize
 from tests.support.tolerance import assert_within
 
@@ -52,7 +51,7 @@ def agree(optimized: nn.Module, plain: nn.Module, x: torch.Tensor) -> torch.Tens
 
 
 def kept(module: nn.Module) -> list:
-    return list(blocks.record_of(module).programs.values())
+    return run.plans_of(module)
 
 
 PARTS = {
@@ -77,8 +76,9 @@ def test_parts_agree_and_stay_live(parts, mode):
     with mode():
         for _ in range(3):
             before = agree(optimized, plain, x)
-        (program,) = kept(optimized)
-        assert isinstance(program, MixedProgram) == (parts != "shortcut-relu")
+        (plan,) = kept(optimized)
+        only_ops = all(step.kind == "conv" for step in plan.steps)
+        assert only_ops == (parts == "shortcut-relu")
         for model in (plain, optimized):
             model.conv2.weight.data *= 1.5
             model.bn1.running_mean += 0.5
@@ -162,7 +162,7 @@ def test_what_a_pool_is_beside_is_bounded():
     for parts in ("pool", "gate"):
         optimized = resnet_fast.optimize(block(**PARTS[parts]()))
         optimized(image(2, 16, 12, 12))
-        bounded[parts] = [program.bounded for program in kept(optimized)]
+        bounded[parts] = [plan.bounded for plan in kept(optimized)]
     assert bounded == {"pool": [True], "gate": [False]}
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import packed
 
 SIZES = range(24, 72, 4)
 THREADS = 4
@@ -20,7 +20,7 @@ def test_new_sizes_in_many_threads(trial, pair, image):
     images = [image(1, 3, size, size) for size in SIZES]
     with torch.inference_mode():
         expected = [plain(x) for x in images]
-    cpu.forget()
+    packed.forget()
     begin = threading.Barrier(THREADS)
     failures: list[str] = []
 
@@ -46,15 +46,15 @@ def test_new_sizes_in_many_threads(trial, pair, image):
 def test_a_copy_is_looked_for_while_others_are_made(monkeypatch):
     """The race itself: packing looks through the copies, and another thread adds one."""
     weight, one = torch.randn(8, 16, 3, 3), torch.ones(8)
-    layout = cpu._layout
+    layout = packed._layout
     inside, failures = threading.Event(), []
 
-    def slow(packed):
+    def slow(copy):
         inside.set()
         threading.Event().wait(0.002)
-        return layout(packed)
+        return layout(copy)
 
-    monkeypatch.setattr(cpu, "_layout", slow)
+    monkeypatch.setattr(packed, "_layout", slow)
     torch.ops.resnet_fast.conv_bn_act(channels_last(4), weight, one, one)
 
     def serve(sizes):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fast.agreement import compare
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import packed
 from resnet_fast.ops import (
     ArgumentError,
     Call,
@@ -148,9 +148,9 @@ def test_autocast_packs_the_master_weight_once(dtype, arguments, monkeypatch, ne
     needs_cpu_backend(dtype)
     call = arguments(SPEC)
     packs = []
-    pack = cpu.PackedWeight.pack
+    pack = packed.PackedWeight.pack
     monkeypatch.setattr(
-        cpu.PackedWeight, "pack", lambda self, *args: packs.append(1) or pack(self, *args)
+        packed.PackedWeight, "pack", lambda self, *args: packs.append(1) or pack(self, *args)
     )
     with torch.autocast("cpu", dtype):
         first = run(call)

@@ -20,7 +20,8 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import ops
-from resnet_fast.nn import program
+from resnet_fast.nn import launches
+from resnet_fast.nn.guard import Guard
 from resnet_fast.profiling import profile as module
 from resnet_fast.profiling import suggest
 from resnet_fast.profiling.calls import around_calls
@@ -152,7 +153,7 @@ def test_the_overhead_of_marking_is_told_and_nothing_stays_behind(found, ours):
     text = str(profile(ours))
     assert f"marking the layers costs {found.marking}" in str(found)
     assert "marking the layers costs" in text
-    assert nn.Module.__call__ is call and program.watch is None
+    assert nn.Module.__call__ is call and launches.observer_now() is None
     report = resnet_fast.report(ours)
     assert report.fused == len(report) == 9
 
@@ -228,7 +229,7 @@ def test_nothing_stays_behind_after_an_error(theirs):
     timeline = Timeline(theirs, X, HostClock())
     with pytest.raises(KeyError), timeline.open():
         raise KeyError
-    assert nn.Module.__call__ is call and program.watch is None
+    assert nn.Module.__call__ is call and launches.observer_now() is None
 
 
 def test_a_replay_outside_of_open_has_no_marks_inside(theirs, ours):
@@ -300,16 +301,16 @@ def test_a_module_that_calls_none_of_its_children_is_one_row():
 
 
 def test_the_pool_and_the_layout_of_the_fused_model_have_rows_of_their_own(ours, monkeypatch):
-    """Beside the guards, which are asked for all blocks between the pool and the first of them."""
+    """Beside the guard, which is asked before the first of them."""
     pool = ops.max_pool_3x3_2
     monkeypatch.setattr(ops, "max_pool_3x3_2", lambda x: (time.sleep(SLEEP), pool(x))[1])
     found = profile(ours, X.contiguous())
     assert [row.name for row in found.layers[:4]] == ["clone", "range check", "conv1", "maxpool"]
     assert only_slow(found) == ["maxpool"]
     assert [row.backend for row in found.layers[:4]] == ["torch", "cpu", "cpu", "cpu"]
-    holds = program.Program.holds
+    holds = Guard.holds
     monkeypatch.setattr(ops, "max_pool_3x3_2", pool)
-    monkeypatch.setattr(program.Program, "holds", lambda *a: (time.sleep(SLEEP / 5), holds(*a))[1])
+    monkeypatch.setattr(Guard, "holds", lambda *a: (time.sleep(SLEEP), holds(*a))[1])
     assert only_slow(profile(ours)) == [GAP]
 
 

@@ -260,7 +260,7 @@ def test_tensor_store(operation):
 def test_tensor_maps_refuse_what_the_hardware_refuses():
     x = np.zeros((8, 64), np.float16)
     for match, make in {
-        "no multiple of 16": lambda: ptx.TensorMap(x[:, 1:33], (8, 32)),
+        "not a multiple of 16": lambda: ptx.TensorMap(x[:, 1:33], (8, 32)),
         "exceeds the swizzle": lambda: ptx.TensorMap(x, (8, 64), swizzle=64),
         "another rank": lambda: ptx.TensorMap(x, (8,)),
         "contiguous": lambda: ptx.TensorMap(x.T, (64, 8)),

@@ -42,7 +42,7 @@ from softgpu import ptx
          "and.b32 %r9, %r0, 31; setp.eq.u32 %p1, %r9, 3;"
          "@!%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [tile];"),
         ("wgmma.fence|partial warp", "setp.eq.u32 %p1, %r0, 3; @!%p1 wgmma.fence.sync.aligned;"),
-        ("no multiple of a warp", "bar.sync 1, 48;"),
+        ("not a multiple of a warp", "bar.sync 1, 48;"),
         ("64 wait at a barrier", "shr.u32 %r1, %r0, 5; bar.sync %r1;"),
         ("is used for 64 and 32 threads at once|for 32",
          "setp.lt.u32 %p1, %r0, 32; @%p1 bar.sync 1, 64; @!%p1 bar.sync 1, 32;"),

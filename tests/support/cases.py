@@ -2,7 +2,7 @@
 """The convolutions that tests and benchmarks run, and the tensors to run them on.
 
 Lists are curated and every case has an id: the distinct convolutions of real networks, at a reduced
-size where a slow interpreter runs them, and odd ones that each break a habit of thought.
+size if a slow interpreter runs them, and unusual ones that each break an assumption.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def conv_tensors(
     Args:
         params: dtype of scale, shift, mean and var.
         sliced: x is a slice of a larger [N, H, W, C] along all of H, W and C.
-        misaligned: x, weight and residual start at addresses that are no multiple of 16 bytes.
+        misaligned: x, weight and residual start at addresses that are not multiples of 16 bytes.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, spec.dtype)
@@ -275,8 +275,8 @@ def channel_vectors(k: int, normal: Callable[[int], torch.Tensor], norm: bool) -
     """(scale, shift, mean, var), each [K] of fp32; without `norm` the last two are None.
 
     A third of the scales are negative. A quarter of the variances are zero or about as small as
-    eps, so that it shows where eps is another or left out; the scales there are as small, so that
-    all channels weigh the same. Powers of two: no dtype rounds them.
+    eps, so that a wrong or missing eps shows; the scales there are as small, so that all channels
+    have the same weight. All are powers of two, which no dtype rounds.
     """
     scale, shift = normal(k).abs() + 0.5, normal(k)
     scale[1::3] *= -1

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the project's kernels for any architecture without a GPU, read them, and run them.
 
-A `CompiledKernel` is one launch: PTX, machine code, shape and arguments. It is made by the very
-`build` that the package calls: where a GPU would be given the kernel, `recorder` compiles it and
-keeps the arguments. So a test of it is a test of what a user's GPU gets.
+A `CompiledKernel` is one launch: PTX, machine code, shape and arguments. It comes from the same
+`build` that the package calls, but instead of launching the kernel on a GPU, `recorder` compiles it
+and keeps the arguments. So a test of it is a test of what runs on a user's GPU.
 
     source (Triton, CUDA)  ->  CompiledKernel  ->  resources(), main_loop()   what the compiler made
                                                ->  run()                      what it computes
 
-A source is a function that returns `CompiledKernel`s; nothing behind it knows the source.
+A source is a function that returns `CompiledKernel`s; the code that uses them knows no source.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Resources:
 
     @property
     def occupancy(self) -> dict[str, float]:
-        """By the name of each GPU of `_hardware.GPUS`: resident threads over the most there are."""
+        """For each GPU of `_hardware.GPUS`, by name: resident threads over the maximum."""
         return {
             gpu.name: self.blocks_per_sm(gpu) * self.threads / gpu.max_threads_per_sm
             for gpu in _hardware.GPUS.values()

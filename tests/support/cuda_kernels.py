@@ -2,8 +2,8 @@
 """The CUDA C++ kernels as `CompiledKernel`s: what the extension would launch on CPU tensors.
 
 `conv_kernels` and `join_kernels` have the signatures of Triton's, so one test serves both. A
-problem is passed as the struct that the extension's launcher fills; only the tensors whose
-addresses stand in it may be touched.
+problem is passed as the struct that the extension's launcher fills; the kernel may only touch the
+tensors whose addresses it contains.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's CUTLASS convolutions, compiled here: they calibrate the machine and stand beside ours.
+"""NVIDIA's CUTLASS convolutions, compiled here: they calibrate the PTX machine.
 
 A source holds one kernel and a host program that prints how CUTLASS launches it, so that not a
-byte of its parameters is ours.
+byte of its parameters is ours. Nothing of torch or resnet_fast is needed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from resnet_fast.spec import ConvSpec, TileConfig
-from softgpu import ptx
 from tests.support import nvcc
-from tests.support.cases import ConvTensors
-from tests.support.compiled import CompiledKernel
 
 SOURCE = Path(__file__).with_name("cutlass_conv.cu")
 
@@ -68,38 +64,3 @@ def compile_program(source: Path, arch: str, folder: Path, **macros: int) -> Pro
         *("--keep", "--keep-dir", str(folder), str(source), "-o", str(folder / "host")),
     )
     return Program((folder / f"{source.stem}.ptx").read_text(), folder / "host")
-
-
-def compile_tile(tile: TileConfig, folder: Path) -> Program:
-    """conv2d fprop for sm_80 and fp16 at the sizes of `tile`, which four warps share."""
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "NUM_STAGES")
-    return compile_program(SOURCE, "80", folder, **{name: getattr(tile, name) for name in names})
-
-
-def case(spec: ConvSpec) -> tuple[int, ...]:
-    """The sizes that the host programs take: N H W C K R S padding stride."""
-    return (
-        *(spec.n, spec.h, spec.w, spec.c, spec.k, spec.r, spec.s),
-        *(spec.padding[0], spec.stride[0]),
-    )
-
-
-def conv_kernel(program: Program, tensors: ConvTensors) -> CompiledKernel:
-    """The launch of `compile_tile`'s kernel: relu(conv(x, weight) + residual), no BatchNorm."""
-    t = tensors
-    arrays = tuple(a for a in (t.x, t.weight, t.residual, t.out) if a is not None)
-    addresses = (
-        0 if a is None else ptx.address_of(a, publish=False)
-        for a in (t.x, t.weight, t.residual, t.out)
-    )
-    launch = program.launch(*case(t.spec), *addresses)
-    return CompiledKernel(
-        name=nvcc.entry_name(program.ptx),
-        arch=80,
-        ptx=program.ptx,
-        cubin=nvcc.assemble(program.ptx, 80),
-        grid=launch.grid,
-        block=(launch.threads, 1, 1),
-        shared_bytes=launch.shared_bytes,
-        args=(ptx.Struct(launch.params, arrays),),
-    )

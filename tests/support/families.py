@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op in every family of kernels, as work for the compiler that need not be done to be seen.
+"""Every op in every family of kernels, as compilations that can be listed without doing them.
 
     triton conv_bn_act   triton conv_bn_join   triton stem_pool   triton add_relu
     cuda conv_bn_act     cuda conv_bn_join     cuda stem_pool     cuda add_relu

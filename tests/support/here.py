@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the CPU that runs the tests has, in dispatch's words: a test asks, and never assumes."""
+"""What the CPU that runs the tests supports, in dispatch's words."""
 
 from __future__ import annotations
 

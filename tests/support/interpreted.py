@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run code where Triton's kernels are interpreted on the CPU, beside code where they compile.
+"""Run code in processes that interpret Triton's kernels on the CPU.
 
 Triton decides at import, by TRITON_INTERPRET, whether a kernel is compiled or interpreted, so one
-process cannot do both. `pool` starts processes that interpret; the caller's is left alone.
+process cannot do both. `pool` starts processes that interpret; the caller still compiles.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from types import SimpleNamespace
 def pool(processes: int = 1) -> ProcessPoolExecutor:
     """An executor whose processes interpret Triton kernels; it takes picklable functions.
 
-    A function that is sent there must not have Triton kernels imported by its own module's import
-    in a process that compiles; the kernels it uses are its process's own, and interpreted.
+    A function that runs there uses the kernels that its own process imported: interpreted ones. So
+    its module must not import Triton kernels at its top.
     """
     spawn = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(processes, mp_context=spawn, initializer=interpret_here)
 
 
 def interpret_here() -> None:
-    """Make this process interpret; it must not have imported Triton kernels yet."""
+    """Make this process interpret kernels; it must not have imported any yet."""
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiles are too small to share among threads
     import numpy as np
@@ -37,9 +37,9 @@ def interpret_here() -> None:
 
     torch.set_num_threads(1)
 
-    # Where Triton 3.8 interprets other than a GPU computes, do as the GPU does. A bfloat16 is kept
-    # as its bits in a uint16: tl.dot would multiply those bits, and a conversion truncate. TF32
-    # products take whole fp32 numbers: tensor cores drop the low 13 bits, whatever they are.
+    # Correct what Triton 3.8 interprets differently from a GPU. It keeps a bfloat16 as its bits in
+    # a uint16: tl.dot would multiply those bits, and conversions would truncate. Its TF32 products
+    # use all bits of fp32, while tensor cores ignore the low 13.
     convert_float = interpreter._convert_float
     builder = interpreter.InterpreterBuilder
     dot = builder.create_dot

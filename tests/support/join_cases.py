@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The projection blocks' ends that tests run, the tensors to run them on, and the compiled kernel.
 
-What `cases.py` and `compiled.py` are for one convolution, for the two of `conv_bn_join`.
+As `cases.py` and `compiled.py` for one convolution, but for the two of `conv_bn_join`.
 """
 
 from __future__ import annotations

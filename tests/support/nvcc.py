@@ -23,7 +23,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # enum class Dtype
 CPP_TYPE = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
-# Where processes of one run, in which no source changes, share what they compile; None: nowhere.
+# Where the processes of one test run share compiled kernels; None: nowhere.
 cache_folder: Path | None = None
 
 

@@ -63,7 +63,7 @@ def run_tool(tool: str, option: str, cubin: bytes) -> str:
 
 
 def instructions(sass: str) -> tuple[list[str], dict[str, int]]:
-    """The instructions of a disassembly in order, and the index that each label stands for."""
+    """The instructions of a disassembly in order, and the index of each label."""
     found: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():

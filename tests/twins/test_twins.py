@@ -21,7 +21,7 @@ from torch import nn
 import resnet_fast
 import resnet_fast.models.resnet as ours
 from resnet_fast import agreement
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import packed
 from tests.nn.conftest import build, randomize
 from tests.twins.changes import CHANGES, UNCOUNTED
 
@@ -191,7 +191,7 @@ def serve_pixels(fused: nn.Module, plain: nn.Module) -> None:
     The last stage of these models makes one in 64 of the image.
     """
     x = image(plain, 0, 4, (128, 128), "nhwc")
-    for _ in range(cpu.PIXELS_PER_SUM // (x[:, 0].numel() // 64)):
+    for _ in range(packed.PIXELS_PER_SUM // (x[:, 0].numel() // 64)):
         run(fused, "no_grad", x)
 
 

@@ -10,7 +10,7 @@
 //   element    0 .. head  head                                tail  .. numel
 //              one by one | accesses of kLength elements, kUnroll a thread | one by one
 //
-// Such a kernel does one operation for 6 bytes: nothing counts but memory. So
+// The kernel does one operation for 6 bytes, so only memory traffic matters:
 //   - an access is 16 bytes, the widest there is, and a thread starts all its loads before it needs
 //     the first: 2 * kUnroll are in flight, and the latency of DRAM is paid once for all of them;
 //   - neighbouring threads take neighbouring accesses, so that a warp's 512 bytes are whole sectors
@@ -21,13 +21,11 @@
 //
 // This is the smallest kernel here and the template of the next one. Every header in this folder
 //   1. begins with the formula, the layout of each tensor, a picture, and the reasons;
-//   2. takes one plain struct of pointers, sizes and strides, and includes nothing of torch, so
-//   that
-//      the tests compile it alone and run what the compiler made of it on the PTX machine;
-//   3. checks nothing: the caller (`csrc/cuda/add_relu.cu`) has checked dtypes, shapes and
-//   alignment;
-//   4. has as template parameters only what changes the machine code.
-// The reference is `resnet_fast/kernels/aten.py`; the Triton version
+//   2. takes one plain struct of pointers, sizes and strides and includes nothing of torch, so
+//      that the tests can compile it alone and run the compiler's output on the PTX machine;
+//   3. checks nothing: the caller (`csrc/cuda/add_relu.cu`) has checked dtypes, shapes, alignment;
+//   4. has template parameters only for what changes the machine code.
+// The reference is in `resnet_fast/kernels/aten.py`, the Triton version in
 // `resnet_fast/kernels/add_relu.py`.
 #pragma once
 
@@ -59,8 +57,7 @@ struct ReluGradient {
   __device__ static float apply(float x, float y) { return y <= 0.0f ? 0.0f : x; }
 };
 
-// How the elements are cut into accesses, threads and blocks; the host launches by the same
-// numbers.
+// How the elements are cut into accesses, threads and blocks, for the host and the device.
 template <class Element, bool kAligned>
 struct ElementwiseShape {
   static constexpr int kThreads = 256;
@@ -87,7 +84,7 @@ __global__ void __launch_bounds__(256) elementwise(ElementwiseProblem problem) {
   const Element* y = static_cast<const Element*>(problem.y);
   Element* out = static_cast<Element*>(problem.out);
 
-  // The head, up to the first sector of `out`, and the tail, what is no whole access: block 0's.
+  // Block 0 also does the head, up to the first sector of `out`, and the tail, less than an access.
   int head = 0;
   if constexpr (kAligned) {
     int past_sector = static_cast<int>(reinterpret_cast<uintptr_t>(out) % Shape::kSector);

@@ -12,8 +12,8 @@
 //   for each step of R*S*C:     sums  += h tile * weight tile
 //   y = relu(sums * factor + sums' * factor' + offset + offset')
 //
-// The sums stay apart until the end: one that is scaled by the quotient of the factors would be
-// wrong where a factor is zero or tiny, as zero-initialised BatchNorms are.
+// The sums stay apart until the end: a single sum would have to be scaled by the quotient of the
+// factors, and that fails where a factor is zero or tiny, as in zero-initialised BatchNorms.
 //
 // Preconditions as in conv_implicit_gemm.cuh. Reference: resnet_fast/ops/conv_bn_join.py.
 #pragma once

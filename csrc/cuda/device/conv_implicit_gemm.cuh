@@ -14,7 +14,7 @@
 //   acc -> scale, shift, residual, ReLU -> y    epilogue.cuh: 16-byte vectors, one rounding
 //
 // With split_k > 1, block row z sums its share of the steps into the workspace and `reduce_splits`
-// adds the shares in order and finishes: the same sum at every run, no atomics.
+// adds the shares in order and finishes: without atomics, every run gives the same sum.
 //
 // Preconditions (checked by the host, csrc/cuda/conv_bn_act.cu): C and K are whole numbers of
 // 16-byte chunks, every tensor and every stride of x starts at a multiple of 16 bytes, at most 15
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(Tile::kThreads) conv_bn_act(const ConvProblem 
 }
 
 // Adds the shares of split_k in order and finishes as above. Four channels a thread, the vectors of
-// fp32: with eight, each of two loads would touch every second half of a sector.
+// fp32: with eight, each of the two loads would touch only half of every sector.
 template <class Element>
 __global__ void __launch_bounds__(256) reduce_splits(const ConvProblem problem) {
   const int64_t elements = static_cast<int64_t>(problem.m) * problem.k;

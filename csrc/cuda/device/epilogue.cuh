@@ -17,7 +17,7 @@
 
 namespace resnet_fast {
 
-// Eight bytes in one access: of an ordinary float2 the compiler may make two, which meet on a bank.
+// Eight bytes in one access. The compiler may read an ordinary float2 in two, with bank conflicts.
 __device__ __forceinline__ void store_pair(float* shared, float first, float second) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(shared_address(shared)), "f"(first),
                "f"(second)
@@ -61,16 +61,16 @@ struct AffineVector {
   }
 };
 
-// A number for each column of the tile, [BLOCK_N] in shared memory. One thread makes each, while
-// the first copies are under way: so a block reads a vector along channels once.
+// A number for each column of the tile, [BLOCK_N] in shared memory. Each is computed by one thread
+// while the first copies are under way, so a block reads a vector along channels only once.
 template <class Tile>
 __device__ __forceinline__ float* columns(unsigned char* shared, int index) {
   return reinterpret_cast<float*>(shared + Tile::kAffineOffset) + index * Tile::kBlockN;
 }
 
-// kLength numbers of neighbouring columns. Eight lanes are served at once: where they have eight
-// numbers each, the latter four take their second half first, for their first half lies on the
-// banks of the other lanes'.
+// kLength numbers of neighbouring columns. Eight lanes are served at once. If each reads eight
+// numbers, the last four lanes read their second half first: their first half lies on the same
+// banks as that of the first four.
 __device__ __forceinline__ void load(float (&out)[4], const float* columns) {
   const float4 four = *reinterpret_cast<const float4*>(columns);
   out[0] = four.x, out[1] = four.y, out[2] = four.z, out[3] = four.w;

@@ -3,9 +3,9 @@
 //
 // Products are walked in the filter's own memory order, (r, s, c) flattened: nothing is padded but
 // the last step, and C may be any multiple of a chunk. A thread has the same chunk of each of its
-// rows, so one position (r, s, c) serves them all; it advances by BLOCK_K products as an odometer,
-// by additions and comparisons. Of an address, a 64-bit pointer advances once a step, and each row
-// adds its own 32-bit offset in one instruction.
+// rows, so one position (r, s, c) serves them all; it advances by BLOCK_K products like an
+// odometer, by additions and comparisons. An address is a 64-bit pointer, which advances once a
+// step, and a row's own 32-bit offset, which is added in one instruction.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@
 
 namespace resnet_fast {
 
-constexpr int kMaxTaps = 15;  // along an axis: 16 bits tell which are outside, the last one always
+constexpr int kMaxTaps =
+    15;  // along an axis: of 16 bits for the taps outside the image, the last is always set
 
 // A thread's place in the copies of a tile: one chunk of every kRowsPerPass-th row.
 template <class Element, class Tile>

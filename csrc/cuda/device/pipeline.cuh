@@ -3,8 +3,8 @@
 //
 //   step t:  wait for stage t | barrier | copy step t + NUM_STAGES - 1 | multiply stage t
 //
-// The one barrier of a step says both that everybody's copies of stage t are there and that
-// everybody has read stage t - 1, which is the one that the new copies overwrite.
+// A step needs only one barrier: after it, all threads' copies of stage t have arrived, and all
+// threads have read stage t - 1, the one that the new copies overwrite.
 #pragma once
 
 #include <cstdint>

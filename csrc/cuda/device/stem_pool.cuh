@@ -16,11 +16,7 @@
 // 16 bytes, because the stride is two pixels, and `ldmatrix` reads the im2col matrix, which exists
 // nowhere, straight out of the overlapping image rows.
 //
-// Image rows lie in pairs. A unit of 16 bytes is two pixels of half precision; or one of float32,
-// and then even and odd pixels have a plane each. So neighbouring convolution pixels are always
-// one unit apart, and the pairs' pitch is such that the last pixel of a row and the first of the
-// next are too, modulo the banks. The eighth tap is a neighbour's pixel: it is masked, as 0 * NaN
-// is NaN.
+// The image's layout in shared memory is described in stem_tile.cuh.
 //
 // The caller has checked: weight and y are dense and start at multiples of 16 bytes; K is a
 // multiple of 8; channel vectors are dense. Grid: (up to problem.tiles, ceil(K / BLOCK_N)) blocks
@@ -31,87 +27,14 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../common/stem_problem.h"
 #include "async_copy.cuh"
 #include "mma.cuh"
 #include "numeric.cuh"
+#include "stem_tile.cuh"
 
 namespace resnet_fast {
 
-constexpr int kStemFilter = 7, kStemTaps = 8, kStemChannels = 3, kStemPadding = 3;
-
-// BLOCK_P x BLOCK_Q pixels of y by BLOCK_N channels; what they need of the maps before.
-template <int BLOCK_P, int BLOCK_Q, int BLOCK_N, int WARPS>
-struct StemTile {
-  static constexpr int kBlockP = BLOCK_P, kBlockQ = BLOCK_Q, kBlockN = BLOCK_N, kWarps = WARPS;
-  static constexpr int kThreads = 32 * WARPS;
-  static constexpr int kConvP = 2 * BLOCK_P + 1, kConvQ = 2 * BLOCK_Q + 1;
-  static constexpr int kConvPixels = kConvP * kConvQ;
-  static constexpr int kImageH = 2 * kConvP + 5, kImageW = 2 * kConvQ + 5;
-  static constexpr int kWarpRows = (kConvPixels + 16 * WARPS - 1) / (16 * WARPS);  // mma rows / 16
-  static_assert(BLOCK_N % 16 == 0, "ldmatrix brings the filters of 16 channels");
-};
-
-// The smallest number that is at least `least` and `remainder` modulo 128 bytes, all the banks.
-constexpr int banks_apart(int least, int remainder) {
-  return least + ((remainder - least) % 128 + 128) % 128;
-}
-
-// Where things lie in shared memory, in bytes.
-template <class Element, class Tile>
-struct StemLayout {
-  static constexpr bool kPlanes = sizeof(Element) == 4;  // of even and odd pixels
-  static constexpr int kPixel = 4 * sizeof(Element);
-  static constexpr int kUnits = (Tile::kImageW + 1) / 2;  // an eighth tap for the last pixel
-  // Eight pixels, the first one odd, are stored at once: four units of each plane.
-  static constexpr int kPlane = kPlanes ? banks_apart(16 * kUnits, 80) : 0;
-  static constexpr int kRow = kPlane + 16 * kUnits;
-  static constexpr int kPair = banks_apart(2 * kRow, 16 * Tile::kConvQ);
-
-  // One tensor-core step, 32 bytes of products: taps 4i to 4i+3, or 2i and 2i+1 of float32.
-  static constexpr int kSteps = kPlanes ? 4 : 2;
-  static constexpr int kStep = kPlanes ? 16 : 32;      // from one to the next, in an image row
-  static constexpr int kHalf = kPlanes ? kPlane : 16;  // from its first half to its second
-  static constexpr int kFilterRow = kStemTaps * kPixel;
-  static constexpr int kFilter = kStemFilter * kFilterRow + 16;  // odd in 16 bytes: no conflicts
-  static_assert(kFilter % 32 == 16, "the same 16 bytes of eight filters are on different banks");
-
-  // The pitch puts what a warp stores of its accumulators on different banks.
-  static constexpr int kOutput = (Tile::kBlockN + 8) * sizeof(Element);
-
-  static constexpr int kFilters = 0;
-  static constexpr int kImage = kFilters + Tile::kBlockN * kFilter;
-  static constexpr int kOutputs = kImage + (Tile::kImageH + 1) / 2 * kPair;
-  static constexpr int kAffine = kOutputs + Tile::kConvPixels * kOutput;
-  static constexpr int kNormalize = kAffine + Tile::kBlockN * sizeof(Affine);
-  static constexpr int kSharedBytes = kNormalize + 4 * sizeof(Affine);
-  static_assert(kOutputs % 16 == 0 && kAffine % 16 == 0, "accesses of 16 bytes");
-
-  __device__ static int image_offset(int row, int pixel) {
-    const int column = kPlanes ? pixel % 2 * kPlane + pixel / 2 * 16 : pixel * kPixel;
-    return row / 2 * kPair + row % 2 * kRow + column;
-  }
-};
-
-// Where a tile lies: its image, its first pixel of y, and so of the convolution and of the image.
-template <class Tile>
-struct StemPlace {
-  int n, pool_p, pool_q;
-
-  __device__ StemPlace(const StemProblem& problem, int tile) {
-    n = problem.tiles_image.quotient(tile);
-    const int inside = tile - n * problem.tiles_image.divisor;
-    const int row = problem.tiles_row.quotient(inside);
-    pool_p = row * Tile::kBlockP;
-    pool_q = (inside - row * problem.tiles_row.divisor) * Tile::kBlockQ;
-  }
-  __device__ int p() const { return 2 * pool_p - 1; }
-  __device__ int q() const { return 2 * pool_q - 1; }
-  __device__ int h() const { return 2 * p() - kStemPadding; }
-  __device__ int w() const { return 2 * q() - kStemPadding; }
-};
-
-// As the tensor cores take it.
+// A value as the tensor cores take it.
 template <class Element>
 __device__ __forceinline__ Element operand(Element v) {
   return v;
@@ -151,8 +74,9 @@ __device__ __forceinline__ void load_filters(const StemProblem& problem, int cha
 
 // A tile of x, zero outside of the image. A warp takes a row, and a lane an element: where channels
 // are adjacent (kPlanes 1) one channel of a pixel, else (kPlanes 3) a pixel of all three planes.
-// Lanes begin where a sector of 32 bytes does if rows of x do. For float32 they then begin at an
-// odd pixel and, at kPlanes 1, are as many as eight pixels have: which fills the banks once.
+// If rows of x start at a sector of 32 bytes, so do the lanes. For float32 they then start at an
+// odd pixel, and with kPlanes 1 there are as many as eight pixels have elements: the banks are
+// filled once.
 template <class Source, class Element, class Tile, int kPlanes>
 __device__ __forceinline__ void load_image(const StemProblem& problem, const StemPlace<Tile>& place,
                                            const Affine* normalize, unsigned char* image) {

@@ -15,8 +15,8 @@ from .warp import members
 class Barriers:
     """The 16 barriers of every block of a batch.
 
-    One that names no number of threads waits for all that have not exited; those that have, order
-    nothing.
+    A barrier without a number of threads waits for all threads that have not exited. Exited threads
+    order nothing.
     """
 
     def __init__(self, batch):
@@ -50,7 +50,7 @@ class Barriers:
     def arrive(self, block: int, barrier: int, count: int, threads, wait: bool) -> None:
         """Add the arrival of `threads`, and let all go on where it is the last one.
 
-        count: of threads that take part; 0 for the whole block.
+        count: how many threads take part; 0 for the whole block.
         """
         batch, key = self.batch, (block, barrier)
         if self.arrived[key] and self.expected[key] != count:
@@ -76,7 +76,7 @@ class Barriers:
             self._complete(key)
 
     def exit(self, threads) -> None:
-        """Whoever waited for nobody but these threads goes on."""
+        """These threads exit: barriers that waited only for them are complete."""
         blocks = np.unique(self.batch.block_of[threads])
         for key in [key for key in self.waiting if key[0] in blocks]:
             if self.arrived[key] == self.needed(key):
@@ -102,7 +102,7 @@ class Barriers:
 
 
 def _whole(batch, threads, what: str) -> None:
-    """No lane of an arriving warp may be elsewhere; one that exited is nowhere."""
+    """All lanes of an arriving warp must be here, except those that have exited."""
     rows = np.unique(threads >> 5)[:, None] * 32 + np.arange(32)
     here = np.zeros(batch.size, bool)
     here[threads] = True
@@ -133,7 +133,7 @@ def _arrivals(batch, m, ids, counts, what: str):
         mine = threads[key == one]
         count = 0 if counts is None else int(counts[mine[0]])
         if counts is not None and count % 32:
-            raise Fault(f"{what}: {count} threads is no multiple of a warp", int(mine[0]))
+            raise Fault(f"{what}: {count} threads is not a multiple of a warp", int(mine[0]))
         yield int(one) // 16, int(one) % 16, count, mine
 
 

@@ -36,7 +36,7 @@ class Mbarrier:
         return (self.phase + 1) << 16 | self.slot
 
     def visible_to(self, threads) -> None:
-        """Who uses an mbarrier must be ordered after its initialization."""
+        """A use of an mbarrier must be ordered after its initialization."""
         warp, time = self.creator
         known = self.batch.clocks.known[threads >> 5, 0, warp % self.batch.warps]
         if (known < time).any():
@@ -65,7 +65,7 @@ class Mbarrier:
         return token
 
     def agent_wrote(self) -> tuple[int, int]:
-        """(slot, time) for bytes that a copy lands: who waits for this phase may see them."""
+        """(slot, time) for bytes that a copy lands: a wait for this phase makes them visible."""
         self.time += 1
         known = np.zeros((2, self.slot + 1), np.int32)
         known[:, self.slot] = self.time

@@ -27,7 +27,9 @@ class Spec:
     kind: str  # class in the counters
     writes: tuple[int, ...]  # operands that are destinations
     control: bool  # may jump, wait or exit
-    together: str  # who must come together: "", "warp", "warpgroup", or "mask", the last operand
+    together: (
+        str  # lanes that must meet at it: "", "warp", "warpgroup", or "mask", the last operand
+    )
     own: tuple[int, ...]  # operands whose registers the builder's run(m) checks itself
 
 
@@ -181,7 +183,7 @@ def gathered(batch, ins, index: int, together: str, run):
 
 
 def _complete(batch, here, rows, mask):
-    """Which lanes of these units need wait for nobody: [units] without a mask, else [units, 32].
+    """Which lanes of these units need not wait: [units] without a mask, otherwise [units, 32].
 
     A lane waits for those of its mask that have not exited, and that come with the same mask. One
     that its own mask leaves out does not wait: the instruction objects.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a conv, its BatchNorm and its ReLU may run as one op: the guard list, and the fused call.
+"""Why something may not run fused, in words that `report` prints; None where it may.
 
 Modules stay what and where they are; only the *call* is fused, after every condition under which
 the fused call could differ from the plain one has been looked at, in each call anew:
@@ -8,80 +8,20 @@ the fused call could differ from the plain one has been looked at, in each call 
 - a gradient is needed: the ops compute theirs anew, which plain modules need not;
 - fx tracing, scripting, torch.jit.trace, torch.func: tools that need the plain graph (exporters
   that trace otherwise, as to ONNX, are for `disabled()`).
-A guard returns the reason in words, which `report` prints.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from resnet_fast import _env, ops
-
-
-class Unit(NamedTuple):
-    """A convolution and the BatchNorm that follows it, found fit to run as one op."""
-
-    conv: nn.Conv2d
-    weight: Tensor  # [K, R, S, C / groups]
-    scale: Tensor  # [K]
-    shift: Tensor  # [K]
-    mean: Tensor  # [K]
-    var: Tensor  # [K]
-    eps: float
-    bias: Tensor | None = None  # [K], the convolution's own
-
-    @property
-    def channels(self) -> int:
-        """Channels of the input."""
-        return self.weight.shape[1] * self.conv.groups
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """What the unit's result depends on."""
-        tensors = self[1:6]
-        return tensors if self.bias is None else (*tensors, self.bias)
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-        """weight, scale, shift, mean, var, eps as the op takes them.
-
-        The op has no bias: conv(x) + bias - mean is conv(x) - (mean - bias).
-        """
-        _, weight, scale, shift, mean, var, eps, bias = self
-        if bias is not None:
-            wide = torch.promote_types(mean.dtype, torch.float32)
-            mean = mean.to(wide) - bias.to(wide)
-        return weight, scale, shift, mean, var, eps
-
-
-@dataclass(slots=True)
-class Record:
-    """How a block or a stem has run so far, for `report`."""
-
-    fused: int = 0
-    plain: int = 0
-    backends: dict[str, str] = field(default_factory=dict)  # name -> why no fused kernel took it
-    reason: str | None = None  # why the last call ran plain, if it did
-    left: str = ""  # what a fused call calls as modules, and why
-    merged: str = ""  # the op that ran several units as one kernel, if one did
-    programs: dict[tuple, Any] = field(default_factory=dict)  # see program.py
-
-    def count_fused(self) -> None:
-        """One more call ran fused: what spoke against it before does no longer."""
-        self.fused += 1
-        self.reason = None
-
-    def note(self, plan) -> None:
-        """Remember the backend of an op's `Plan`, and why a better one refused if any did."""
-        if plan.backend not in self.backends:
-            self.backends[plan.backend] = plan.why_fallback()
+from resnet_fast import _env
+from resnet_fast.nn.units import Unit
 
 
 class _Switch:
@@ -193,6 +133,14 @@ def call_refusal(module: nn.Module) -> str | None:
     return "its forward was replaced" if "forward" in module.__dict__ else None
 
 
+def is_torchs_own(module: object) -> bool:
+    """Whether calling it runs torch's code alone, which changes nothing but its result."""
+    if not isinstance(module, nn.Module):
+        return True  # a function of this package's, or None
+    torchs = type(module).__module__.startswith("torch.nn.modules.") and not module._modules
+    return torchs and call_refusal(module) is None
+
+
 def unit_refusal(conv: nn.Module | None, norm: nn.Module | None) -> str | None:
     """Why conv and norm are not modules that could ever run as a unit; None if they are."""
     if type(conv) is not nn.Conv2d:
@@ -253,6 +201,11 @@ def _stores_of(norm: nn.Module | None) -> tuple[dict, dict] | None:
     if type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or is_norm_with_activation(norm):
         return norm._parameters, norm._buffers
     return (norm._buffers, norm._buffers) if _is_frozen(norm) else None
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether it is a BatchNorm of a kind that may run inside of an op."""
+    return _stores_of(module) is not None
 
 
 def norm_vectors(norm: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor] | str:
@@ -322,63 +275,3 @@ def activation_refusal(activation: nn.Module) -> str | None:
     if type(activation) is not nn.ReLU:
         return f"{type(activation).__name__} is not a ReLU"
     return call_refusal(activation)
-
-
-def call_of(
-    unit: Unit,
-    x: Tensor,  # [N, H, W, C]
-    residual: Tensor | None,  # [N, P, Q, K]
-    activation: str,
-    backend: str,
-) -> ops.Call:
-    """The op's arguments for a unit.
-
-    Args:
-        unit: the convolution and its norm.
-        x: channels_last.
-        residual: added before the activation.
-        activation: "relu" or "none".
-        backend: see `ops.conv_bn_act`.
-    """
-    weight, scale, shift, mean, var, eps = unit.arguments()
-    conv = unit.conv
-    return ops.Call(
-        x, weight, scale, shift, residual, conv.stride, conv.padding, conv.dilation, conv.groups,
-        activation, mean, var, eps, backend,
-    )  # fmt: skip
-
-
-def join_call(
-    main: Unit,
-    projection: Unit,
-    h: Tensor,  # [N, P, Q, C]
-    x: Tensor,  # [N, H, W, D]
-    backend: str,
-) -> ops.JoinCall:
-    """The arguments of `ops.conv_bn_join` for a block's last unit and its projection."""
-    weight, scale, shift, mean, var, eps = main.arguments()
-    proj_weight, proj_scale, proj_shift, proj_mean, proj_var, proj_eps = projection.arguments()
-    return ops.JoinCall(
-        h, weight, scale, shift, x, proj_weight, proj_scale, proj_shift, projection.conv.stride,
-        mean, var, eps, proj_mean, proj_var, proj_eps, backend,
-    )  # fmt: skip
-
-
-def join_refusal(main: Unit, projection: Unit) -> str | None:
-    """Why the two convolutions are none that `ops.conv_bn_join` takes, or None."""
-    for name, conv in (("convolution", main.conv), ("projection", projection.conv)):
-        if conv.groups != 1 or conv.dilation != (1, 1):
-            return f"the {name} has groups or a dilation"
-    height, width = main.weight.shape[2:]
-    if not height % 2 == width % 2 == 1 or main.conv.padding != (height // 2, width // 2):
-        return "the convolution changes the map's size"
-    if main.conv.stride != (1, 1):
-        return "the convolution has a stride"
-    if projection.weight.shape[2:] != (1, 1) or projection.conv.padding != (0, 0):
-        return "the projection is not pointwise"
-    return None
-
-
-def to_channels_last(x: Tensor) -> Tensor:
-    """x in the layout the kernels take: the one conversion, at the boundary of a model or block."""
-    return x.contiguous(memory_format=torch.channels_last)
