@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_fast.kernels import cpu
+from resnet_fast.kernels import packed
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
 
 _cudnn_relu = torch.ops.aten.cudnn_convolution_relu.default
@@ -139,7 +139,7 @@ def cudnn_conv_bn_act(
 
     The factor is folded anew at each call, in fp32 and rounded once: the weight stays live.
     """
-    gain, bias = cpu.fold(scale, shift, mean, var, eps)
+    gain, bias = packed.fold(scale, shift, mean, var, eps)
     folded = (weight.float() * gain.view(-1, 1, 1, 1)).to(x.dtype)
     geometry = (bias.to(x.dtype), stride, padding, dilation, groups)
     if residual is None:
