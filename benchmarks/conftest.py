@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from resnet_fast.benchmarking import clocks, rows, suite
-from resnet_fast.benchmarking.environment import environment
+from resnet_fast.benchmarking import rows, suite
+from resnet_fast.measuring import protocol
+from resnet_fast.measuring.clock import clock_of
+from resnet_fast.measuring.machine import environment
 
 
 def pytest_addoption(parser):
@@ -55,7 +57,7 @@ def pytest_generate_tests(metafunc):
     found = []
     for case in request.cases(metafunc.module.SUITE):
         for provider in request.asked(case)[0]:
-            name = f"{suite.label(case)}-{provider.name}"
+            name = f"{case}-{provider.name}"
             found.append(pytest.param(case, provider.name, marks=mark, id=name))
     metafunc.parametrize(("case", "provider"), found)
 
@@ -64,10 +66,10 @@ def pytest_generate_tests(metafunc):
 def measured(pytestconfig) -> Callable:
     """A case's rows, measured when they are first asked for; only the last case's are kept."""
     request = suite.Request(extent=_extent(pytestconfig))
-    clock, facts = clocks.clock_of(request.place), environment(request.place)
+    clock, facts = clock_of(request.place), environment(request.place)
     last = {}
 
-    def rows_of(case) -> dict[str, tuple[rows.Row, tuple[float, ...]]]:
+    def rows_of(case) -> dict[str, tuple[rows.Result, tuple[float, ...]]]:
         if case not in last:
             last.clear()
             samples: dict[str, tuple[float, ...]] = {}
@@ -86,11 +88,11 @@ def replay(benchmark, measured) -> Callable:
 
     def show(case, provider: str) -> None:
         row, samples = measured(case)[provider]
-        if row.status in (rows.FAILED, rows.THREW):
+        if row.status in (protocol.FAILED, protocol.THREW):
             pytest.fail(f"{provider} gets no time: {row.status}: {row.reason}", pytrace=False)
         if not row.measured:
             pytest.skip(f"{row.status}: {row.reason}")
-        benchmark.group, benchmark.name = suite.label(case), provider
+        benchmark.group, benchmark.name = str(case), provider
         benchmark.extra_info |= {"error": row.error, "eager_error": row.eager_error}
         benchmark.extra_info |= {"first_ms": row.first_ms, "device_ms": row.device_ms}
         REPLAY.play(samples)

@@ -23,9 +23,11 @@ LAYERS = (
     ("nn",),
     ("models",),
     ("conversion", "recording"),
-    ("machine", "comparison", "tune", "graphs"),
+    ("measuring",),
     ("profiling",),
+    ("machine", "tune", "graphs"),
     ("benchmarking",),
+    ("comparison",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -35,15 +37,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Imported lazily or not at all by the core: only these places may name them.
 OPTIONAL = {
     "triton": ("kernels",),
-    "torchvision": ("models/weights.py", "comparison", "cli", "profiling/peers.py"),
+    "torchvision": ("models/weights.py", "measuring", "cli"),
     "timm": (),
     "rich": ("cli/terminal.py",),
-    "matplotlib": ("profiling/picture.py", "benchmarking/plots.py"),
-    "onnxruntime": ("comparison/providers.py",),
-    "torch_tensorrt": ("comparison/providers.py",),
-    "PIL": ("comparison/photographs.py", "cli"),
+    "matplotlib": ("profiling/picture.py",),
+    "onnxruntime": ("measuring/peers.py",),
+    "torch_tensorrt": ("measuring/peers.py",),
+    "PIL": ("measuring/photographs.py", "cli"),
     "numpy": (),
-    "openvino": ("comparison/providers.py",),
+    "openvino": ("measuring/peers.py",),
 }
 
 

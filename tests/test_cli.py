@@ -258,7 +258,7 @@ def test_compare_and_profile_and_tune_write_csv(capsys, picture, tmp_path):
     file = tmp_path / "rows.csv"
     run(capsys, "compare", "resnet18", *QUICK, "--images", picture, "--csv", str(file))
     rows = list(csv.DictReader(file.open()))
-    assert {row["provider"] for row in rows} >= {"resnet_fast", "torchvision contiguous"}
+    assert {row["provider"] for row in rows} >= {"resnet_fast", "torchvision-contiguous"}
     assert all(float(row["median"]) > 0 and row["model"] == "resnet18" for row in rows)
     _, out, _ = run(capsys, "profile", "resnet18", "--seconds", "0", "--csv", "-")
     rows = list(csv.DictReader(out.splitlines()))
@@ -271,15 +271,15 @@ def test_compare_and_profile_and_tune_write_csv(capsys, picture, tmp_path):
 def test_an_interrupted_comparison_keeps_what_is_complete(capsys, picture, tmp_path, monkeypatch):
     from resnet_fast.comparison import measure as module
 
-    timed, calls = module.interleaved, []
+    timed, calls = module.protocol.measure, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **keywords):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return timed(*arguments)
+        return timed(*arguments, **keywords)
 
-    monkeypatch.setattr(module, "interleaved", interrupted)
+    monkeypatch.setattr(module.protocol, "measure", interrupted)
     file = tmp_path / "result.json"
     arguments = [*QUICK[2:], "--batch", "1", "2", "--images", picture, "--json", str(file)]
     status, out, _ = run(capsys, "compare", "resnet18", *arguments)
@@ -335,7 +335,7 @@ def test_tables_fit_a_terminal_of_80_columns(name, capsys, monkeypatch, picture)
 
 
 def test_benchmarks_fit_too(monkeypatch):
-    found = rows.read(Path(__file__).parent.parent / "benchmarks/results/cpu-xeon-2-threads")
+    found = rows.read(Path(__file__).parent.parent / "benchmarks/results/cpu")
     for part in tables.render(found):
         text = [part] if isinstance(part, str) else [line.text for line in part.lines(80)]
         if not isinstance(part, str):

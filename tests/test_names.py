@@ -8,7 +8,8 @@ import torch
 
 from resnet_fast import _names, cli, models, tune
 from resnet_fast.benchmarking import Request
-from resnet_fast.comparison import compare, photographs
+from resnet_fast.comparison import compare
+from resnet_fast.measuring import photographs
 from resnet_fast.profiling.command import profile_by_name
 
 SPELLINGS = {

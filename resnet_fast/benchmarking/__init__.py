@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark suite: cases x providers, answers first, then fair rounds, then rows.
 
-cases.py what is measured, providers.py who does it, protocol.py how, suite.py all of it in turn;
-rows.py keeps results, compare.py holds two runs against each other, report.py makes the page.
+cases.py lists what is measured, providers.py by which code (whole models: measuring/peers.py), and
+suite.py takes each case through measuring/protocol.py. plan.py says how long it will take, rows.py
+keeps the results, changes.py compares two of them, and tables.py shows them.
 """
 
 from resnet_fast.benchmarking.suite import Request, run

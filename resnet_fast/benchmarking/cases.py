@@ -14,22 +14,21 @@ from dataclasses import dataclass, replace
 import torch
 
 from resnet_fast import models
-from resnet_fast.profiling.layers import Layer, unfused
+from resnet_fast.measuring.peers import FULL, QUICK, USUAL
+from resnet_fast.profiling.layers import Layer, layers_of, touched_pixels
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
 
-SUITES = ("models", "ops")  # in turn: where not all can have one, models say most
+SUITES = ("models", "ops")  # in this order: where time runs out, models say most
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 BATCHES = (1, 8, 32, 128, 256)
 SHAPES_FROM = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 OPS = ("conv_bn_act", "add_relu", "conv_bn_join", "stem_pool")
 IMAGE = 224
 
-QUICK, USUAL, FULL = "quick", "usual", "full"
-
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How much is measured where nobody names it.
+    """How much is measured by default.
 
     Args:
         models: by name; empty for all.
@@ -80,7 +79,7 @@ class OpCase:
 
     Args:
         op: of `OPS`.
-        spec: the convolution; of add_relu the one whose output is added to.
+        spec: the convolution; for add_relu, the one that made the first summand.
         where: the layers that have it, of all models.
         projection: of conv_bn_join, the shortcut's convolution.
         dtype: of `DTYPES`.
@@ -94,50 +93,47 @@ class OpCase:
     projection: ConvSpec | None = None
     layers: int = 1
 
+    def __str__(self) -> str:
+        return label("ops", self.op, self.shape, self.dtype, self.batch)
+
     @property
     def batch(self) -> int:
         return self.spec.n
 
     @property
+    def convolutions(self) -> tuple[ConvSpec, ...]:
+        """Those that the op computes: add_relu adds to the output of one, and computes none."""
+        if self.op == "add_relu":
+            return ()
+        return (self.spec, self.projection) if self.projection else (self.spec,)
+
+    @property
     def shape(self) -> str:
         s = self.spec
-        if self.op == "add_relu":
-            return f"{s.n}x{s.p}x{s.q}x{s.k}, {s.dtype}"
-        return f"{s} and {self.projection}" if self.projection else str(s)
+        return " and ".join(map(str, self.convolutions)) or f"{s.n}x{s.p}x{s.q}x{s.k}, {s.dtype}"
 
     @property
     def flops(self) -> int:
-        if self.op == "add_relu":
-            return 0
-        return self.spec.flops + (self.projection.flops if self.projection else 0)
-
-    @property
-    def bytes(self) -> int:
-        """Each tensor once; a join's shortcut and a stem's full map are no tensors."""
-        s, size = self.spec, ELEMENT_SIZE[self.spec.dtype]
-        if self.op == "add_relu":
-            return 3 * s.m * s.k * size
-        if self.op == "stem_pool":
-            pooled = s.n * ((s.p + 1) // 2) * ((s.q + 1) // 2) * s.k
-            return touched_bytes(s) + (pooled - s.m * s.k) * size
-        if self.projection:
-            return touched_bytes(replace(s, residual=False)) + (
-                touched_bytes(self.projection) - s.m * s.k * size
-            )
-        return touched_bytes(s)
+        return sum(spec.flops for spec in self.convolutions)
 
     @property
     def k_gemm(self) -> int:
-        if self.op == "add_relu":
-            return 1
-        return self.spec.k_gemm + (self.projection.k_gemm if self.projection else 0)
+        return sum(spec.k_gemm for spec in self.convolutions) or 1
+
+    @property
+    def bytes(self) -> int:
+        """Each tensor once; a join's shortcut and a stem's full map never reach memory."""
+        s, size = self.spec, ELEMENT_SIZE[self.spec.dtype]
+        maps = {"add_relu": 3, "stem_pool": 0}.get(self.op, 1 + s.residual)
+        pooled = s.n * ((s.p + 1) // 2) * ((s.q + 1) // 2) * s.k if self.op == "stem_pool" else 0
+        read = (touched_bytes(replace(spec, residual=False)) for spec in self.convolutions)
+        written = sum(spec.m * spec.k for spec in self.convolutions)
+        return sum(read) + (maps * s.m * s.k + pooled - written) * size
 
 
 def touched_bytes(spec: ConvSpec) -> int:
     """`spec.bytes_minimum` without the pixels that a stride steps over."""
-    rows = spec.h if spec.r >= spec.stride[0] else spec.p * spec.r
-    columns = spec.w if spec.s >= spec.stride[1] else spec.q * spec.s
-    skipped = spec.n * spec.c * (spec.h * spec.w - min(rows, spec.h) * min(columns, spec.w))
+    skipped = (spec.n * spec.h * spec.w - touched_pixels(spec)) * spec.c
     return spec.bytes_minimum - skipped * ELEMENT_SIZE[spec.dtype]
 
 
@@ -152,6 +148,16 @@ class ModelCase:
     @property
     def shape(self) -> str:
         return f"{self.batch}x3x{IMAGE}x{IMAGE}"
+
+    def __str__(self) -> str:
+        return label("models", self.model, self.shape, self.dtype, self.batch)
+
+
+def label(suite: str, subject: str, shape: str, dtype: str, batch: int) -> str:
+    """A case in a few words."""
+    if suite == "models":
+        return f"{subject}, {dtype}, batch {batch}"
+    return f"{subject} {shape}" + (" (tf32)" if dtype == "tf32" else "")
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
@@ -252,7 +258,7 @@ def _named(layers: list[str]) -> str:
 
 def _ops_of(name: str) -> Iterable[tuple[str, ConvSpec, ConvSpec | None, str]]:
     """(op, convolution, projection, layer) of a model, from its unfused layers."""
-    listed = [layer for layer in plain_layers(name) if layer.spec]
+    listed = [layer for layer in layers_of(name, fused=False) if layer.spec]
     blocks: dict[str, list[Layer]] = {}
     for layer in listed:
         blocks.setdefault(_block(layer.name), []).append(layer)
@@ -280,11 +286,3 @@ def _block(layer: str) -> str:
 
 def _spec(layer: Layer, activation: str, residual: bool) -> ConvSpec:
     return replace(layer.spec, activation=activation, residual=residual, norm=True)
-
-
-@functools.cache
-def plain_layers(name: str) -> tuple[Layer, ...]:
-    """The layers of one of our models as plain torch runs it, on one image in float32."""
-    with torch.random.fork_rng(devices=[]):
-        model = models.get_model(name).eval()
-    return tuple(unfused(model, torch.empty(1, 3, IMAGE, IMAGE)))

@@ -8,12 +8,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from resnet_fast.benchmarking import cases, plan, protocol, report, rows, suite, tables
-from resnet_fast.benchmarking import compare as comparing
-from resnet_fast.benchmarking.environment import environment, machine_name
+from resnet_fast.benchmarking import cases, changes, plan, rows, suite, tables
 from resnet_fast.benchmarking.plan import Request
 from resnet_fast.benchmarking.rows import Results
-from resnet_fast.comparison.progress import Progress
+from resnet_fast.measuring import protocol
+from resnet_fast.measuring.machine import environment, machine_name
+from resnet_fast.measuring.progress import Progress
 
 RESULTS = Path("benchmarks") / "results"
 
@@ -41,7 +41,7 @@ def writable_folder(folder: Path | None, request: Request) -> Path:
 def measure(
     request: Request, folder: Path, progress: Progress = lambda text, share: None
 ) -> tuple[Results, list[Path]]:
-    """Run the suite and write rows, pictures and page; Ctrl-C leaves what was measured there."""
+    """Run the suite and write its rows; Ctrl-C leaves what was measured there."""
     start = time.perf_counter()
     text = said(request)
 
@@ -51,10 +51,7 @@ def measure(
 
     results = suite.run(request, progress=progress, keep=keep)
     keep(results)
-    progress("drawing the page", 1)
-    files = rows.write(results, folder)
-    roofs = suite.roofs_of(results.rows, request.place, lambda text: progress(text, 1))
-    return results, files + report.write(results, roofs, folder)
+    return results, rows.write(results, folder)
 
 
 def said(request: Request) -> str:
@@ -72,37 +69,37 @@ def said(request: Request) -> str:
     return shlex.join(words)
 
 
-def compare(old: Path, new: Path) -> tuple[list, list[dict], bool]:
+def hold_against(old: Path, new: Path) -> tuple[list, list[dict], bool]:
     """What to print of two results, its rows, and whether anything of the new one is slower.
 
     Raises:
         ValueError: they have no measured case and provider in common, or one cannot be read.
     """
     before, after = rows.read(old), rows.read(new)
-    changes = comparing.compare(before, after)
-    if not changes:
+    found = changes.changes(before, after)
+    if not found:
         raise ValueError(f"{old} and {new} have no measured case and provider in common")
     notes = [
         f"{name} differs: old {a}, new {b}"
-        for name, (a, b) in comparing.differences(before, after).items()
+        for name, (a, b) in changes.differences(before, after).items()
     ]
-    if lost := comparing.lost(before, after):
+    if lost := changes.lost(before, after):
         notes.append(f"{lost} of the old run's times have no row in the new run")
-    plain = [comparing.to_row(change) for change in changes]
-    return [*notes, *tables.changes(changes)], plain, bool(comparing.regressions(changes))
+    plain = [changes.to_row(change) for change in found]
+    return [*notes, *tables.changed(found)], plain, bool(changes.regressions(found))
 
 
 def untimed(results: Results, request: Request) -> list[str]:
     """Rows that were to have a time and have none: how many, why, and what to do.
 
-    Not those that were never to have one: of whom `--quick` leaves out, or of a library that is
-    not installed and that nobody named. What failed its check, `failed` tells.
+    Not those that were never to have one: left out by `--quick`, or of a library that is not
+    installed and was not named. `failed` tells of answers that failed their check.
     """
     reasons: dict[str, int] = {}
     for row in results.rows:
-        named = row.status == rows.MISSING and row.provider in request.providers
-        late = row.reason == protocol.TIME_IS_UP
-        if row.status in (rows.THREW, rows.MEMORY) or named or late:
+        named = row.status == protocol.MISSING and row.provider in request.providers
+        late = not row.measured and row.reason == protocol.TIME_IS_UP
+        if row.status in (protocol.THREW, protocol.MEMORY) or named or late:
             why = f"{row.status}: {row.reason}"
             reasons[why] = reasons.get(why, 0) + 1
     if not reasons:
@@ -117,4 +114,4 @@ def untimed(results: Results, request: Request) -> list[str]:
 
 def failed(results: Results) -> bool:
     """Whether any answer failed its check."""
-    return any(row.status == rows.FAILED for row in results.rows)
+    return any(row.status == protocol.FAILED for row in results.rows)

@@ -18,10 +18,10 @@ from resnet_fast.spec import ConvSpec
 class ConvBnAct(nn.Module):
     """act(norm(conv(x)) + residual)."""
 
-    def __init__(self, spec: ConvSpec) -> None:
+    def __init__(self, case: OpCase) -> None:
         super().__init__()
-        self.conv, self.norm = _unit(spec)
-        self.activation = spec.activation
+        self.conv, self.norm = _unit(case.spec)
+        self.activation = case.spec.activation
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y = self.norm(self.conv(x))
@@ -29,37 +29,70 @@ class ConvBnAct(nn.Module):
             y += residual
         return F.relu(y, inplace=True) if self.activation == "relu" else y
 
+    def ours(self, backend: str) -> Callable[..., Tensor]:
+        tensors, norm, c = _affine(self.conv, self.norm), _statistics(self.norm), self.conv
+        geometry = (c.stride, c.padding, c.dilation, c.groups, self.activation)
+        return lambda x, residual=None: ops.conv_bn_act(
+            x, *tensors, residual, *geometry, **norm, backend=backend
+        )
+
 
 class AddRelu(nn.Module):
     """relu(x + y)."""
 
+    def __init__(self, case: OpCase) -> None:
+        super().__init__()
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.relu(x + y, inplace=True)
+
+    def ours(self, backend: str) -> Callable[..., Tensor]:
+        return ops.add_relu
 
 
 class ConvBnJoin(nn.Module):
     """relu(norm(conv(h)) + proj_norm(proj(x)))."""
 
-    def __init__(self, spec: ConvSpec, projection: ConvSpec) -> None:
+    def __init__(self, case: OpCase) -> None:
         super().__init__()
-        self.conv, self.norm = _unit(spec)
-        self.proj, self.proj_norm = _unit(projection)
+        self.conv, self.norm = _unit(case.spec)
+        self.proj, self.proj_norm = _unit(case.projection)
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         y = self.norm(self.conv(h))
         y += self.proj_norm(self.proj(x))
         return F.relu(y, inplace=True)
 
+    def ours(self, backend: str) -> Callable[..., Tensor]:
+        main, projected = _affine(self.conv, self.norm), _affine(self.proj, self.proj_norm)
+        norm, stride = _statistics(self.norm), self.proj.stride
+        norm |= {f"proj_{name}": value for name, value in _statistics(self.proj_norm).items()}
+        return lambda h, x: ops.conv_bn_join(
+            h, *main, x, *projected, stride, **norm, backend=backend
+        )
+
 
 class StemPool(nn.Module):
     """maxpool(relu(norm(conv(x))))."""
 
-    def __init__(self, spec: ConvSpec) -> None:
+    def __init__(self, case: OpCase) -> None:
         super().__init__()
-        self.conv, self.norm = _unit(spec)
+        self.conv, self.norm = _unit(case.spec)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.max_pool2d(F.relu(self.norm(self.conv(x)), inplace=True), 3, 2, 1)
+
+    def ours(self, backend: str) -> Callable[..., Tensor]:
+        tensors, norm = _affine(self.conv, self.norm), _statistics(self.norm)
+        return lambda x: ops.stem_pool(x, *tensors, **norm, backend=backend)
+
+
+FORMULAS = {
+    "conv_bn_act": ConvBnAct,
+    "add_relu": AddRelu,
+    "conv_bn_join": ConvBnJoin,
+    "stem_pool": StemPool,
+}
 
 
 def _unit(spec: ConvSpec) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -78,27 +111,25 @@ def _unit(spec: ConvSpec) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     return conv, norm
 
 
+def _affine(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor]:
+    return conv.weight.detach(), norm.weight.detach(), norm.bias.detach()
+
+
+def _statistics(norm: nn.BatchNorm2d) -> dict[str, object]:
+    return {"mean": norm.running_mean, "var": norm.running_var, "eps": norm.eps}
+
+
 def module_of(case: OpCase) -> nn.Module:
     """The op as a module in eval mode, of the case's dtype, on the CPU."""
-    build = {
-        "conv_bn_act": lambda: ConvBnAct(case.spec),
-        "add_relu": AddRelu,
-        "conv_bn_join": lambda: ConvBnJoin(case.spec, case.projection),
-        "stem_pool": lambda: StemPool(case.spec),
-    }[case.op]
-    return build().eval().to(torch_dtype(case.dtype)).to(memory_format=torch.channels_last)
+    module = FORMULAS[case.op](case).eval().to(torch_dtype(case.dtype))
+    return module.to(memory_format=torch.channels_last)
 
 
 def input_shapes(case: OpCase) -> list[tuple[int, int, int, int]]:
     """The [N, C, H, W] of the op's inputs, in the order in which the modules take them."""
-    s, out = case.spec, (case.spec.n, case.spec.k, case.spec.p, case.spec.q)
-    x = (s.n, s.c, s.h, s.w)
-    if case.op == "add_relu":
-        return [out, out]
-    if case.projection:
-        p = case.projection
-        return [x, (p.n, p.c, p.h, p.w)]
-    return [x, out] if s.residual else [x]
+    out = (case.spec.n, case.spec.k, case.spec.p, case.spec.q)
+    added = 2 if case.op == "add_relu" else int(case.spec.residual)
+    return [(s.n, s.c, s.h, s.w) for s in case.convolutions] + [out] * added
 
 
 def folded(module: nn.Module) -> nn.Module:
@@ -114,22 +145,3 @@ def folded(module: nn.Module) -> nn.Module:
             setattr(result, conv, fused)
             setattr(result, norm, nn.Identity())
     return result.to(dtype).to(memory_format=torch.channels_last)
-
-
-def ours(case: OpCase, module: nn.Module, backend: str) -> Callable[..., Tensor]:
-    """Our op bound to the module's tensors."""
-    if case.op == "add_relu":
-        return ops.add_relu
-    s, n = case.spec, module.norm
-    statistics = {"mean": n.running_mean, "var": n.running_var, "eps": n.eps, "backend": backend}
-    affine = (module.conv.weight.detach(), n.weight.detach(), n.bias.detach())
-    if case.op == "stem_pool":
-        return lambda x: ops.stem_pool(x, *affine, **statistics)
-    if case.op == "conv_bn_join":
-        p = module.proj_norm
-        shortcut = (module.proj.weight.detach(), p.weight.detach(), p.bias.detach())
-        more = {"proj_mean": p.running_mean, "proj_var": p.running_var, "proj_eps": p.eps}
-        stride = case.projection.stride
-        return lambda h, x: ops.conv_bn_join(h, *affine, x, *shortcut, stride, **statistics, **more)
-    geometry = (s.stride, s.padding, s.dilation, s.groups, s.activation)
-    return lambda x, residual=None: ops.conv_bn_act(x, *affine, residual, *geometry, **statistics)

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 import torch
 
 from resnet_fast import _names
-from resnet_fast.benchmarking import cases, protocol, providers
+from resnet_fast.benchmarking import cases, providers
 from resnet_fast.benchmarking.cases import ModelCase, OpCase
-from resnet_fast.benchmarking.providers import Provider
-from resnet_fast.comparison import measure, steadiness
+from resnet_fast.measuring import steadiness
+from resnet_fast.measuring.machine import pick_device
+from resnet_fast.measuring.peers import Provider
+from resnet_fast.profiling.layers import layers_of
 
-# When `--quick` begins nothing new in a suite; the rest of its three minutes is for the page.
+QUICK_COMPILED = (("resnet18", 1),)  # the (model, batch) that `--quick` has the time to compile
+# When `--quick` begins nothing new in a suite.
 QUICK_SECONDS = {"models": 100.0, "ops": 150.0}
 # FLOPs a second that eager torch reaches, roughly: of a CPU's thread in float32, and of a GPU.
 THREAD_RATE, GPU_RATE = 3e10, 2e13
@@ -64,17 +67,19 @@ class Request:
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise ValueError(f"seconds must be positive, got {self.seconds}")
         if not any(map(self.asks, self.suites)):
-            of_suites = {p.name: None for suite in self.suites for p in providers.of_suite(suite)}
+            of_suites = {
+                p.name: None for suite in self.suites for p in providers.providers_of(suite)
+            }
             text = f"no provider of {', '.join(self.suites)} is named; known are"
             raise ValueError(f"{text} {', '.join(of_suites)}")
-        object.__setattr__(self, "place", measure.pick_device(self.device))
+        object.__setattr__(self, "place", pick_device(self.device))
         if "tf32" in self.dtypes and self.place.type != "cuda":
             raise ValueError(f"tf32 is a GPU's way to multiply float32; this is {self.place}")
 
     def asks(self, suite: str) -> bool:
         """Whether any provider of the suite is asked."""
         named = set(self.providers)
-        return not named or any(p.name in named for p in providers.of_suite(suite))
+        return not named or any(p.name in named for p in providers.providers_of(suite))
 
     @property
     def quick(self) -> bool:
@@ -97,7 +102,7 @@ class Request:
         return {"models": 4.0, "ops": 1.0}[suite] * (0.4 if self.quick else 1.0)
 
     def asked(self, case: ModelCase | OpCase) -> tuple[list[Provider], dict[str, str]]:
-        """Who is asked in a case, and who is not, with the reason."""
+        """The providers that are asked in a case, and those that are not, with the reason."""
         return providers.choose(case, self.place.type, tuple(self.providers), self.extent)
 
 
@@ -109,7 +114,7 @@ def seconds_of(case: ModelCase | OpCase, request: Request) -> float:
     rate = GPU_RATE if cuda else THREAD_RATE * torch.get_num_threads()
     call = flops_of(case) / rate
     each_round = call * len(asked) * (2 if suite == "models" else 1)
-    rounds = max(request.seconds_of(suite), protocol.MIN_ROUNDS * each_round)
+    rounds = max(request.seconds_of(suite), steadiness.MIN_ROUNDS * each_round)
     build = sum(provider.seconds[suite] for provider in asked)
     return rounds + build + call * (CALLS * len(asked) + REFERENCE)
 
@@ -117,7 +122,7 @@ def seconds_of(case: ModelCase | OpCase, request: Request) -> float:
 def flops_of(case: ModelCase | OpCase) -> int:
     if isinstance(case, OpCase):
         return case.flops
-    return case.batch * sum(layer.flops for layer in cases.plain_layers(case.model))
+    return case.batch * sum(layer.flops for layer in layers_of(case.model, fused=False))
 
 
 def estimate(request: Request) -> float:
@@ -178,10 +183,3 @@ def duration(seconds: float) -> str:
     if seconds < 36 * 3600:
         return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"
-
-
-def label(case: ModelCase | OpCase) -> str:
-    """The case in a few words."""
-    if isinstance(case, ModelCase):
-        return f"{case.model}, {case.dtype}, batch {case.batch}"
-    return f"{case.op} {case.shape}" + (" (tf32)" if case.dtype == "tf32" else "")

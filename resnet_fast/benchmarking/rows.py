@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a benchmark leaves behind: rows that say everything needed to believe or repeat them.
 
-One `Row` per case and provider, also where there is no time, with the reason. One `Modelled` per
-layer and kernel that was counted, not run: it has other columns, in a file of its own, so that a
-modelled number cannot be taken for a measured one. JSON holds both; CSV has a file for each.
+One `Result` per case and provider, also without a time, and then with the reason; as JSON and CSV.
 """
 
 from __future__ import annotations
@@ -12,52 +10,21 @@ import csv
 import json
 import math
 import typing
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from resnet_fast.comparison import steadiness
+from resnet_fast.benchmarking.cases import label
+from resnet_fast.measuring import steadiness
+from resnet_fast.measuring.machine import Environment
+from resnet_fast.measuring.protocol import MEASURED
+from resnet_fast.measuring.steadiness import Timing
 
 SCHEMA = "resnet_fast benchmark rows"
-VERSION = 1
-
-MEASURED = "measured"
-FAILED = "failed its check"
-MISSING = "missing"
-THREW = "threw"
-MEMORY = "too little memory"
-LEFT_OUT = "left out"
-INTERRUPTED = "interrupted"
-
-
-@dataclass(frozen=True, slots=True)
-class Environment:
-    """Where and with what a row was measured; empty text where a thing is absent.
-
-    Args:
-        device: the processor's or GPU's name.
-        kind: "cpu" or "cuda".
-        threads: of torch on the CPU.
-        clocks: right after the case's rounds, as the machine tells them.
-        driver: of the GPU.
-        commit: of the checkout, with "-dirty" where files differ from it.
-    """
-
-    device: str
-    kind: str
-    threads: int
-    clocks: str
-    driver: str
-    python: str
-    torch: str
-    triton: str
-    cudnn: str
-    resnet_fast: str
-    commit: str
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Result:
     """One provider on one case. Times are milliseconds; None is "not known", never zero.
 
     Args:
@@ -66,16 +33,16 @@ class Row:
         shape: the op's `ConvSpec` as text, or the model's input.
         where: the layers that have this shape.
         batch, dtype: of the input; "tf32" is float32 with TF32 products, "float32" is IEEE.
-        provider: who computed it; `layout`, `backend` and `tile` say how. A model has no tile:
+        provider: what computed it; `layout`, `backend` and `tile` say how. A model has no tile:
             each of its layers has one, which `resnet-fast profile` tells.
-        status, reason: "measured", or why there is no time.
+        status, reason: "measured", or why there is no time, or fewer rounds than usual.
         error, eager_error, error_limit: against float64, see `resnet_fast.agreement`.
         wall_ms, ...: wall time of the timed rounds: median and percentiles.
         device_ms, ...: time on the GPU alone; `device_how` says "events" or "graph replay".
         first_ms, build_ms: the first call, cold, and what was prepared before it.
         rounds, warm_up: timed rounds, and calls before them.
         busy: the share of the CPU time that others took in the rounds; None where it is not known.
-        stable: whether `time_ms` may be taken as a fact, see `comparison.steadiness`.
+        stable: whether `time_ms` may be taken as a fact, see `measuring.steadiness`.
         inputs: how the timed calls' inputs met the caches.
         peak_memory_mb: what one call needs above what was held before it; `peak_how` says of what.
         flops, bytes: of the whole case at its minimum: each tensor moved once.
@@ -131,14 +98,19 @@ class Row:
         return (self.suite, self.subject, self.shape, self.batch, self.dtype)
 
     @property
+    def label(self) -> str:
+        """The case in a few words."""
+        return label(self.suite, self.subject, self.shape, self.dtype, self.batch)
+
+    @property
     def measured(self) -> bool:
         return self.status == MEASURED
 
     @property
     def clock(self) -> str:
-        """Whose time stands for the row: "device" for an op where it is known, or "wall".
+        """Which time stands for the row: "device" for an op where it is known, else "wall".
 
-        Who asks a model waits for the host too, which a CUDA graph is there to shorten.
+        A user of a model waits for the host too, and a CUDA graph is there to shorten that.
         """
         return "device" if self.suite == "ops" and self.device_ms is not None else "wall"
 
@@ -148,52 +120,14 @@ class Row:
         return getattr(self, f"{self.clock}_ms")
 
     @property
-    def spread(self) -> float:
-        """From p20 to p80 of the rounds by the row's `clock`, as a part of the median."""
-        low, high = (getattr(self, f"{self.clock}_{part}_ms") for part in ("p20", "p80"))
-        return steadiness.spread(self.time_ms, low, high)
+    def timing(self) -> Timing:
+        """The rounds by the row's `clock`; of a measured row."""
+        parts = (getattr(self, f"{self.clock}_{part}ms") for part in ("", "p20_", "p80_", "p99_"))
+        return Timing(*parts, self.rounds, self.busy, self.first_ms)
 
-    @property
-    def scatter(self) -> float:
-        """The relative standard error of `time_ms`."""
-        return steadiness.scatter(self.spread, self.rounds)
-
-    def over(self, other: Row) -> float | None:
+    def over(self, other: Result) -> float | None:
         """The ratio of the times; None where they scatter so much that it would say nothing."""
-        if self is other:
-            return 1.0
-        return steadiness.ratio(self.time_ms, self.scatter, other.time_ms, other.scatter)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Modelled:
-    """One layer under one kernel: what was counted, and what rooflines make of it.
-
-    Args:
-        where, shape, dtype, batch: the layer.
-        kernel, tile: whose compiled code was counted, for `arch`; empty where nothing was counted
-            and only the shape speaks.
-        counted_dram_bytes: distinct 32-byte sectors of global memory, in bytes.
-        counted_sectors: sectors requested, over the fewest that this tile can do with.
-        counted_wavefronts: of shared memory, over the fewest.
-        counted_sass_per_hmma: instructions per tensor-core product in the main loop.
-        modelled_from: whether the bytes are "counted" ones, or those of the "shape" alone.
-        modelled_ms: per GPU, max(bytes / bandwidth, FLOPs / peak): no kernel can be faster.
-    """
-
-    where: str
-    shape: str
-    dtype: str
-    batch: int
-    kernel: str = ""
-    tile: str = ""
-    arch: int | None = None
-    counted_dram_bytes: int | None = None
-    counted_sectors: float | None = None
-    counted_wavefronts: float | None = None
-    counted_sass_per_hmma: float | None = None
-    modelled_from: str = "shape"
-    modelled_ms: dict[str, float] = field(default_factory=dict)
+        return 1.0 if self is other else self.timing.over(other.timing)
 
 
 @dataclass(slots=True)
@@ -201,15 +135,14 @@ class Results:
     """All rows of a run.
 
     Args:
-        rows, modelled: see `Row` and `Modelled`.
+        rows: see `Result`.
         left_out: providers that were not asked on this machine, with the reason.
         complete: False where the run was interrupted.
         command: what was asked.
         seconds: how long the run took.
     """
 
-    rows: list[Row] = field(default_factory=list)
-    modelled: list[Modelled] = field(default_factory=list)
+    rows: list[Result] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     complete: bool = True
     command: str = ""
@@ -218,22 +151,17 @@ class Results:
     @property
     def warnings(self) -> list[str]:
         """What to know before the times are taken as facts; nothing where all of them may be."""
-        timed = [row for row in self.rows if row.measured]
-        busy = max((row.busy for row in timed if row.busy is not None), default=None)
-        return steadiness.warnings(sum(not row.stable for row in timed), len(timed), busy)
+        return steadiness.warnings([row.timing for row in self.rows if row.measured])
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write rows.json, rows.csv and, where something was modelled, modelled.csv; return them."""
+    """Write rows.json and rows.csv; return their paths."""
     files = [folder / "rows.json", folder / "rows.csv"]
     files[0].write_text(json.dumps(to_json(results), indent=1) + "\n")
-    _write_csv(files[1], to_rows(results), _columns())
-    if results.modelled:
-        files.append(folder / "modelled.csv")
-        gpus = list(results.modelled[0].modelled_ms)
-        columns = [f.name for f in fields(Modelled) if f.name != "modelled_ms"]
-        columns += [f"modelled_ms ({gpu})" for gpu in gpus]
-        _write_csv(files[2], [_flat_modelled(row) for row in results.modelled], columns)
+    with open(files[1], "w", newline="") as file:
+        writer = csv.DictWriter(file, _columns())
+        writer.writeheader()
+        writer.writerows(to_rows(results))
     return files
 
 
@@ -268,11 +196,10 @@ def read(path: Path) -> Results:
     check_version(path, data.pop("schema", None), data.pop("version", None))
     try:
         rows = [
-            Row(**{**row, "environment": Environment(**row["environment"])})
+            Result(**{**row, "environment": Environment(**row["environment"])})
             for row in data.pop("rows")
         ]
-        modelled = [Modelled(**row) for row in data.pop("modelled")]
-        return Results(rows=rows, modelled=modelled, **data)
+        return Results(rows=rows, **data)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: a damaged file of {SCHEMA!r}: {error}") from None
 
@@ -300,29 +227,17 @@ def _plain(value: object) -> object:
 
 
 def _columns() -> list[str]:
-    own = [f.name for f in fields(Row) if f.name != "environment"]
+    own = [f.name for f in fields(Result) if f.name != "environment"]
     return ["schema", "version", *own, *(f"environment.{f.name}" for f in fields(Environment))]
 
 
-def _flat(row: Row) -> dict[str, object]:
+def _flat(row: Result) -> dict[str, object]:
     data = {"schema": SCHEMA, "version": VERSION, **asdict(row)}
     environment = data.pop("environment")
     return data | {f"environment.{name}": value for name, value in environment.items()}
 
 
-def _flat_modelled(row: Modelled) -> dict[str, object]:
-    data = asdict(row)
-    return data | {f"modelled_ms ({gpu})": ms for gpu, ms in data.pop("modelled_ms").items()}
-
-
-def _write_csv(path: Path, rows: Iterable[dict], columns: list[str]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _read_csv(path: Path) -> list[Row]:
+def _read_csv(path: Path) -> list[Result]:
     rows = []
     with open(path, newline="") as file:
         for line in csv.DictReader(file):
@@ -331,7 +246,7 @@ def _read_csv(path: Path) -> list[Row]:
             facts = {k.removeprefix(prefix): v for k, v in line.items() if k.startswith(prefix)}
             own = {k: v for k, v in line.items() if not k.startswith(prefix)}
             environment = Environment(**_typed(Environment, facts))
-            rows.append(Row(**_typed(Row, own), environment=environment))
+            rows.append(Result(**_typed(Result, own), environment=environment))
     return rows
 
 

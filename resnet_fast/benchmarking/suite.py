@@ -19,16 +19,27 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from resnet_fast import _hardware
-from resnet_fast.benchmarking import cases, clocks, counted, formulas, protocol, rows
+from resnet_fast.benchmarking import formulas
 from resnet_fast.benchmarking.cases import ModelCase, OpCase, torch_dtype
-from resnet_fast.benchmarking.environment import clocks_of, environment
-from resnet_fast.benchmarking.plan import QUICK_SECONDS, Request, TimeLeft, label
-from resnet_fast.benchmarking.protocol import Case, Outcome
-from resnet_fast.benchmarking.providers import ModelWork, OpWork, Provider
-from resnet_fast.benchmarking.rows import Environment, Results, Row
-from resnet_fast.comparison import measure, photographs, steadiness
-from resnet_fast.comparison.progress import Progress
+from resnet_fast.benchmarking.plan import (
+    QUICK_COMPILED,
+    QUICK_SECONDS,
+    Request,
+    TimeLeft,
+    seconds_of,
+)
+from resnet_fast.benchmarking.providers import OpWork
+from resnet_fast.benchmarking.rows import Result, Results
+from resnet_fast.measuring import clock as clocks
+from resnet_fast.measuring import photographs, protocol
+from resnet_fast.measuring.machine import Environment, clocks_of, environment
+from resnet_fast.measuring.memory import check_memory
+from resnet_fast.measuring.peers import ModelWork, Provider, searching
+from resnet_fast.measuring.progress import Progress
+from resnet_fast.measuring.protocol import Case, Outcome
+from resnet_fast.measuring.steadiness import Timing
+from resnet_fast.measuring.twins import build_pair
+from resnet_fast.profiling.layers import layers_of
 from resnet_fast.profiling.roofline import Roofline, roofline_of
 from resnet_fast.spec import ELEMENT_SIZE
 
@@ -65,11 +76,10 @@ def run(
         for suite, listed in asked.items():
             deadline = began + QUICK_SECONDS[suite] if request.quick else math.inf
             for number, case in enumerate(listed, 1):
-                text = f"{suite} {number}/{len(listed)}, {left.said()}: {label(case)}"
+                text = f"{suite} {number}/{len(listed)}, {left.said()}: {case}"
                 tell = partial(_tell, progress, done / total, text)
-                found, left_out, interrupted = measure_case(
-                    case, request, clock, facts, deadline, tell
-                )
+                end = _share(listed[number - 1 :], request, clock.now(), deadline)
+                found, left_out, interrupted = measure_case(case, request, clock, facts, end, tell)
                 left.done(case)
                 results.rows += found
                 results.left_out |= {f"{suite}: {name}": why for name, why in left_out.items()}
@@ -77,15 +87,20 @@ def run(
                     raise KeyboardInterrupt
                 keep(results)
                 done += 1
-        if request.place.type != "cuda" and "ops" in request.suites:
-            progress("GPU kernels: what was counted, and what rooflines make of it", 1)
-            results.modelled = counted.modelled(request.models or cases.SHAPES_FROM)
     except KeyboardInterrupt:
         results.complete = False
     roofs = roofs_of(results.rows, request.place, lambda text: progress(text, 1))
     results.rows = with_shares(results.rows, roofs)
     results.seconds = time.perf_counter() - start
     return results
+
+
+def _share(listed: list, request: Request, now: float, deadline: float) -> float:
+    """When the first of the cases left has to end, so that each has its part of the time."""
+    if deadline == math.inf or now > deadline:
+        return deadline
+    seconds = [seconds_of(case, request) for case in listed]
+    return now + (deadline - now) * seconds[0] / sum(seconds)
 
 
 def _tell(progress: Progress, share: float, label: str, text: str) -> None:
@@ -100,8 +115,8 @@ def measure_case(
     deadline: float = math.inf,
     progress: Told = lambda text: None,
     samples: dict[str, tuple[float, ...]] | None = None,
-) -> tuple[list[Row], dict[str, str], bool]:
-    """One case: a row per provider, who was left out and why, and whether Ctrl-C came.
+) -> tuple[list[Result], dict[str, str], bool]:
+    """One case: a row per provider, those left out with the reason, and whether Ctrl-C came.
 
     `samples`, if given, is filled with the rounds' wall times in milliseconds by provider.
     """
@@ -109,12 +124,12 @@ def measure_case(
     asked, left_out = request.asked(case)
     interrupted = False
     try:
-        with _precision(case.dtype, request.place), _searching():
+        with _precision(case.dtype, request.place), searching():
             material = _model if suite == "models" else _op
             if clock.now() > deadline:
                 raise protocol.LeftOut(protocol.TIME_IS_UP)
             progress("inputs and references")
-            check_memory(case, request.place)
+            check_memory(str(case), needed_bytes(case), request.place)
             shared, work = material(case, request)
             builders = {p.name: partial(p.build, work) for p in asked}
             outcomes, interrupted = protocol.measure(
@@ -129,14 +144,15 @@ def measure_case(
         outcomes = {p.name: Outcome(status, reason) for p in asked}
         shared = None
     if samples is not None:
-        samples |= {name: o.wall.samples for name, o in outcomes.items() if o.wall}
+        samples |= {name: o.samples for name, o in outcomes.items() if o.wall}
     text = shared.cache_text if shared else ""
     found = [_row(case, p, outcomes[p.name], text, clock, facts) for p in asked]
-    _release(request.place)
+    release(request.place)
     return found, left_out, interrupted
 
 
-def _release(place: torch.device) -> None:
+def release(place: torch.device) -> None:
+    """Let go of what a case has left in memory."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # it would look through the case's models for ever
@@ -148,8 +164,8 @@ def _release(place: torch.device) -> None:
 def _precision(dtype: str, place: torch.device) -> Iterator[None]:
     """On a GPU, float32 by IEEE or by TF32 products, as the case says.
 
-    By the flags `allow_tf32`, which set `fp32_precision` too: set alone, that makes whoever asks
-    for the older flags throw, and Inductor does.
+    By the flags `allow_tf32`, which set `fp32_precision` too: where that alone was set, reading the
+    older flags throws, and Inductor reads them.
     """
     if place.type != "cuda":
         yield
@@ -165,38 +181,11 @@ def _precision(dtype: str, place: torch.device) -> Iterator[None]:
             flag.allow_tf32 = value
 
 
-@contextlib.contextmanager
-def _searching() -> Iterator[None]:
-    """cuDNN at its best: it searches. Who does not want that has a thread of its own.
-
-    Here already, where references are made: the first to run a convolution chooses for its thread.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def check_memory(case: ModelCase | OpCase, place: torch.device) -> None:
-    """Raise MemoryError where the batch cannot fit: asking for too much can end the process.
-
-    A model needs its largest layer's tensors, a few times over; an op its own.
-    """
-    free = _hardware.free_bytes(place)
-    needed = needed_bytes(case)
-    if free is not None and needed > free:
-        raise MemoryError(
-            f"not enough memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
-        )
-
-
 def needed_bytes(case: ModelCase | OpCase) -> int:
     """About what a case needs: the largest layer three times, the weights for each provider."""
     if isinstance(case, OpCase):
         return 3 * case.bytes + SETS_BYTES
-    layers = cases.plain_layers(case.model)
+    layers = layers_of(case.model, fused=False)
     size = ELEMENT_SIZE[case.dtype.replace("tf32", "float32")]
     largest = max(layer.bytes - layer.weight_bytes for layer in layers) * case.batch * size / 4
     return int(3 * largest + 6 * sum(layer.weight_bytes for layer in layers) * size / 4)
@@ -254,40 +243,53 @@ def _pictures() -> photographs.Photographs:
 def _pair(model: str) -> tuple:
     """torchvision's model, ours, and float64's answers on the photographs."""
     pixels = _pictures().pixels
-    theirs, ours = measure.build_pair(model, None, pixels)
+    theirs, ours = build_pair(model, None, pixels)
     with torch.inference_mode():
         return theirs, ours, copy.deepcopy(theirs).double()(pixels.double())
 
 
 def _model(case: ModelCase, request: Request) -> tuple[Case, ModelWork]:
-    pictures = _pictures()
     theirs, ours, answers = _pair(case.model)
-    count = len(pictures.names)
+    compiles = not request.quick or (case.model, case.batch) in QUICK_COMPILED
+    place, dtype = request.place, torch_dtype(case.dtype)
+    images = partial(batch_of, _pictures().pixels, case.batch, place, dtype)
+    return model_case(images, answers, ModelWork(theirs, ours, images(0), compiles))
 
-    def batch(shift: int) -> Tensor:
-        chosen = pictures.pixels[(torch.arange(case.batch) + shift) % count]
-        x = chosen.to(request.place, torch_dtype(case.dtype))
-        return x.contiguous(memory_format=torch.channels_last)
 
-    first = batch(0)
-    exact = answers[torch.arange(min(case.batch, CHECKED)) % count]
-    work = ModelWork(case, theirs, ours, first, request.quick)
+def batch_of(pixels: Tensor, size: int, place: torch.device, dtype: torch.dtype, shift: int):
+    """A batch of the photographs, starting over where there are fewer, from number `shift` on."""
+    chosen = pixels[(torch.arange(size) + shift) % len(pixels)]
+    return chosen.to(place, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def model_case(
+    images: Callable[[int], Tensor], answers: Tensor, work: ModelWork
+) -> tuple[Case, ModelWork]:
+    """A model's case: batches to walk through, and what the answers are held against.
+
+    Args:
+        images: gives a batch whose first photograph has that number.
+        answers: float64's, of all photographs.
+        work: what the providers are given.
+    """
+    first = images(0)
+    count = min(len(first), CHECKED)
+    exact = answers[torch.arange(count) % len(answers)]
     with torch.inference_mode():
-        eager = work.placed(theirs)(first[:CHECKED]).cpu()
-    size = first.numel() * first.element_size()
-    sets = max(2, min(8, SETS_BYTES // size))
+        eager = work.placed(work.theirs)(first[:count]).cpu()
+    sets = max(2, min(8, SETS_BYTES // (first.numel() * first.element_size())))
     text = (
         f"rotated through {sets} batches; each timed call follows an untimed one of the same "
         "provider, as a server's calls do"
     )
-    inputs = [(first,), *((batch(i),) for i in range(1, sets))]
+    inputs = [(first,), *((images(i),) for i in range(1, sets))]
     return Case(inputs, exact, eager, back_to_back=True, cache_text=text), work
 
 
 # ---- rows
 
 
-def roofs_of(found: list[Row], place: torch.device, progress: Told) -> dict[str, Roofline]:
+def roofs_of(found: list[Result], place: torch.device, progress: Told) -> dict[str, Roofline]:
     """The device's rooflines by dtype, raised by those ops that went through them."""
     roofs = {}
     timed = [row for row in found if row.suite == "ops" and row.measured]
@@ -303,10 +305,10 @@ def roofs_of(found: list[Row], place: torch.device, progress: Told) -> dict[str,
     return roofs
 
 
-def with_shares(found: list[Row], roofs: dict[str, Roofline]) -> list[Row]:
+def with_shares(found: list[Result], roofs: dict[str, Roofline]) -> list[Result]:
     """The rows with the share of the roofline that each measured op reaches."""
 
-    def shared(row: Row) -> Row:
+    def shared(row: Result) -> Result:
         if row.suite != "ops" or not row.measured or row.dtype not in roofs:
             return row
         floor = roofs[row.dtype].time_floor(row.flops, row.bytes)
@@ -324,10 +326,10 @@ def _row(
     cache_text: str,
     clock: clocks.Clock,
     facts: Environment,
-) -> Row:
+) -> Result:
     model = isinstance(case, ModelCase)
     flops, moved = work_of(case)
-    row = Row(
+    row = Result(
         suite="models" if model else "ops",
         subject=case.model if model else case.op,
         shape=case.shape,
@@ -348,33 +350,32 @@ def _row(
     if outcome.verdict is not None:
         v = outcome.verdict
         row = replace(row, error=v.ours, eager_error=v.eager, error_limit=v.limit)
-    if outcome.status != rows.MEASURED:
+    if outcome.status != protocol.MEASURED:
         return row
     row = replace(
         row,
         first_ms=outcome.first_ms,
         build_ms=outcome.build_ms,
-        rounds=len(outcome.wall.samples),
+        rounds=outcome.wall.rounds,
         warm_up=outcome.warm_up,
-        busy=outcome.busy,
+        busy=outcome.wall.busy,
         peak_memory_mb=outcome.peak_memory_mb,
         peak_how=clock.peak_how if outcome.peak_memory_mb is not None else "",
         device_how=outcome.device_how,
         **_columns("wall", outcome.wall),
         **_columns("device", outcome.device),
     )
-    stable = steadiness.is_stable(row.spread, row.busy)
-    return replace(row, stable=stable, **_rates(row))
+    return replace(row, stable=row.timing.stable, **_rates(row))
 
 
-def _columns(name: str, found: protocol.Statistics | None) -> dict[str, float]:
+def _columns(name: str, found: Timing | None) -> dict[str, float]:
     if found is None:
         return {}
     columns = {f"{name}_{part}_ms": getattr(found, part) for part in ("p20", "p80", "p99")}
     return {f"{name}_ms": found.median, **columns}
 
 
-def _rates(row: Row) -> dict[str, float]:
+def _rates(row: Result) -> dict[str, float]:
     seconds = row.time_ms / 1e3
     return {
         "tflops": row.flops / seconds / 1e12,
@@ -387,8 +388,8 @@ def work_of(case: ModelCase | OpCase) -> tuple[int, int]:
     """FLOPs and bytes at their minimum; a model's are its layers' as they run fused."""
     if isinstance(case, OpCase):
         return case.flops, case.bytes
-    levels = counted.bytes_by_fusion(case.model)
+    layers = layers_of(case.model)
+    flops, weights = (sum(getattr(la, name) for la in layers) for name in ("flops", "weight_bytes"))
+    activations = sum(layer.bytes for layer in layers) - weights
     size = ELEMENT_SIZE[case.dtype.replace("tf32", "float32")] / 4
-    flops = sum(layer.flops for layer in cases.plain_layers(case.model))
-    activations, weights = levels[counted.FUSED]
     return flops * case.batch, int((activations * case.batch + weights) * size)

@@ -13,8 +13,9 @@ from resnet_fast.cli.status import AGREES, DISAGREES, INTERRUPTED, SKIPPED, BadI
 
 TEXTS = {
     "help": "time our ops and models beside torch, cuDNN and other compilers",
-    "description": "Time our ops and models beside torch, cuDNN and other compilers, and write "
-    "rows and a page.",
+    "description": "Time our ops and models beside torch, cuDNN and other compilers: answers are "
+    "checked against float64 first, then all take turns. The rows are printed, and written as JSON "
+    "and CSV; in a checkout `python -m benchmarks.report FOLDER` draws a page of them.",
     "epilog": "examples:\n"
     "  resnet-fast bench --quick\n"
     "  resnet-fast bench models --models resnet50 --batch 1 8 --dtype fp32 bf16\n"
@@ -51,14 +52,14 @@ def add(command: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="who is timed; default: all of the device",
+        help="what is timed; default: all that the device has",
     )
     add(
         "--models",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="whose cases; default: two, or all with --full",
+        help="the models, and the shapes of ops; default: two, or all with --full",
     )
     add(
         "--batch",
@@ -85,7 +86,7 @@ def add(command: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="of rows.json, rows.csv and the page; default: benchmarks/results/MACHINE",
+        help="of rows.json and rows.csv; default: benchmarks/results/MACHINE",
     )
     add(
         "--compare",
@@ -100,15 +101,14 @@ def add(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """What it does."""
-    for package in ("torchvision", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            raise BadInput(f'{package} is not installed; pip install "resnet_fast[all]"')
+    if importlib.util.find_spec("torchvision") is None:
+        raise BadInput('torchvision is not installed; pip install "resnet_fast[all]"')
     from resnet_fast import _names, benchmarking
     from resnet_fast.benchmarking import cases, command, rows
 
     out = sys.stderr if files.takes_stdout(options) else sys.stdout
     if options.compare is not None:
-        parts, changes, slower = command.compare(*options.compare)
+        parts, changes, slower = command.hold_against(*options.compare)
         files.write(options, changes, changes)
         terminal.show(parts, out)
         return DISAGREES if slower else AGREES

@@ -85,7 +85,8 @@ def run(options: argparse.Namespace) -> int:
         from PIL import Image  # noqa: F401
     except ImportError as error:
         raise BadInput(f'{error}; pip install "resnet_fast[all]"') from None
-    from resnet_fast.comparison import compare, photographs, tables
+    from resnet_fast.comparison import compare, tables
+    from resnet_fast.measuring import photographs
 
     out = sys.stderr if files.takes_stdout(options) else sys.stdout
     with terminal.progress() as tell:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 from resnet_fast._table import Line, Table, wrapped
-from resnet_fast.comparison.progress import Progress
+from resnet_fast.measuring.progress import Progress
 
 PIPED_WIDTH = 160  # of tables in logs and pipes, which have no width; texts do not wrap there
 LINE_SECONDS = 10.0  # between two lines of progress

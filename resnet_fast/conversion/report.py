@@ -168,7 +168,9 @@ def _foretell(owner: Owner) -> tuple[str | None, str]:
             return outcome, ""
     role = getattr(type(owner.module), "_role", None)
     asked = role is not None and role.backend == UNFUSED
-    chosen, whys = ops.explain(weight.device.type, str(weight.dtype).removeprefix("torch."))
+    chosen, whys = ops.CONV_BN_ACT.explain(
+        weight.device.type, str(weight.dtype).removeprefix("torch.")
+    )
     here = (why for why in whys.values() if not why.startswith("runs on "))
     unfused = (asked and ASKED) or (chosen == UNFUSED and "; ".join(dict.fromkeys(here)))
     return unfused or None, outcome.left

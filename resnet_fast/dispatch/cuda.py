@@ -25,7 +25,6 @@ from resnet_fast.dispatch.problem import (
     new_output,
     new_pooled,
     on_device_of,
-    stem_binder,
     sum_refusal,
 )
 from resnet_fast.dispatch.row import Row
@@ -210,7 +209,7 @@ def stem_build(problem: StemProblem, tile: StemTile) -> Binder:
             run(x, weight, scale, shift, mean, var, eps, image_mean, image_std, index, y)
         return y
 
-    return stem_binder(launch)
+    return binder(launch)
 
 
 # ---- relu(x + y), and its gradient

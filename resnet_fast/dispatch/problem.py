@@ -231,7 +231,8 @@ class Runner(functools.partial):
 
     Called with the tensors of a call it returns y. A convolution's takes
     (x, residual, inplace=False, finite=False): with `inplace` y is written over residual; `finite`
-    tells it that no value can be NaN or infinite. A join's takes (h, x, ...), a stem's (x, ...).
+    tells it that no value can be NaN or infinite. A join's takes (h, x), a stem's (x,), and both
+    leave what follows unread.
 
     `growth` is (gain, offset): results are at most gain * (largest input) + offset, the shortcut
     apart; or None where the backend has no use for the knowledge that all values are finite.
@@ -250,15 +251,6 @@ Binder = Callable[..., Runner]  # what a backend prepares; see the module's docs
 def binder(kernel: Callable[..., Tensor]) -> Binder:
     """The binder of a kernel that is called with a layer's tensors, then those of a call."""
     return functools.partial(Runner, kernel)
-
-
-def stem_binder(kernel: Callable[..., Tensor]) -> Binder:
-    """The same for a stem, whose images need no mean and standard deviation."""
-
-    def bind(weight, scale, shift, mean, var, eps, image_mean=None, image_std=None) -> Runner:
-        return Runner(kernel, weight, scale, shift, mean, var, eps, image_mean, image_std)
-
-    return bind
 
 
 def layout_refusal(problem: ConvProblem) -> str | None:

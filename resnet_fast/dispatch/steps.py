@@ -15,7 +15,6 @@ from resnet_fast.dispatch.problem import (
     JoinProblem,
     StemProblem,
     binder,
-    stem_binder,
 )
 from resnet_fast.spec import Tile
 
@@ -58,7 +57,7 @@ def stem(
             x = normalize(x, image_mean, image_std, weight.dtype)
             return pool(conv(weight, scale, shift, mean, var, eps)(x, None))
 
-        return stem_binder(launch)
+        return binder(launch)
 
     return build_stem
 

@@ -87,6 +87,11 @@ def names(op: str | None = None) -> list[str]:
     return [AUTO, *dict.fromkeys(row.backend for row in ROWS if op in (None, row.op))]
 
 
+def devices() -> dict[str, str | None]:
+    """The device type that each backend runs on; None for any."""
+    return {row.backend: row.device for row in ROWS}
+
+
 def check_name(backend: str, op: str | None = None) -> None:
     """Raise ValueError unless `backend` is a backend's name or "auto"."""
     if backend not in names(op):

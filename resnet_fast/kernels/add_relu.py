@@ -72,8 +72,8 @@ def launches(
     element = TRITON_TYPE[str(dtype).removeprefix("torch.")]
     block = NUM_WARPS * 32 * BYTES_PER_THREAD // dtype.itemsize
     index64 = numel > LIMIT_32BIT
-    # The mask ends at numel, so no access may be wider than what divides numel. The pointers
-    # promise no more: otherwise a thread would still hold 16 adjacent bytes, but read them one by
+    # The mask ends at numel, so no access may be wider than what divides numel. The pointers say
+    # no more: otherwise a thread would still hold 16 adjacent bytes, but read them one by
     # one, with its neighbours 16 bytes away, which touches eight times the sectors.
     divisor = math.gcd(numel, 16)
     pointer = min(16, divisor * dtype.itemsize)

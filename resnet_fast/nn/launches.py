@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import reasons
 from resnet_fast.nn.plan import Step
-from resnet_fast.nn.units import OPS, to_channels_last
+from resnet_fast.nn.units import KINDS, to_channels_last
 
 RANGE_CHECK = "range check"  # the look at a tensor's values that lets oneDNN's ReLU be used
 POOL = "max-pool"  # without calling the module
@@ -84,13 +85,14 @@ class Record:
         self.fused += 1
         self.reason = None
 
-    def note(self, kind: str, plan) -> None:
+    def note(self, step: Step, plan) -> None:
         """Remember the backend of an op's plan, and why a better one refused if any did."""
-        name = OPS[kind].shown.format(plan.backend)
+        kind = KINDS[step.kind]
+        name = kind.shown.format(plan.backend)
         if name not in self.backends:
             self.backends[name] = plan.why_fallback()
-        if kind == "join" and plan.is_one_kernel:
-            self.merged = "conv_bn_join"
+        if len(step.units) > 1 and plan.is_one_kernel:
+            self.merged = kind.op.name
 
 
 class OpStep:
@@ -104,7 +106,7 @@ class OpStep:
         # Else a later call outside of inference mode could not write to what was made inside.
         with torch.inference_mode(False), torch.no_grad():
             made = [unit.arguments() for unit in step.units]
-        self._arguments = [argument for arguments in made for argument in arguments]
+        self._arguments = [*chain.from_iterable(made), *KINDS[step.kind].more]
         self._biased = [
             (unit, arguments[3])
             for unit, arguments in zip(step.units, made, strict=True)
@@ -125,10 +127,9 @@ class OpStep:
         return launch
 
     def _first_launch(self, x: Tensor, other: Tensor | None, over: bool, finite: bool) -> Tensor:
-        kind = self.step.kind
-        self.plan = OPS[kind].plan_of(self.step.call(x, other))
+        self.plan = KINDS[self.step.kind].op.plan_of(self.step.call(x, other))
         y = self.bind()(x, other, over, finite)
-        self._record.note(kind, self.plan)  # by now it is known whether its backend can launch
+        self._record.note(self.step, self.plan)  # by now it is known whether its backend can launch
         self._record = None
         return y
 
@@ -158,13 +159,13 @@ class ModuleStep:
 
 def launched(step: Step, record: Record) -> OpStep | ModuleStep:
     """What runs a step of a plan."""
-    return (OpStep if step.kind in OPS else ModuleStep)(step, record)
+    return (OpStep if step.kind in KINDS else ModuleStep)(step, record)
 
 
 def traced(step: Step, x: Tensor, other: Tensor | None) -> Tensor:
     """A step through torch's dispatcher, writing over nothing that is not its own."""
-    if step.kind in OPS:
-        return OPS[step.kind].overload(*step.call(x, other))
+    if step.kind in KINDS:
+        return KINDS[step.kind].op.overload(*step.call(x, other))
     if step.kind == "add":
         return plain_add(step.module, x, other)
     return step.module(x)

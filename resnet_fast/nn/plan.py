@@ -9,7 +9,7 @@
              slots[writes] = module(slots[reads]) what stays a module
 
 A block becomes steps by the first of `BLOCKS` that takes it: the one with the largest kernels comes
-first. To add a fused block is to add a kind to `units.OPS` and a function to that list.
+first. To add a fused block is to add a kind to `units.KINDS` and a function to that list.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from resnet_fast import ops
 from resnet_fast.nn import reasons
 from resnet_fast.nn.parts import Fused, Part, Parts
 from resnet_fast.nn.recipes import Fusable
-from resnet_fast.nn.units import OPS, Unit, is_stem, join_refusal, to_channels_last
+from resnet_fast.nn.units import KINDS, Unit, is_stem, join_refusal, to_channels_last
 
 
 class Piece(NamedTuple):
@@ -54,7 +54,7 @@ class Step(NamedTuple):
     """One step of a plan.
 
     Args:
-        kind: of `units.OPS`; or "call", a module or function of one tensor; "pool", the stem's
+        kind: of `units.KINDS`; or "call", a module or function of one tensor; "pool", the stem's
             max-pool; "add", of two, and the module behind it if there is one.
         reads: the slots of x and, where there is one, of the residual or the block's input.
         writes: the slot of the result.
@@ -83,7 +83,7 @@ class Step(NamedTuple):
 
     def call(self, x: Tensor, other: Tensor | None) -> tuple:
         """The arguments of its op."""
-        return OPS[self.kind].call(self.units, self.activation, self.backend, x, other)
+        return KINDS[self.kind].call(self.units, self.activation, self.backend, x, other)
 
 
 def fold(steps: tuple[Step, ...], slots: list, run: Callable) -> object:
@@ -121,7 +121,7 @@ def steps_of(piece: Piece, parts: Parts, x: Tensor, owned: bool) -> tuple[Step, 
 
 def _stem_pool(piece, parts: Parts, x: Tensor, owned, backend: str) -> list[Step] | None:
     """Convolution, norm, ReLU and max-pool as one op, where the device has kernels for it."""
-    if piece.pool is None or not pools(x) or backend not in ops.STEM_BACKENDS:
+    if piece.pool is None or not pools(x) or backend not in ops.STEM_POOL.backends:
         return None
     if not (parts.is_whole and len(parts.main) == 1 and is_plain_pool(piece.pool)):
         return None
@@ -153,7 +153,7 @@ def _join(piece, parts: Parts, x: Tensor, owned, backend: str) -> list[Step] | N
             shape = part.unit.shape_after(shape)
         h = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         try:
-            plan = OPS["join"].plan_of(end.call(h, x))
+            plan = ops.CONV_BN_JOIN.plan_of(end.call(h, x))
         except ValueError:  # maps that do not fit, or a backend that cannot: each op says it
             return None
         if not plan.is_one_kernel:
@@ -162,10 +162,10 @@ def _join(piece, parts: Parts, x: Tensor, owned, backend: str) -> list[Step] | N
 
 
 def _may_join(parts: Parts, x: Tensor, backend: str) -> bool:
-    """Whether the block ends in what `conv_bn_join` takes, where device and backend may."""
+    """Whether the block ends in what the op takes, where device and backend may."""
     if not parts.is_whole or not parts.shortcut:
         return False
-    if not ops.may_join_in_one_kernel(x.device.type, backend):
+    if not ops.CONV_BN_JOIN.may_fuse(x.device.type, backend):
         return False
     main, projection = parts.main[-1], parts.shortcut[0]
     plain = main.activation == "relu" and projection.activation == "none"
@@ -233,7 +233,9 @@ def _free(steps: list[Step]) -> tuple[Step, ...]:
 
 def pools(x: Tensor) -> bool:
     """Whether x's device has kernels that pool; a compiler may not ask for the interpreter's."""
-    return x.is_cuda or (not torch.compiler.is_compiling() and ops.has_stem_kernels(x.device.type))
+    return x.is_cuda or (
+        not torch.compiler.is_compiling() and ops.STEM_POOL.may_fuse(x.device.type)
+    )
 
 
 def is_plain_pool(pool: nn.Module) -> bool:

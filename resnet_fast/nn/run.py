@@ -177,7 +177,7 @@ def _parts_of(piece: Piece, x: Tensor) -> Parts | str | None:
 
 def _given(steps: tuple[Step, ...], x: Tensor) -> Tensor:
     """x as the first step takes it: some kernels of stems read any layout."""
-    as_it_lies = steps[0].kind == "stem_pool" and ops.stem_reads(steps[0].call(x, None))
+    as_it_lies = steps[0].kind == "stem_pool" and ops.STEM_POOL.reads(steps[0].call(x, None))
     return x if as_it_lies else to_channels_last(x)
 
 

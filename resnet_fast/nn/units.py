@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A convolution with its BatchNorm as one unit, and the ops that units run as.
 
-`OPS` holds one entry per kind of step: which op it is, and how its arguments are made of units.
+`KINDS` holds one entry per kind of step: which op it is, and how its arguments are made of units.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ class Kind(NamedTuple):
     """One kind of step that runs as an op.
 
     Args:
-        plan_of: the op's: its arguments -> its plan.
-        overload: the op's, called with all arguments by position.
-        call: makes the arguments.
+        op: which.
+        call: makes its arguments.
+        more: what its plan is bound to behind the units' own arguments.
         shown: how `report` shows the backend that ran it.
     """
 
-    plan_of: Callable
-    overload: Callable[..., Tensor]
+    op: ops.Op
     call: Arguments
+    more: tuple = ()
     shown: str = "{}"
 
 
@@ -107,10 +107,10 @@ def _stem_call(units: Units, activation: str, backend: str, x, _other) -> ops.St
     return ops.StemCall(x, weight, scale, shift, mean, var, eps, None, None, backend)
 
 
-OPS = {
-    "conv": Kind(ops.plan_of, ops.conv_bn_act_op, _conv_call),
-    "join": Kind(ops.plan_of_join, ops.conv_bn_join_op, _join_call),
-    "stem_pool": Kind(ops.stem_plan_of, ops.stem_pool_op, _stem_call, "{} with maxpool"),
+KINDS = {
+    "conv": Kind(ops.CONV_BN_ACT, _conv_call),
+    "join": Kind(ops.CONV_BN_JOIN, _join_call),
+    "stem_pool": Kind(ops.STEM_POOL, _stem_call, (None, None), "{} with maxpool"),
 }
 
 

@@ -7,6 +7,7 @@ calls `dispatch`, but for `tune`, which measures the candidates of its table.
 
 from resnet_fast.dispatch.table import AUTO
 from resnet_fast.dispatch.table import check_name as check_backend
+from resnet_fast.dispatch.table import devices as backend_devices
 from resnet_fast.kernels.cpu import magnitude, max_pool_3x3_2
 from resnet_fast.kernels.cuda import architecture_refusal as explain_extension_on
 from resnet_fast.kernels.cuda import explain as explain_extension
@@ -47,6 +48,7 @@ __all__ = [
     "Op",
     "StemCall",
     "add_relu",
+    "backend_devices",
     "check_backend",
     "conv_bn_act",
     "conv_bn_act_",

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stand at every call of a module, without leaving a trace on any module.
+"""Watch every call of a module, without changing any module.
 
 Hooks would do for most models, but not here: a fused block takes its plain path as soon as one of
 its modules has a hook. So for the time of a `with`, and in this thread alone, it is
 `nn.Module.__call__` that asks first.
 
-Python forgets what it has learnt of a class and all below it when one of its functions is
-replaced, and a model runs a few percent slower until that is learnt anew. So the function is
-replaced once for many runs, and what it asks is what comes and goes.
+When a function of a class is replaced, Python drops its caches for the class and all subclasses,
+and a model runs a few percent slower until they are filled again. So the function is replaced once
+for many runs, and only what it calls changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Around = Callable[[nn.Module, Callable, tuple, dict], object]
 
 
 class Calls:
-    """Who is asked at each call of a module: None, or one that returns what the call gives.
+    """What is called instead of a module: None for the module itself.
 
     Args:
         around: called with (module, call, args, kwargs), for `call(module, *args, **kwargs)`.
@@ -36,7 +36,7 @@ class Calls:
 
 @contextmanager
 def around_calls(around: Around | None = None) -> Iterator[Calls]:
-    """While open, `around`, or who is put in its place, is asked at each call of a module."""
+    """While open, each call of a module goes through `around`, or what is put in its place."""
     call, thread, calls = nn.Module.__call__, threading.get_ident(), Calls()
     calls.around = around
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 
 from resnet_fast import _names, models
-from resnet_fast.comparison.measure import pick_device
-from resnet_fast.comparison.memory import room_for
-from resnet_fast.comparison.progress import Progress, Rounds
+from resnet_fast.measuring.machine import pick_device
+from resnet_fast.measuring.memory import room_for
+from resnet_fast.measuring.progress import Progress, Rounds
 from resnet_fast.profiling.profile import PEERS, SECONDS, Profile, profile
 
 

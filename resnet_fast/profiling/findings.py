@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a profile knows: data without a word on how it is shown, which is what the writers read."""
+"""What a profile found: plain data, which text.py, page.py, picture.py and trace.py show."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from resnet_fast.comparison import steadiness
-from resnet_fast.profiling import rows as _rows
+from resnet_fast.measuring import steadiness
+from resnet_fast.profiling import parts
+from resnet_fast.profiling.parts import Part
 from resnet_fast.profiling.roofline import Roofline
-from resnet_fast.profiling.rows import Row
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Findings:
         rounds: how many there were.
         interrupted: whether Ctrl-C ended them early.
         device_apart: whether host and device have times of their own.
-        peer: who is compared with; "" for nobody.
+        peer: the model compared with; "" for none.
         peer_seconds, peer_spread: median of its unmarked runs, and their spread.
         peer_whole: what `seconds` is of ours.
         unoptimized: whether `resnet_fast.optimize` would fuse what is not fused.
@@ -47,7 +47,7 @@ class Findings:
     shape: tuple[int, ...]
     machine: dict[str, str]
     roofline: Roofline | None
-    rows: list[Row]
+    rows: list[Part]
     seconds: float
     unmarked: float
     overhead: float
@@ -66,33 +66,33 @@ class Findings:
     suggestions: list[str] = field(default_factory=list)
 
     @property
-    def layers(self) -> list[Row]:
+    def layers(self) -> list[Part]:
         """The rows that are layers, in execution order."""
         return [row for row in self.rows if row.kind != "gap"]
 
     @property
-    def gaps(self) -> list[Row]:
+    def gaps(self) -> list[Part]:
         """The rows that are the time between."""
         return [row for row in self.rows if row.kind == "gap"]
 
     @property
-    def stages(self) -> list[Row]:
+    def stages(self) -> list[Part]:
         """A sum per stage, in the order in which they begin, then the gaps."""
-        by_stage: dict[str, list[Row]] = {}
+        by_stage: dict[str, list[Part]] = {}
         for row in self.layers:
             by_stage.setdefault(row.stage, []).append(row)
-        sums = [_rows.total(rows, name, self.seconds) for name, rows in by_stage.items()]
+        sums = [parts.total(rows, name, self.seconds) for name, rows in by_stage.items()]
         return [*sums, *self.gaps]
 
     @property
-    def total(self) -> Row:
+    def total(self) -> Part:
         """The sum of all rows, and of all of the peer's, measured as they were."""
-        total = _rows.total(self.rows, "total", self.seconds)
+        total = parts.total(self.rows, "total", self.seconds)
         spreads = {"spread": self.spread, "peer_spread": self.peer_spread}
         return replace(total, peer=self.peer_whole, **spreads)
 
     @property
-    def run(self) -> Row:
+    def run(self) -> Part:
         """A run that was not marked, of both models: what a user waits for."""
         total, slower = self.total, self.unmarked / self.seconds if self.seconds > 0 else 1.0
         return replace(
@@ -101,7 +101,7 @@ class Findings:
         )  # fmt: skip
 
     @property
-    def sums(self) -> list[Row]:
+    def sums(self) -> list[Part]:
         """What stands below a table: on a GPU the rows add up to a run that was not marked."""
         return [self.total] if self.device_apart else [self.total, self.run]
 
@@ -112,7 +112,7 @@ class Findings:
             return "less than the noise"
         return f"{self.overhead:+.1%}"
 
-    def stable(self, row: Row) -> bool:
+    def stable(self, row: Part) -> bool:
         """Whether the row's time may be taken as a fact."""
         return steadiness.is_stable(row.spread, self.busy)
 
@@ -120,4 +120,5 @@ class Findings:
     def warnings(self) -> list[str]:
         """What to know before the times are taken as facts; nothing where all of them may be."""
         times = [*self.layers, self.run]
-        return steadiness.warnings(sum(not self.stable(t) for t in times), len(times), self.busy)
+        loose = sum(not self.stable(time) for time in times)
+        return [*steadiness.too_busy(self.busy), *steadiness.unstable(loose, len(times))]

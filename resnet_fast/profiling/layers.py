@@ -3,8 +3,9 @@
 
     layers(model, x)     as our models run: conv + BatchNorm (+ shortcut) + ReLU is one layer
     unfused(model, x)    as plain torch runs it: conv, norm, relu and add are a layer each
+    layers_of(name)      either of one of our models, by its name
 
-Both let the model run once on tensors without data and write down the ops that arrive at torch's
+They let the model run once on tensors without data and write down the ops that arrive at torch's
 dispatcher, so whatever the model does is counted as it is done. FLOPs are those of convolutions and
 matrix products, a multiply-add counted as two; element-wise work is not counted, as torch's own
 counter does not. Bytes are each tensor once: what is read, and what is written.
@@ -12,6 +13,7 @@ counter does not. Bytes are each tensor once: what is read, and what is written.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet_fast import ops
+from resnet_fast import models, ops
 from resnet_fast.conversion import optimize
 from resnet_fast.nn import disabled
 from resnet_fast.profiling.calls import around_calls
@@ -103,6 +105,27 @@ def unfused(model: nn.Module, x: Tensor) -> list[Layer]:
         return as_run(model, x)
 
 
+@functools.cache
+def layers_of(
+    name: str, batch: int = 1, dtype: str = "float32", fused: bool = True
+) -> tuple[Layer, ...]:
+    """The layers of one of our models by its name, at 224x224; nothing is computed.
+
+    Args:
+        name: of a builder, as "resnet50".
+        batch, dtype: of the input.
+        fused: as ours run, or as plain torch runs them.
+
+    Example:
+        >>> specs = {layer.spec for layer in layers_of("resnet50", 32, "float16") if layer.spec}
+    """
+    kind = getattr(torch, dtype)
+    with torch.random.fork_rng(devices=[]):
+        model = models.get_model(name).eval().to(kind)
+    x = torch.empty(batch, 3, 224, 224, dtype=kind)
+    return tuple(layers(model, x) if fused else unfused(model, x))
+
+
 def as_run(model: nn.Module, x: Tensor) -> list[Layer]:
     """`layers` of a model just as it stands: fused where it is, plain where it is not."""
     try:
@@ -110,8 +133,8 @@ def as_run(model: nn.Module, x: Tensor) -> list[Layer]:
 
         return _record(model, x, FakeTensorMode(allow_non_fake_inputs=True))
     except Exception:
-        # Not all models run without data (some look at values): those run for real, and what is
-        # wrong with a model is told by its own run, not by one in disguise.
+        # Not all models run without data (some look at values): those run for real. If the model is
+        # at fault, its own run raises the error.
         return _record(model, x, None)
 
 
@@ -188,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         parameters = sum(_nbytes(t) for t in read if id(t) in self._owners)
         moved = sum(map(_nbytes, read)) + _nbytes(written)
         if spec is not None:
-            moved -= _nbytes(call.x) - _touched_pixels(spec) * spec.c * call.x.element_size()
+            moved -= _nbytes(call.x) - touched_pixels(spec) * spec.c * call.x.element_size()
         if name == "conv_bn_join":  # of its second input, the pixels that the 1x1 filter samples
             x = args[4]
             sampled = written.numel() // written.shape[1] * x.shape[1]
@@ -292,7 +315,7 @@ def _spec(call: ops.Call, written: Tensor) -> ConvSpec | None:
     )  # fmt: skip
 
 
-def _touched_pixels(spec: ConvSpec) -> int:
+def touched_pixels(spec: ConvSpec) -> int:
     """Pixels of x that the filter meets: with a stride of two, a 1x1 filter needs a quarter."""
     rows = spec.h if spec.r >= spec.stride[0] else min(spec.h, spec.p * spec.r)
     columns = spec.w if spec.s >= spec.stride[1] else min(spec.w, spec.q * spec.s)

@@ -8,10 +8,10 @@ from html import escape
 from itertools import groupby
 from string import Template
 
-from resnet_fast.comparison.steadiness import is_stable, marked
+from resnet_fast.measuring.steadiness import is_stable, marked
 from resnet_fast.profiling import picture, text
 from resnet_fast.profiling.findings import Findings
-from resnet_fast.profiling.rows import Row
+from resnet_fast.profiling.parts import Part
 from resnet_fast.profiling.style import STYLE
 
 PAGE = Template("""<!doctype html>
@@ -108,7 +108,7 @@ def _suggestions(profile: Findings) -> str:
     return f"<h2>What to try</h2><ul>{lines}</ul>"
 
 
-def _table(first: str, rows: Sequence[Row], profile: Findings) -> str:
+def _table(first: str, rows: Sequence[Part], profile: Findings) -> str:
     names, anchors = text.columns(profile), picture.anchors(first, rows)
     lines = [(row, text.cells(row, profile)) for row in rows]
     used = [i for i in range(len(names)) if any(cells[i] for _, cells in lines)]
@@ -135,6 +135,6 @@ def _class(column: str) -> str:
     return "word" if column in WORDS else "roof" if column == "of roof" else ""
 
 
-def _bar(row: Row) -> str:
+def _bar(row: Part) -> str:
     colour = "rgb({},{},{})".format(*picture.colour_of(row))
     return f'<i style="width:{min(row.roof, 1) * 100:.0f}%;background:{colour}"></i>'

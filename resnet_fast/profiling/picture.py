@@ -17,9 +17,9 @@ from html import escape
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
-from resnet_fast.comparison.steadiness import marked
+from resnet_fast.measuring.steadiness import marked
 from resnet_fast.profiling.findings import Findings
-from resnet_fast.profiling.rows import Row, total
+from resnet_fast.profiling.parts import Part, total
 from resnet_fast.profiling.trace import block_of
 
 LEVELS = ("model", "stage", "block", "layer")
@@ -44,11 +44,11 @@ class Box(NamedTuple):
     level: int
     begin: float
     width: float
-    row: Row
+    row: Part
     anchor: str
 
 
-def anchors(table: str, rows: Sequence[Row]) -> dict[int, str]:
+def anchors(table: str, rows: Sequence[Part]) -> dict[int, str]:
     """The ids of a table's rows, the table being that of "stage" or "layer", by the rows' own."""
     return {id(row): f"{table}-{number}" for number, row in enumerate(rows)}
 
@@ -78,7 +78,7 @@ def boxes(profile: Findings) -> list[Box]:
     return found
 
 
-def colour_of(row: Row) -> tuple[int, int, int]:
+def colour_of(row: Part) -> tuple[int, int, int]:
     """Red, green and blue for a row's share of the roofline; grey where it has none."""
     if not row.roof:
         return GREY
@@ -178,5 +178,5 @@ def write_png(profile: Findings, file) -> None:
     figure.savefig(file, format="png")
 
 
-def _stage(row: Row) -> str:
+def _stage(row: Part) -> str:
     return row.stage

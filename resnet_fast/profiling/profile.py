@@ -18,27 +18,27 @@ from typing import TextIO
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.comparison import steadiness
-from resnet_fast.comparison.measure import describe_machine
 from resnet_fast.conversion.find import owners
+from resnet_fast.measuring import steadiness
+from resnet_fast.measuring.clock import Clock, clock_of
+from resnet_fast.measuring.machine import environment
+from resnet_fast.measuring.rounds import rounds as numbered
+from resnet_fast.measuring.twins import torchvision_twin
 from resnet_fast.nn.launches import OpStep
-from resnet_fast.profiling import page, picture
-from resnet_fast.profiling import rows as _rows
+from resnet_fast.profiling import page, parts, picture
 from resnet_fast.profiling import text as _text
 from resnet_fast.profiling.calls import Calls, around_calls
 from resnet_fast.profiling.findings import Findings
 from resnet_fast.profiling.layers import as_run
-from resnet_fast.profiling.peers import torchvision_twin
+from resnet_fast.profiling.parts import LAUNCHES, REMAINDER, Part
 from resnet_fast.profiling.roofline import Roofline, roofline_of
-from resnet_fast.profiling.rows import LAUNCHES, REMAINDER, Row
 from resnet_fast.profiling.suggest import suggestions
-from resnet_fast.profiling.timeline import Clock, Replay, Timeline, clock_of
+from resnet_fast.profiling.timeline import Replay, Timeline
 from resnet_fast.profiling.trace import trace_of
 
 FORMAT = 1  # of `to_json`
 WARM_UP = 3
 SECONDS = 4.0
-MIN_ROUNDS, MAX_ROUNDS = 7, 200
 # Untimed runs before each timed one: after another model's run, a ResNet-50 at batch 1 is 8 %
 # slower in its first run, 3 % in the third and 0.5 % in the fifth (CPU, bfloat16).
 SETTLING_RUNS, SETTLING_SECONDS = 4, 0.2
@@ -122,7 +122,7 @@ def profile(
     Raises:
         TypeError: model is not a module, or example not a tensor.
         ValueError: model is in training mode; warmup, seconds or rounds is out of range; compare
-            names nobody that is known, or torchvision has no such model.
+            is not a known name, or torchvision has no such model.
 
     Example:
         >>> profile = resnet_fast.profile(model, torch.randn(1, 3, 224, 224))
@@ -140,9 +140,11 @@ def profile(
         x = example.contiguous(memory_format=torch.channels_last) if example.dim() == 4 else example
         subjects[peer or "peer"] = _Subject(twin, x)
     with clock.current():
-        for who, subject in subjects.items():
-            subject.prepare(clock, warmup, lambda text, who=who: progress(f"{who} {text}".strip()))
-        with steadiness.Others(1 if clock.device_apart else torch.get_num_threads()) as rest:
+        for name, subject in subjects.items():
+            subject.prepare(
+                clock, warmup, lambda text, name=name: progress(f"{name} {text}".strip())
+            )
+        with clock.others as rest:
             interrupted = _measure(list(subjects.values()), clock, seconds, rounds, progress)
     ours, *others = subjects.values()
     found = _profile(ours, example, roofline, clock)
@@ -152,9 +154,13 @@ def profile(
         found.peer, found.peer_seconds = peer, statistics.median(others[0].walls)
         found.peer_spread = steadiness.spread_of(others[0].walls)
         found.peer_whole = others[0].whole(theirs, clock)
-        found.rows = [_beside(row, _rows.peer_rows(theirs).get(row.name)) for row in found.rows]
+        found.rows = [_beside(row, parts.peer_rows(theirs).get(row.name)) for row in found.rows]
     found.suggestions = suggestions(found)
     return found
+
+
+def _tell(progress: Callable[[str], None], name: str, text: str) -> None:
+    progress(f"{name} {text}".strip())
 
 
 @dataclass(slots=True)
@@ -176,13 +182,13 @@ class _Subject:
             clock.synchronize()
         self.timeline = Timeline(self.model, self.x, clock)
 
-    def rows(self, clock: Clock) -> list[Row]:
+    def rows(self, clock: Clock) -> list[Part]:
         """Of the replays that ran what most of them ran."""
         common = Counter(replay.names for replay in self.replays).most_common(1)[0][0]
         alike = [replay for replay in self.replays if replay.names == common]
-        return _rows.rows_of(as_run(self.model, self.x), alike, clock.device_apart)
+        return parts.rows_of(as_run(self.model, self.x), alike, clock.device_apart)
 
-    def whole(self, rows: list[Row], clock: Clock) -> float:
+    def whole(self, rows: list[Part], clock: Clock) -> float:
         """Seconds of a run as the rows were measured: no less than these together."""
         marked = [replay.whole.device for replay in self.replays]
         whole = statistics.median(self.walls if clock.device_apart else marked)
@@ -198,18 +204,15 @@ def _measure(
     progress: Callable[[str], None],
 ) -> bool:
     """Rounds until the time is up; whether they were interrupted."""
-    end = time.perf_counter() + seconds
     done = 0
     try:
         with around_calls() as calls:
-            while done < (MIN_ROUNDS if rounds is None else rounds) or (
-                rounds is None and time.perf_counter() < end and done < MAX_ROUNDS
-            ):
-                progress(f"round {done + 1}")
+            for number in numbered(seconds, count=rounds):
+                progress(f"round {number}")
                 for subject in subjects:
                     for marked in (done % 2 == 0, done % 2 == 1):  # each kind goes first in turn
                         _once(subject, clock, calls, marked)
-                done += 1
+                done = number
     except KeyboardInterrupt:
         for subject in subjects:  # the pairs that are complete
             for kept in (subject.walls, subject.replays, *subject.busy.values()):
@@ -250,10 +253,10 @@ def _profile(
     rows = subject.rows(clock)
     whole = subject.whole(rows, clock)
     rest = whole - sum(row.seconds for row in rows)
-    rows.append(Row(LAUNCHES if clock.device_apart else REMAINDER, "", "gap", rest))
+    rows.append(Part(LAUNCHES if clock.device_apart else REMAINDER, "", "gap", rest))
     if roofline is not None:
         roofline = roofline.raised((row.name, row.flops, row.bytes, row.seconds) for row in rows)
-    rows = [_rows.against(row, roofline, whole, clock.device_apart) for row in rows]
+    rows = [parts.against(row, roofline, whole, clock.device_apart) for row in rows]
     rows = [_served(row, subject.timeline.steps.get(row.name)) for row in rows]
     quickest = {marked: min(times) for marked, times in subject.busy.items()}
     spreads = map(steadiness.spread_of, subject.busy.values())
@@ -264,7 +267,7 @@ def _profile(
         dtype=str(example.dtype).removeprefix("torch."),
         batch=example.shape[0] if example.dim() else 1,
         shape=tuple(example.shape),
-        machine=describe_machine(example.device),
+        machine=environment(example.device).named(),
         roofline=roofline,
         rows=rows,
         seconds=whole,
@@ -281,11 +284,11 @@ def _profile(
     )
 
 
-def _beside(row: Row, peer: Row | None) -> Row:
+def _beside(row: Part, peer: Part | None) -> Part:
     return row if peer is None else replace(row, peer=peer.seconds, peer_spread=peer.spread)
 
 
-def _served(row: Row, step: OpStep | None) -> Row:
+def _served(row: Part, step: OpStep | None) -> Part:
     """The row with the backend that ran it."""
     if row.kind == "gap":
         return row
@@ -304,7 +307,7 @@ def _is_contiguous(module: nn.Module) -> bool:
     )
 
 
-def _plain(row: Row) -> dict:
+def _plain(row: Part) -> dict:
     derived = ("tflops", "bandwidth_gbs", "ratio")
     return {**asdict(row), **{name: getattr(row, name) for name in derived}}
 

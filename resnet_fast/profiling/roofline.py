@@ -54,7 +54,7 @@ class Roofline:
         source: "specified" or "measured".
         caches: (bytes, GB/s) for layers of up to so many bytes, ascending; empty for a GPU.
         launch_seconds: what starting a layer takes.
-        notes: what raised a ceiling, or whose it is where it is not the device's own; in words.
+        notes: in words, what raised a ceiling, or which device it was taken from.
     """
 
     name: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the pages look, whoever writes them: light or dark as the reader has it, wide or on a phone.
+"""How the pages look: light or dark as the reader has set, on a wide screen or a phone.
 
 What is wider than the screen scrolls in a box of its own, so that nothing shrinks until it cannot
 be read and the page itself never moves sideways.

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from resnet_fast._table import Column, Table, wrapped
-from resnet_fast.comparison.steadiness import is_stable, marked, ratio_text
+from resnet_fast.measuring.steadiness import is_stable, marked, ratio_text
 from resnet_fast.profiling.findings import Findings
-from resnet_fast.profiling.rows import REMAINDER, Row
+from resnet_fast.profiling.parts import REMAINDER, Part
 
 PAUSED = 0.05  # of the whole: more than a machine to itself shows
 # What is left out of a narrow terminal, the highest first.
@@ -88,7 +88,7 @@ def obtained(column: str) -> str:
     return "" if column in ("bound by", "backend", "tile") else "measured"
 
 
-def cells(row: Row, profile: Findings) -> tuple[str, ...]:
+def cells(row: Part, profile: Findings) -> tuple[str, ...]:
     """A row's cells, as `columns` has them; empty where there is nothing to say."""
     worked = bool(row.bytes)
     host = (_or("{:.3f}", row.host and row.host * 1e3),) if profile.device_apart else ()
@@ -106,7 +106,7 @@ def cells(row: Row, profile: Findings) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _time(row: Row, profile: Findings) -> str:
+def _time(row: Part, profile: Findings) -> str:
     if row.kind == "gap" and not row.seconds:  # less than nothing: the sum's noise
         return "noise"
     return marked(f"{row.seconds * 1e3:.3f}", profile.stable(row))
@@ -116,7 +116,7 @@ def _or(form: str, value: float | None) -> str:
     return "" if value is None else form.format(value)
 
 
-def _table(first: str, rows: Sequence[Row], profile: Findings, width: int | None) -> str:
+def _table(first: str, rows: Sequence[Part], profile: Findings, width: int | None) -> str:
     left = (first, "bound by", "backend", "tile")
     names = (first, *columns(profile))
     table = Table("", [Column(name, name not in left, RANKS.get(name, 0)) for name in names])

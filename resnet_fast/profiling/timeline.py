@@ -5,128 +5,26 @@ Two places are watched while a `Timeline` is open: calls of modules that call no
 launches of kept plans, by which our networks run without calling their modules. What runs between
 two of them is seen as the time between: an addition in a block's forward, or the host alone.
 
-A `Clock` is read at both ends of a layer. On a GPU it records an event, which tells when the device
-got there; a spin kernel in front lets the host run ahead, so that the device never waits for it and
-what lies between two events is the device's work alone.
+A `Clock` is read at both ends of a layer (see `measuring.clock`).
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from resnet_fast.measuring.clock import Clock
 from resnet_fast.nn.launches import POOL, RANGE_CHECK, OpStep, observed
 from resnet_fast.profiling.calls import Calls, around_calls
 
-__all__ = ["POOL", "RANGE_CHECK", "Clock", "Edge", "Replay", "Timeline", "clock_of"]
-
-HOLD_CYCLES = 40_000_000  # of a GPU's clock, 20 to 40 ms: the host queues a whole model meanwhile
-
-
-class Clock(Protocol):
-    """Tells the time on the host and, where it has one, on the device; marks are its own."""
-
-    device_apart: bool
-
-    def current(self) -> AbstractContextManager:
-        """Entered around all runs: makes the clock's device the thread's."""
-
-    def start(self) -> None:
-        """Before a replay that is to be marked."""
-
-    def mark(self) -> object:
-        """Now, in the order of what is queued."""
-
-    def finish(self) -> None:
-        """After the replay: all marks can be read."""
-
-    def host(self, before: object, after: object) -> float:
-        """Seconds between two marks on the host."""
-
-    def device(self, before: object, after: object) -> float:
-        """Seconds between two marks on the device."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has done all that was queued."""
-
-
-class HostClock:
-    """For models that run where Python runs: a mark is a moment."""
-
-    device_apart = False
-    current = nullcontext
-    mark = staticmethod(time.perf_counter)
-
-    def start(self) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-    def host(self, before: float, after: float) -> float:
-        return after - before
-
-    device = host
-
-
-class EventClock:
-    """For a GPU: a mark is a moment of the host and an event of the device.
-
-    Args:
-        device: a CUDA device.
-        cuda: `torch.cuda`, or what stands in for it in a test.
-    """
-
-    device_apart = True
-
-    def __init__(self, device: torch.device, cuda=torch.cuda) -> None:
-        self._device, self._cuda = device, cuda
-        self._events: list = []
-        self._moments: list[float] = []
-
-    def current(self) -> AbstractContextManager:
-        return self._cuda.device(self._device)  # whose stream events are recorded on
-
-    def start(self) -> None:
-        self._moments.clear()
-        self._cuda.synchronize(self._device)
-        self._cuda._sleep(HOLD_CYCLES)
-
-    def mark(self) -> int:
-        index = len(self._moments)
-        if index == len(self._events):
-            self._events.append(self._cuda.Event(enable_timing=True))
-        self._events[index].record()
-        self._moments.append(time.perf_counter())
-        return index
-
-    def finish(self) -> None:
-        self._cuda.synchronize(self._device)
-
-    def synchronize(self) -> None:
-        self._cuda.synchronize(self._device)
-
-    def host(self, before: int, after: int) -> float:
-        return self._moments[after] - self._moments[before]
-
-    def device(self, before: int, after: int) -> float:
-        return self._events[before].elapsed_time(self._events[after]) / 1e3
-
-
-def clock_of(device: torch.device) -> Clock:
-    """The clock for models on a device."""
-    return EventClock(device) if device.type == "cuda" else HostClock()
+__all__ = ["POOL", "RANGE_CHECK", "Edge", "Replay", "Timeline"]
 
 
 class Edge(NamedTuple):

@@ -9,13 +9,13 @@ from __future__ import annotations
 from itertools import groupby
 
 from resnet_fast.profiling.findings import Findings
-from resnet_fast.profiling.rows import Row
+from resnet_fast.profiling.parts import Part
 
 MODEL, STAGES, BLOCKS, LAYERS, HOST = range(1, 6)
 TRACKS = {MODEL: "model", STAGES: "stages", BLOCKS: "blocks", LAYERS: "layers", HOST: "host"}
 
 
-def block_of(row: Row) -> str:
+def block_of(row: Part) -> str:
     """The block of a stage that a layer is in, "layer1.0"; "" for one that is in none."""
     rest = row.name.removeprefix(f"{row.stage}.")
     number = rest.partition(".")[0]
@@ -51,7 +51,7 @@ def trace_of(profile: Findings) -> dict:
     }
 
 
-def _block(pair: tuple[Row, float]) -> str:
+def _block(pair: tuple[Part, float]) -> str:
     return block_of(pair[0])
 
 
@@ -66,7 +66,7 @@ def _slice(name: str, track: int, start: float, seconds: float, facts: dict) -> 
     }  # fmt: skip
 
 
-def _facts(row: Row) -> dict:
+def _facts(row: Part) -> dict:
     facts = {
         "kind": row.kind, "backend": row.backend, "tile": row.tile, "bound by": row.bound,
         "share": round(row.share, 4), "flops": row.flops, "bytes": row.bytes,

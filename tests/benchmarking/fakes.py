@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 
-from resnet_fast.benchmarking.clocks import Clock
-from resnet_fast.benchmarking.protocol import Candidate, Case
-from resnet_fast.benchmarking.rows import MEASURED, Environment, Row
-from resnet_fast.comparison.steadiness import Others
+from resnet_fast.benchmarking.rows import Result
+from resnet_fast.measuring.clock import Clock
+from resnet_fast.measuring.machine import Environment
+from resnet_fast.measuring.protocol import MEASURED, Case, Entrant
+from resnet_fast.measuring.steadiness import Others
 
 ENVIRONMENT = Environment(
     device="Test Processor", kind="cpu", threads=2, clocks="2000 MHz", driver="", python="3.12",
@@ -51,10 +52,10 @@ def right(clock: FakeClock, milliseconds: float = 1.0, log: list | None = None, 
             log.append((name, int(x[0, 0])))
         return x.clone()
 
-    return lambda: Candidate(call)
+    return lambda: Entrant(call)
 
 
-def row(provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, **changes) -> Row:
+def row(provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, **changes) -> Result:
     """A measured row whose p20 and p80 lie `spread` to both sides of the median."""
     given = {
         "suite": "models", "subject": "resnet18", "shape": "1x3x224x224", "where": "", "batch": 1,
@@ -64,4 +65,4 @@ def row(provider: str = "resnet_fast", ms: float = 10.0, spread: float = 0.02, *
         "flops": 10**9, "bytes": 10**7, "images_per_s": 1e3 / ms, "tflops": 0.1, "gbs": 1.0,
         "stable": True, "environment": ENVIRONMENT,
     }  # fmt: skip
-    return Row(**(given | changes))
+    return Result(**(given | changes))

@@ -14,12 +14,14 @@ from dataclasses import replace
 import pytest
 from matplotlib.collections import PathCollection
 
-from resnet_fast.benchmarking import report, rows, tables
+from benchmarks import report
+from resnet_fast.benchmarking import tables
 from resnet_fast.benchmarking.rows import Results
-from resnet_fast.comparison.steadiness import NOTE
+from resnet_fast.measuring import protocol
 from resnet_fast.profiling.roofline import Roofline
 from tests.benchmarking.fakes import row
-from tests.benchmarking.test_rows import EAGER, MODELLED
+from tests.benchmarking.test_counted import MODELLED
+from tests.benchmarking.test_rows import EAGER
 
 OP = {
     "suite": "ops", "subject": "conv_bn_act", "batch": 1, "backend": "cpu",
@@ -32,10 +34,12 @@ def results() -> Results:
     for batch in (1, 8):
         for provider, ms in ((EAGER, 20.0), ("openvino", 12.0), ("resnet_fast", 13.0)):
             found.append(row(provider, ms * batch, batch=batch))
-    found.append(row("<script>alert(1)</script>", status=rows.THREW, reason="boom & <b>bang</b>"))
+    found.append(
+        row("<script>alert(1)</script>", status=protocol.THREW, reason="boom & <b>bang</b>")
+    )
     for provider, ms in (("aten", 0.9), ("compile", 0.5), ("resnet_fast", 0.45)):
         found.append(row(provider, ms, **OP))
-    return Results(rows=found, modelled=[MODELLED], left_out={"models: triton": "no GPU"})
+    return Results(rows=found, left_out={"models: triton": "no GPU"})
 
 
 ROOFS = {"float32": Roofline("CPU", 0.5, 20.0, "measured")}
@@ -44,7 +48,7 @@ ROOFS = {"float32": Roofline("CPU", 0.5, 20.0, "measured")}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("report")
-    report.write(results(), ROOFS, path)
+    report.write(results(), ROOFS, [MODELLED], path)
     return path
 
 
@@ -90,19 +94,10 @@ def test_the_page_follows_the_reader_into_the_dark_and_onto_a_phone(folder):
 
 
 def test_a_run_that_measured_nothing_has_a_page_too(tmp_path):
-    lost = replace(row(), status=rows.THREW, reason="gone", wall_ms=None)
-    report.write(Results(rows=[lost], complete=False), {}, tmp_path)
+    lost = replace(row(), status=protocol.THREW, reason="gone", wall_ms=None)
+    report.write(Results(rows=[lost], complete=False), {}, [], tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Interrupted" in page and "gone" in page
-
-
-def test_the_terminals_modelled_table_has_a_layer_and_kernel_once():
-    tiles = [replace(MODELLED, tile=f"64x64x{k}", counted_sectors=1 + k) for k in (16, 32, 64)]
-    found = Results(modelled=[*tiles, replace(MODELLED, kernel="CUTLASS")])
-    _, table = tables.render(found)
-    kernels = [row.cells[0] for row in table.rows if row.cells]
-    assert len(kernels) == 2 and table.notes[0].startswith("2 more, of other layers and tiles")
-    assert "64x64x16" in kernels[0]
 
 
 @pytest.mark.parametrize(
@@ -111,18 +106,6 @@ def test_the_terminals_modelled_table_has_a_layer_and_kernel_once():
 )
 def test_milliseconds_are_plain_numbers(value, text):
     assert tables.milliseconds(value) == text
-
-
-def test_the_readmes_table_has_what_was_measured_and_nothing_else():
-    found = results()
-    table = tables.markdown(found)
-    assert table.splitlines()[0].startswith(f"| model | dtype | batch | {EAGER} (ms) | openvino |")
-    assert "| resnet18 | float32 | 1 | 20.0 | 0.60 | 0.65 |" in table
-    assert "script" not in table and "Test Processor" in table
-    # A provider without a time in one of the cases has a dash there.
-    del found.rows[1]
-    assert "| resnet18 | float32 | 1 | 20.0 | 0.65 | - |" in tables.markdown(found)
-    assert tables.markdown(Results()) == "No model was measured."
 
 
 def unstable() -> Results:
@@ -146,17 +129,14 @@ def test_the_terminals_table_marks_what_is_not_stable_and_gives_it_no_prize():
     assert "bold" in [line.style for line in stable.rows]
 
 
-def test_the_page_and_the_readme_mark_it_too():
+def test_the_page_marks_it_too():
     page = report.page(unstable(), {})
     assert page.count("<td>~13</td>") == 1 and "<td>?</td>" in page and "~1602" in page
     assert "too busy" in page and "2 of 3 times" in page and 'class="ours' not in page
-    markdown = tables.markdown(unstable())
-    assert "| 20.0 | ~0.65 | ? |" in markdown and NOTE in markdown
-    assert NOTE not in tables.markdown(results())
 
 
 def test_the_pictures_show_it_too():
-    from resnet_fast.benchmarking import plots
+    from benchmarks import plots
 
     axes = plots.throughput(unstable().rows).axes[0]
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
@@ -173,7 +153,7 @@ def test_the_pictures_show_it_too():
 
 def test_no_point_of_the_roofline_is_where_it_is_by_construction():
     """Of a GPU that nothing ran on there are shapes to show, and no speeds."""
-    from resnet_fast.benchmarking import plots
+    from benchmarks import plots
 
     ops = [row("resnet_fast", 0.45, **OP)]
     left, right = plots.rooflines(ops, ROOFS).axes
@@ -228,3 +208,11 @@ def colors(png: bytes) -> set[bytes]:
     raw = zlib.decompress(data)
     assert width
     return {raw[i : i + 3] for i in range(0, len(raw) - 3, 7)}
+
+
+def test_a_row_of_few_rounds_says_so_below_its_time():
+    few = row(EAGER, 20.0, rounds=4, stable=False, reason="4 rounds of at least 7: no time")
+    (table,) = (part for part in tables.render(Results(rows=[few])) if not isinstance(part, str))
+    _, time, why = table.rows
+    assert time.cells[3] == "~20" and "4 rounds of at least 7" in why.text
+    assert "4 rounds of at least 7" in report.page(Results(rows=[few]), {})

@@ -17,25 +17,14 @@ import torch
 from torch import nn
 
 from resnet_fast import _hardware, cli, ops
-from resnet_fast.benchmarking import (
-    cases,
-    clocks,
-    command,
-    counted,
-    cudnn,
-    formulas,
-    plan,
-    protocol,
-    providers,
-    rows,
-    suite,
-)
-from resnet_fast.benchmarking import environment as environments
+from resnet_fast.benchmarking import cases, command, formulas, plan, providers, rows, suite
 from resnet_fast.benchmarking.cases import ModelCase, OpCase
-from resnet_fast.benchmarking.providers import Provider
 from resnet_fast.benchmarking.suite import Request
-from resnet_fast.comparison import providers as peers
-from resnet_fast.comparison.steadiness import Others
+from resnet_fast.measuring import clock as clocks
+from resnet_fast.measuring import cudnn, peers, protocol
+from resnet_fast.measuring import machine as environments
+from resnet_fast.measuring.peers import ModelWork, Provider
+from resnet_fast.measuring.steadiness import Others
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.spec import ConvSpec, TileConfig
 from tests.benchmarking.fakes import ENVIRONMENT, FakeClock
@@ -133,22 +122,22 @@ def test_other_batches_and_dtypes():
 @pytest.mark.parametrize("name", SMALL_CASES)
 def test_the_real_providers_of_ops_agree_and_are_timed(name):
     case = SMALL_CASES[name]
-    wanted = [p.name for p in providers.providers_of("ops", "cpu") if p.name != "compile"]
+    wanted = [p.name for p in providers.providers_of("ops") if p.name != "compile"]
     request = Request(device="cpu", seconds=0.01, providers=wanted)
     found, _, interrupted = suite.measure_case(case, request, clocks.Clock(), ENVIRONMENT)
     assert not interrupted
     by_name = {row.provider: row for row in found}
     for provider in ("aten", "resnet_fast"):
         row = by_name[provider]
-        assert row.status == rows.MEASURED, row.reason
+        assert row.status == protocol.MEASURED, row.reason
         assert row.wall_p20_ms <= row.wall_ms <= row.wall_p80_ms <= row.wall_p99_ms
         assert row.error <= row.error_limit and "L2" in row.inputs
         assert row.device_ms is None
     if case.op != "add_relu":
-        assert by_name["aten-folded"].status == rows.MEASURED
+        assert by_name["aten-folded"].status == protocol.MEASURED
         assert by_name["resnet_fast-aten"].backend == "aten"
         assert by_name["resnet_fast"].backend in ("cpu", "aten")
-        assert by_name["resnet_fast-triton"].status == rows.THREW
+        assert by_name["resnet_fast-triton"].status == protocol.THREW
         assert "runs on cuda" in by_name["resnet_fast-triton"].reason
 
 
@@ -192,11 +181,11 @@ def test_the_real_providers_of_models_agree_and_are_timed(monkeypatch):
     assert list(by_name) == [name for name in providers.names() if name in wanted]
     for name in able:
         row = by_name[name]
-        assert row.status == rows.MEASURED, row.reason
+        assert row.status == protocol.MEASURED, row.reason
         assert row.images_per_s == pytest.approx(3e3 / row.wall_ms)
     assert "9 of 9 blocks fused" in by_name["resnet_fast"].backend
     for name in wanted[len(able) :]:
-        assert by_name[name].status == rows.MISSING and by_name[name].reason, name
+        assert by_name[name].status == protocol.MISSING and by_name[name].reason, name
     assert left_out == {}
 
 
@@ -212,7 +201,7 @@ def test_who_was_not_asked_is_told_with_the_reason():
     assert "--full" in providers.choose(case, "cpu", (), cases.USUAL)[1]["compile-max-autotune"]
     assert "compile-max-autotune" not in providers.choose(case, "cpu", (), cases.FULL)[1]
     assert names.isdisjoint(left_out)
-    assert names | set(left_out) == {p.name for p in providers.providers_of("models", "cpu")}
+    assert names | set(left_out) == {p.name for p in providers.providers_of("models")}
 
 
 def fake_suite(monkeypatch, *fakes: Provider):
@@ -222,7 +211,7 @@ def fake_suite(monkeypatch, *fakes: Provider):
     shared = protocol.Case([(x,), (x + 1,)], x.double(), x)
     monkeypatch.setattr(suite, "_model", lambda case, request: (shared, None))
     monkeypatch.setattr(suite.clocks, "clock_of", lambda place: clock)
-    monkeypatch.setattr(providers, "providers_of", lambda suite, device: fakes)
+    monkeypatch.setattr(providers, "providers_of", lambda suite: fakes)
     return clock
 
 
@@ -232,7 +221,7 @@ def identity(clock_of):
             clock_of().seconds += 1e-3
             return x
 
-        return protocol.Candidate(call)
+        return protocol.Entrant(call)
 
     return build
 
@@ -250,8 +239,8 @@ def test_one_row_per_case_and_provider_whatever_happens(monkeypatch):
     kept = []
     results = suite.run(request, keep=lambda r: kept.append(len(r.rows)))
     assert [(r.batch, r.provider, r.status) for r in results.rows] == [
-        (1, "good", rows.MEASURED), (1, "bad", rows.THREW),
-        (8, "good", rows.MEASURED), (8, "bad", rows.THREW),
+        (1, "good", protocol.MEASURED), (1, "bad", protocol.THREW),
+        (8, "good", protocol.MEASURED), (8, "bad", protocol.THREW),
     ]  # fmt: skip
     assert kept == [2, 4] and results.complete
 
@@ -265,18 +254,18 @@ def test_quick_keeps_to_its_time_and_says_what_it_left_out(monkeypatch):
             box["clock"].seconds += 10
             return x
 
-        return protocol.Candidate(call)
+        return protocol.Entrant(call)
 
     box["clock"] = fake_suite(monkeypatch, Provider("slow", "", build))
     request = Request(suites=("models",), device="cpu", extent="quick", models=["resnet18"])
     results = suite.run(request)
     assert len(results.rows) == 4 and results.complete
-    assert {row.status for row in results.rows} <= {rows.LEFT_OUT, rows.MEASURED}
-    assert results.rows[-1].status == rows.LEFT_OUT
+    assert {row.status for row in results.rows} <= {protocol.LEFT_OUT, protocol.MEASURED}
+    assert results.rows[-1].status == protocol.LEFT_OUT
     assert protocol.TIME_IS_UP in results.rows[-1].reason
     assert box["clock"].seconds < suite.QUICK_SECONDS["models"] + 100
     told = command.untimed(results, request)
-    late = sum(row.status == rows.LEFT_OUT for row in results.rows)
+    late = sum(row.status == protocol.LEFT_OUT for row in results.rows)
     assert told[0].startswith(f"{late} of 4 rows have no time") and "without --quick" in told[-1]
 
 
@@ -381,8 +370,8 @@ def test_ctrl_c_keeps_rows_and_writes_them(monkeypatch, tmp_path, capsys):
                  "--dtype", "float32", "--seconds", "0.01", "--out", str(tmp_path)]  # fmt: skip
     assert cli.main(arguments) == cli.INTERRUPTED
     kept = rows.read(tmp_path)
-    assert [row.status for row in kept.rows] == [rows.MEASURED, rows.INTERRUPTED]
-    assert not kept.complete and (tmp_path / "report.html").exists()
+    assert [row.status for row in kept.rows] == [protocol.MEASURED, protocol.INTERRUPTED]
+    assert not kept.complete
     assert "interrupted" in capsys.readouterr().out
 
 
@@ -395,8 +384,8 @@ def test_too_little_memory_for_a_batch_is_said_and_the_rest_go_on(monkeypatch):
     request = Request(suites=("models",), device="cpu", models=["resnet18"], batches=[256, 1],
                       dtypes=["float32"], seconds=0.01)  # fmt: skip
     big, small = suite.run(request).rows
-    assert big.status == rows.MEMORY and "1.5 are free" in big.reason and big.wall_ms is None
-    assert small.status == rows.MEASURED
+    assert big.status == protocol.MEMORY and "1.5 are free" in big.reason and big.wall_ms is None
+    assert small.status == protocol.MEASURED
 
 
 UNKNOWN = {
@@ -479,49 +468,6 @@ def test_compare_says_what_the_runs_have_not_in_common(tmp_path, capsys):
     assert "in common" in capsys.readouterr().err
 
 
-def test_counts_become_modelled_rows_and_the_rest_speak_by_their_shape(tmp_path):
-    shape = "1x56x56x64 -> 64, 3x3/1 +relu, float16"
-    (tmp_path / "resnet50.json").write_text(
-        '{"title": "ResNet-50, batch 1 at 224x224, float16, sm_80", "rows": [{"layer": "l", '
-        f'"shape": "{shape}", "tile": "128x64x64 s3", "kernel": "resnet_fast", "registers": 128, '
-        '"spill_bytes": 0, "blocks_per_sm": 2, "sass_per_hmma": 2.2, "wavefronts": 1.0, '
-        '"sectors": 1.02, "dram_bytes": 3350000, "dram": 1.0}]}'
-    )
-    (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "damaged.json").write_text("")
-    found = counted.modelled(("resnet50",), tmp_path)
-    first, *rest = found
-    assert first.modelled_from == "counted" and first.shape == shape and first.arch == 80
-    # 3.35 MB at 3350 GB/s are a microsecond, longer than the arithmetic
-    assert first.modelled_ms["H100 SXM"] == pytest.approx(1e-3)
-    assert first.counted_dram_bytes == 3350000 and first.counted_sectors == 1.02
-    assert all(m.modelled_from == "shape" and m.kernel == "" for m in rest)
-    assert all(m.counted_dram_bytes is m.counted_sectors is None for m in rest)
-    assert shape not in {m.shape for m in rest} and len(rest) > 20
-    nothing = counted.modelled(("resnet50",), tmp_path / "absent")
-    assert {m.modelled_from for m in nothing} == {"shape"}
-
-
-def test_each_level_of_fusion_moves_less():
-    """The first and the last of ResNet-18 by hand, in float32 elements of feature maps."""
-    levels = counted.bytes_by_fusion("resnet18")
-    moved = [activations for activations, _ in levels.values()]
-    assert moved == sorted(moved, reverse=True) and len(moved) == 5
-    image, full, pooled = 3 * 224 * 224, 64 * 112 * 112, 64 * 56 * 56
-    maps = [pooled // 2**i for i in range(4)]
-    fused = image + pooled  # stem_pool
-    for i, size in enumerate(maps):
-        before = size if i == 0 else maps[i - 1]
-        if i == 0:  # two blocks of two convolutions, the second with the shortcut
-            fused += 2 * (2 * size + 3 * size)
-        else:  # the projection reads a quarter of its input's pixels
-            fused += (before + size) + (2 * size + before // 4) + (2 * size + 3 * size)
-    head = maps[3] + 512 + 512 + 1000
-    assert moved[-1] / 4 == pytest.approx(fused + head, rel=0.002)
-    eager = image + full + 4 * full + full + pooled
-    assert moved[0] / 4 > eager + 16 * 6 * maps[3]
-
-
 def test_cudnns_fused_model_is_the_same_function(monkeypatch):
     """Its calls exist on GPUs only: here they are played by their definitions."""
     play_cudnn(monkeypatch)
@@ -561,15 +507,15 @@ def test_cudnns_fused_op_is_the_same_function(name, monkeypatch):
     found, *_ = suite.measure_case(SMALL_CASES[name], request, clocks.Clock(), ENVIRONMENT)
     row = found[-1]
     assert row.provider == "cudnn-fused"
-    assert row.status == (rows.LEFT_OUT if name == "linear" else rows.MEASURED), row.reason
+    assert row.status == (protocol.LEFT_OUT if name == "linear" else protocol.MEASURED), row.reason
 
 
 def test_cudnn_benchmark_is_on_within_the_call_and_off_after_it():
     before = torch.backends.cudnn.benchmark
     model = nn.Identity()
-    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
+    work = ModelWork(model, model, torch.zeros(1, 3, 8, 8))
     for name, value in (("torchvision-cudnn-benchmark", True), (providers.EAGER["models"], False)):
-        (row,) = (p for p in providers.MODEL_PROVIDERS if p.name == name)
+        (row,) = (p for p in peers.MODEL_PROVIDERS if p.name == name)
         with row.build(work).around():
             assert torch.backends.cudnn.benchmark is value and torch.is_inference_mode_enabled()
         assert torch.backends.cudnn.benchmark == before
@@ -603,12 +549,12 @@ def test_compilers_are_asked_for_what_their_names_say(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile)
     model = nn.Identity()
-    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
-    (tuned,) = (p for p in providers.MODEL_PROVIDERS if p.name == "compile-max-autotune")
+    work = ModelWork(model, model, torch.zeros(1, 3, 8, 8))
+    (tuned,) = (p for p in peers.MODEL_PROVIDERS if p.name == "compile-max-autotune")
     assert tuned.build(work).graphable  # on a CPU it is no graph
     asked.clear()
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    built = {p.name: p.build(work) for p in providers.MODEL_PROVIDERS if "compile" in p.name}
+    built = {p.name: p.build(work) for p in peers.MODEL_PROVIDERS if "compile" in p.name}
     assert asked == [None, "reduce-overhead", "max-autotune"]
     assert [c.graphable for c in built.values()] == [True, False, False]  # they are graphs already
     with built["compile"].around():
@@ -689,8 +635,8 @@ def test_our_cuda_graph_is_recorded_under_the_protocols_mode(monkeypatch):
     monkeypatch.setattr(resnet_fast, "cuda_graph", cuda_graph)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     model = nn.Identity()
-    work = providers.ModelWork(None, model, model, torch.zeros(1, 3, 8, 8))
-    candidate = providers._ours_graph(work)
+    work = ModelWork(model, model, torch.zeros(1, 3, 8, 8))
+    candidate = peers._ours_graph(work)
     assert seen == {"clone": False} and not candidate.graphable
 
 
@@ -755,14 +701,15 @@ def test_a_row_says_whether_its_time_may_be_taken_as_a_fact(monkeypatch):
             box["clock"].seconds += next(times) if x[0, 0] == 1 else 1e-3
             return x
 
-        return protocol.Candidate(call)
+        return protocol.Entrant(call)
 
     fakes = (Provider("good", "", identity(lambda: box["clock"])), Provider("wild", "", scattering))
     box["clock"] = fake_suite(monkeypatch, *fakes)
     request = Request(suites=("models",), device="cpu", models=["resnet18"], batches=[1],
                       dtypes=["float32"], seconds=1.0)  # fmt: skip
     good, wild = suite.run(request).rows
-    assert (good.stable, good.busy) == (True, 0.0) and not wild.stable and wild.spread > 1 / 3
+    assert (good.stable, good.busy) == (True, 0.0)
+    assert not wild.stable and wild.timing.spread > 1 / 3
     crowd = Others(1, box["clock"].now, lambda: 0.0, lambda: (box["clock"].seconds / 2, 1))
     monkeypatch.setattr(FakeClock, "others", crowd)
     results = suite.run(request)

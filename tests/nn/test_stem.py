@@ -40,7 +40,7 @@ class StandIn:
             self.layouts.append(stem.conv.x)
             return ops.STEM_POOL.reference(ops.StemCall(x, *layer))
 
-        return problem.stem_binder(run)
+        return problem.binder(run)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_fast
-from resnet_fast.profiling.layers import as_run, layers, unfused
+from resnet_fast.profiling.layers import as_run, layers, layers_of, unfused
 
 N = 2
 
@@ -156,3 +156,12 @@ def test_a_model_that_looks_at_values_is_run(value, name):
 def test_what_is_wrong_with_a_model_is_told_by_its_own_run(resnet50):
     with pytest.raises(RuntimeError, match="expected input"):
         as_run(resnet50, torch.zeros(1, 5, 32, 32))
+
+
+def test_a_model_is_listed_by_its_name_too():
+    found = layers_of("resnet18", 2, "bfloat16")
+    model = resnet_fast.models.resnet18().eval().bfloat16()
+    assert list(found) == layers(model, torch.empty(2, 3, 224, 224, dtype=torch.bfloat16))
+    plain = layers_of("resnet18", fused=False)
+    assert [layer.kind for layer in plain].count("norm") == 20
+    assert sum(layer.flops for layer in plain) * 2 == sum(layer.flops for layer in found)

@@ -20,14 +20,15 @@ from torch import nn
 
 import resnet_fast
 from resnet_fast import ops
+from resnet_fast.measuring.clock import Clock, CudaClock
 from resnet_fast.nn import launches
 from resnet_fast.nn.guard import Guard
 from resnet_fast.profiling import profile as module
 from resnet_fast.profiling import suggest
 from resnet_fast.profiling.calls import around_calls
 from resnet_fast.profiling.layers import as_run
-from resnet_fast.profiling.rows import GAP, LAUNCHES, REMAINDER, Row, peer_rows, places
-from resnet_fast.profiling.timeline import Edge, EventClock, HostClock, Replay, Timeline
+from resnet_fast.profiling.parts import GAP, LAUNCHES, REMAINDER, Part, peer_rows, places
+from resnet_fast.profiling.timeline import Edge, Replay, Timeline
 from resnet_fast.spec import TileConfig
 
 SLEEP = 0.06
@@ -91,7 +92,7 @@ def test_a_sleep_in_a_plain_layer_is_in_its_row(theirs):
 def test_a_sleep_in_a_fused_layer_is_in_its_row(ours, name):
     with torch.inference_mode():
         ours(X), ours(X)
-    step = Timeline(ours, X, HostClock()).steps[name]
+    step = Timeline(ours, X, Clock()).steps[name]
     with torch.inference_mode():
         ours(X)  # whose launches are bound by now
     step.launch = SlowLaunch(step.launch)
@@ -170,14 +171,14 @@ def test_a_cost_of_marking_that_noise_makes_is_no_cost(overhead, text):
 def anticorrelated() -> module.Profile:
     """Of two layers of which each run has another slow one: medians that add up to more."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
-    subject = module._Subject(model, X, Timeline(model, X, HostClock()))
+    subject = module._Subject(model, X, Timeline(model, X, Clock()))
     for one, other in ((1.0, 3.0), (3.0, 1.0), (3.0, 3.0), (1.0, 3.0), (3.0, 1.0)):
         edges = [Edge(s, s) for s in (0.0, one, 0.0, other, 0.0)]
         subject.replays.append(Replay(("0", "1"), edges))
         subject.walls.append(4.0)
         subject.busy[True].append(1.0)
         subject.busy[False].append(1.0)
-    return module._profile(subject, X, None, HostClock())
+    return module._profile(subject, X, None, Clock())
 
 
 def test_interruptions_are_no_less_than_nothing():
@@ -226,7 +227,7 @@ def test_nothing_stays_behind_after_an_error(theirs):
     call = nn.Module.__call__
     with pytest.raises(RuntimeError, match="expected input"):
         profile(theirs, torch.zeros(1, 5, 64, 64))
-    timeline = Timeline(theirs, X, HostClock())
+    timeline = Timeline(theirs, X, Clock())
     with pytest.raises(KeyError), timeline.open():
         raise KeyError
     assert nn.Module.__call__ is call and launches.observer_now() is None
@@ -236,7 +237,7 @@ def test_a_replay_outside_of_open_has_no_marks_inside(theirs, ours):
     with torch.inference_mode(), around_calls() as calls:
         for model in (theirs, ours):
             model(X)
-            timeline = Timeline(model, X, HostClock())
+            timeline = Timeline(model, X, Clock())
             with timeline.open(calls):
                 assert len(timeline.replay().names) > 20
             bare = timeline.replay()
@@ -254,7 +255,7 @@ def test_the_peer_runs_the_same_layers_and_its_rows_take_in_norms_and_additions(
     for name, value in seconds.items():
         last = name.rpartition(".")[2]
         kind = next((k for start, k in kinds.items() if last.startswith(start)), "conv")
-        rows.append(Row(name, "layer1", "norm" if last == "1" else kind, value))
+        rows.append(Part(name, "layer1", "norm" if last == "1" else kind, value))
     assert {name: row.seconds for name, row in peer_rows(rows).items()} == {
         "layer1.0.conv1": 3.0,
         "layer1.0.conv2": 12.0 + 64 + 128,
@@ -389,7 +390,7 @@ def test_a_row_tells_the_backend_and_the_tile_of_its_plan():
     plan = types.SimpleNamespace(
         backend="cuda", tile=TileConfig(64, 32, 64, 4, 4), why_fallback=str
     )
-    row = Row("conv1", "stem", "conv", 1.0)
+    row = Part("conv1", "stem", "conv", 1.0)
     served = module._served(row, types.SimpleNamespace(plan=plan))
     assert (served.backend, served.tile) == ("cuda", "64x32x64 stages 4 warps 4")
     plan.tile = None
@@ -441,7 +442,7 @@ class Event:
 
 def test_events_tell_the_devices_time(ours):
     cuda = StandIn()
-    clock = EventClock(torch.device("cpu"), cuda)
+    clock = CudaClock(torch.device("cpu"), cuda=cuda)
     with torch.inference_mode():
         ours(X), ours(X)
         timeline = Timeline(ours, X, clock)
@@ -457,7 +458,7 @@ def test_events_tell_the_devices_time(ours):
 
 def test_a_gpus_profile_tells_host_and_device_apart(ours, monkeypatch):
     cuda = StandIn()
-    clock = EventClock(torch.device("cpu"), cuda)
+    clock = CudaClock(torch.device("cpu"), cuda=cuda)
     monkeypatch.setattr(module, "clock_of", lambda device: clock)
     found = profile(ours)
     assert cuda.events and not cuda.elsewhere  # an event is recorded on the current device
@@ -493,10 +494,10 @@ def made(rows, **keywords):
 
 def row(kind="conv", name="layer1.0.conv1", **keywords):
     facts = {"seconds": 0.5, "share": 0.5, "bytes": 100, "roof": 0.3, "bound": "memory"}
-    return Row(name, "layer1", kind, **facts | keywords)
+    return Part(name, "layer1", kind, **facts | keywords)
 
 
-GAP_ROW = Row(LAUNCHES, "", "gap", 0.5, share=0.5)
+GAP_ROW = Part(LAUNCHES, "", "gap", 0.5, share=0.5)
 CASES = {
     "cuda_graph": (
         made([row(bound="launch", host=0.6), GAP_ROW], device="cuda", device_apart=True),
@@ -539,7 +540,7 @@ def test_bfloat16_is_suggested_where_there_is_arithmetic_for_it(monkeypatch):
 
 
 def test_nothing_is_suggested_where_nothing_is_wrong():
-    quiet = made([row(roof=0.9, weight_bytes=10), Row(GAP, "", "gap", 0.01, share=0.01)])
+    quiet = made([row(roof=0.9, weight_bytes=10), Part(GAP, "", "gap", 0.01, share=0.01)])
     assert suggest.suggestions(quiet) == []
 
 

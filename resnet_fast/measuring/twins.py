@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's model of the same shape and with the same weights as a given one."""
+"""torchvision's models and ours with the same weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,42 @@ import torch
 from torch import Tensor, nn
 
 from resnet_fast import models
+from resnet_fast.measuring.checkpoints import torchvision_model
+
+
+def build_pair(name: str, weights: str | None, pixels: Tensor) -> tuple[nn.Module, nn.Module]:
+    """torchvision's model and ours with the same weights, float32, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: unknown model, and the message lists the known ones; or weights that do not fit.
+    """
+    name = models.registry.model_name(name)
+    torch.manual_seed(0)
+    theirs = torchvision_model(name, weights)
+    if weights is None:
+        _calibrate(theirs, pixels)
+    ours = models.get_model(name)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.eval(), ours.eval()
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, pixels: Tensor) -> None:
+    """Give random weights the BatchNorm statistics of the photographs: signals stay in range."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # a cumulative average: the statistics of all that is seen
+    model.train()(pixels)
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 def torchvision_twin(model: nn.Module, x: Tensor) -> nn.Module:
-    """torchvision's builder's model whose state dict has the same names and shapes, plain.
+    """torchvision's model with the same names and shapes in its state dict, not fused.
 
     Args:
         model: one of the ten ResNets: ours, torchvision's, or an optimized one.
-        x: whose device and dtype the twin gets; its weights are channels_last.
+        x: the twin gets its device and dtype; the weights are channels_last.
 
     Raises:
         ValueError: none of the builders makes such a model, or torchvision is not installed.

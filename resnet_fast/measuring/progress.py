@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told while something is measured: words, and how much of the whole is done."""
+"""Progress while something is measured: a line of text, and how much of the whole is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rounds:
         label: what stands before each text; "" for nothing.
         number, total: of the loop of rounds, from 0, and how many of them there are.
         seconds: how long a loop goes on.
-        progress: who is told.
+        progress: receives the text and the share.
     """
 
     label: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchvision's model with the weights that a user names; what does not fit is told in words."""
+"""torchvision's model with the weights that a user names, or a message about what does not fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def torchvision_model(name: str, weights: str | None = None) -> nn.Module:
             ("DEFAULT", "IMAGENET1K_V1"), which are downloaded.
 
     Raises:
-        ValueError: the file is no state_dict of the model, or there are no weights of that name.
+        ValueError: the file does not hold the model's state_dict, or no weights have that name.
     """
     import torchvision
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a time may be taken as a fact: how far its rounds lie apart, and who else used the CPU.
+"""A time, and whether it may be taken as a fact.
 
 A median says nothing about itself. Its rounds do: p20 to p80 hold the middle three fifths of them,
-and a time is stable where these span no more than a third of the median. A machine that does other
-work meanwhile spoils even rounds that lie close together, so that is asked too: of Linux, in
-`/proc/stat`; elsewhere it is not known, and the rounds speak alone.
+and a time is stable where there are at least seven rounds and these span no more than a third of
+the median. Other work on the machine spoils even rounds that lie close together, so Linux is asked
+about that too (`/proc/stat`); elsewhere the rounds alone decide.
 
 A time that is not stable is marked with `MARK` wherever it is shown, and wins nothing; a ratio that
 its noise makes meaningless is not shown at all.
@@ -17,22 +17,78 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+MIN_ROUNDS, MAX_ROUNDS = 7, 200  # of every command
+FEWEST_ROUNDS = 3  # that a time is shown for at all, marked as not stable
 MARK, NO_RATIO = "~", "?"
 SPREAD = 1 / 3  # of the median, from p20 to p80
 BUSY = 0.2  # of the CPU time that the threads could have had
-RATIO_NOISE = 0.5  # beyond which a ratio says no longer who is faster
+RATIO_NOISE = 0.5  # beyond which a ratio no longer says which is faster
 SIGMAS_BETWEEN_P20_AND_P80 = 1.683  # of a normal distribution
 SHORTEST = 0.2  # seconds; the kernel counts in hundredths of one
 STAT = Path("/proc/stat")
 IDLE, IOWAIT, GUEST = 3, 4, 8  # columns of a line of /proc/stat; guests are users already
 
 NOTE = (
-    f"{MARK}: not stable, from the 20th to the 80th percentile it is more than a third of the "
-    f"median; {NO_RATIO} in place of a ratio: too far apart to say who is faster"
+    f"{MARK}: not stable, the 20th and the 80th percentile are more than a third of the median "
+    f"apart, there were fewer than {MIN_ROUNDS} rounds, or other processes kept the machine busy; "
+    f"{NO_RATIO} in place of a ratio: too far apart to say which is faster"
 )
 ADVICE = "close what else runs, or measure longer (--seconds)"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long one function took over all rounds; milliseconds unless it is said otherwise.
+
+    Args:
+        median, p20, p80, p99: of the rounds; p20 is the 20th percentile.
+        rounds: how many there were.
+        busy: the share of the CPU time that others took meanwhile; None where it is not known.
+        first: the very first call, which packs weights or compiles; None where it was not timed.
+    """
+
+    median: float
+    p20: float
+    p80: float
+    p99: float = math.nan
+    rounds: int = 0
+    busy: float | None = None
+    first: float | None = None
+
+    @classmethod
+    def of(
+        cls, samples: Sequence[float], busy: float | None = None, first: float | None = None
+    ) -> Timing:
+        """Of at least one sample; percentiles lie between neighbours, within the samples."""
+        if len(samples) == 1:
+            return cls(*(samples[0],) * 4, 1, busy, first)
+        cuts = statistics.quantiles(samples, n=100, method="inclusive")
+        found = (statistics.median(samples), cuts[19], cuts[79], cuts[98])
+        return cls(*found, len(samples), busy, first)
+
+    @property
+    def spread(self) -> float:
+        """From p20 to p80, as a part of the median."""
+        return spread(self.median, self.p20, self.p80)
+
+    @property
+    def scatter(self) -> float:
+        """The relative standard error of the median."""
+        return scatter(self.spread, self.rounds)
+
+    @property
+    def stable(self) -> bool:
+        """Whether the median may be taken as a fact."""
+        return is_stable(self.spread, self.busy, self.rounds)
+
+    def over(self, other: Timing) -> float | None:
+        """The ratio of the medians; None where they scatter so much that it would say nothing."""
+        if self is other:
+            return 1.0
+        return ratio(self.median, self.scatter, other.median, other.scatter)
 
 
 def spread(median: float, p20: float, p80: float) -> float:
@@ -42,15 +98,12 @@ def spread(median: float, p20: float, p80: float) -> float:
 
 def spread_of(times: Sequence[float]) -> float:
     """The spread of the rounds' times; nothing is known of a single one."""
-    if len(times) < 2:
-        return 0.0
-    fifths = statistics.quantiles(times, n=5, method="inclusive")
-    return spread(statistics.median(times), fifths[0], fifths[3])
+    return Timing.of(times).spread if times else 0.0
 
 
-def is_stable(spread: float, busy: float | None = None) -> bool:
-    """Whether a time of this spread, measured while others were this busy, may be taken as one."""
-    return spread <= SPREAD and (busy is None or busy <= BUSY)
+def is_stable(spread: float, busy: float | None = None, rounds: int = MIN_ROUNDS) -> bool:
+    """Whether a time of this spread, measured while others were this busy, is a fact."""
+    return spread <= SPREAD and (busy is None or busy <= BUSY) and rounds >= MIN_ROUNDS
 
 
 def scatter(spread: float, rounds: int) -> float:
@@ -95,20 +148,21 @@ def too_busy(busy: float | None) -> list[str]:
     ]
 
 
-def warnings(unstable: int, figures: int, busy: float | None) -> list[str]:
-    """What to say below figures of which some are not stable, and what to do about it.
+def warnings(timings: Sequence[Timing]) -> list[str]:
+    """What to say below times of which some are not stable, and what to do about it."""
+    stable = [timing.stable for timing in timings]
+    busy = max((t.busy for t in timings if t.busy is not None), default=None)
+    return [*too_busy(busy), *unstable(stable.count(False), len(stable))]
 
-    Args:
-        unstable, figures: how many times are not stable, and of how many.
-        busy: the largest share that others took of the CPU time; None where it is not known.
-    """
-    found = too_busy(busy)
-    if unstable:
-        found.append(
-            f"{MARK} marks what is not stable, {unstable} of {figures} times: the rounds lie more "
-            f"than a third of the median apart, or the machine was busy; {ADVICE}"
-        )
-    return found
+
+def unstable(count: int, figures: int) -> list[str]:
+    """The warning that so many of the times are marked, if any are."""
+    if not count:
+        return []
+    return [
+        f"{MARK} marks what is not stable, {count} of {figures} times: the rounds lie more than a "
+        f"third of the median apart, are too few, or the machine was busy; {ADVICE}"
+    ]
 
 
 class Others:

@@ -4,7 +4,7 @@
     y = relu(conv(x) + b)        torch.cudnn_convolution_relu
     y = relu(conv(x) + z + b)    torch.cudnn_convolution_add_relu
 
-torch has both, and uses them in nothing that a user calls. The stem is not run by them: for its
+torch has both, and uses them in nothing that a user calls. The stem does without them: for its
 three channels cuDNN's fused call falls back to a kernel that was seen to be 17 times slower
 (https://github.com/pytorch/pytorch/issues/68506).
 """
@@ -16,7 +16,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from resnet_fast.benchmarking.protocol import Missing
+from resnet_fast.measuring.protocol import Missing
 
 fold = nn.utils.fusion.fuse_conv_bn_eval
 

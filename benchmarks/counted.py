@@ -3,7 +3,7 @@
 
 Counts come from files that `python -m benchmarks.counts --json FILE` writes, where the compiled PTX
 was run and its traffic counted. A roofline turns bytes and FLOPs into the least time that a GPU
-could need: a bound, modelled, and nowhere beside a measured number.
+could need: a bound, modelled, and never in a column with measured numbers.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from resnet_fast import _hardware
 from resnet_fast.benchmarking import cases
-from resnet_fast.benchmarking.environment import ROOT
-from resnet_fast.benchmarking.rows import Modelled
+from resnet_fast.measuring.machine import ROOT
+from resnet_fast.profiling.layers import layers_of
 from resnet_fast.profiling.roofline import roofline_of_gpu
 
 COUNTS = ROOT / "benchmarks" / "results" / "counts"
-DTYPE = "float16"  # of the modelled layers that nobody counted
+DTYPE = "float16"  # of the modelled layers that were not counted
 
 # Levels of fusion, each with what it no longer moves.
 EAGER = "layer by layer"
@@ -30,6 +31,37 @@ FOLDED = "BatchNorm folded"
 RELU = "ReLU in the convolution"
 FUSED = "shortcut too (conv_bn_act)"
 JOINED = "projections and stem too (conv_bn_join, stem_pool)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """One layer under one kernel: what was counted, and what rooflines make of it.
+
+    Args:
+        where, shape, dtype, batch: the layer.
+        kernel, tile: whose compiled code was counted, for `arch`; empty where nothing was counted
+            and only the shape speaks.
+        counted_dram_bytes: distinct 32-byte sectors of global memory, in bytes.
+        counted_sectors: sectors requested, over the fewest that this tile can do with.
+        counted_wavefronts: of shared memory, over the fewest.
+        counted_sass_per_hmma: instructions per tensor-core product in the main loop.
+        modelled_from: whether the bytes are "counted" ones, or those of the "shape" alone.
+        modelled_ms: per GPU, max(bytes / bandwidth, FLOPs / peak): no kernel can be faster.
+    """
+
+    where: str
+    shape: str
+    dtype: str
+    batch: int
+    kernel: str = ""
+    tile: str = ""
+    arch: int | None = None
+    counted_dram_bytes: int | None = None
+    counted_sectors: float | None = None
+    counted_wavefronts: float | None = None
+    counted_sass_per_hmma: float | None = None
+    modelled_from: str = "shape"
+    modelled_ms: dict[str, float] = field(default_factory=dict)
 
 
 def modelled(models: Sequence[str], folder: Path = COUNTS) -> list[Modelled]:
@@ -56,7 +88,7 @@ def modelled(models: Sequence[str], folder: Path = COUNTS) -> list[Modelled]:
 
 
 def counts(folder: Path = COUNTS) -> list[dict]:
-    """The rows of all counts files, each with its "arch"; what is no such file is passed over."""
+    """The rows of all counts files, each with its "arch"; other files are skipped."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:
@@ -98,7 +130,7 @@ def bytes_by_fusion(model: str) -> dict[str, tuple[int, int]]:
     Counted from the shapes of the model's layers: each tensor once for every layer that reads or
     writes it.
     """
-    layers = cases.plain_layers(model)
+    layers = layers_of(model, fused=False)
     moved = sum(layer.bytes - layer.weight_bytes for layer in layers)
     weights = sum(layer.weight_bytes for layer in layers)
     found = {EAGER: (moved, weights)}

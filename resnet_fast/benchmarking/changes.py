@@ -7,8 +7,8 @@ left in a ratio is small beside what the rounds themselves scatter:
 
     noise = 2 * sqrt(sum of the variances of the medians' relative scatter), at least 8 %
 
-with each scatter taken from p20 and p80 (see `comparison.steadiness`).
-Eager itself has no ratio: how its time moved is told as drift, and is no regression of ours.
+with each scatter taken from p20 and p80 (see `measuring.steadiness`). Eager itself has no ratio:
+how its time moved is called drift, and does not count as a regression.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import math
 from dataclasses import dataclass
 
 from resnet_fast.benchmarking.providers import EAGER
-from resnet_fast.benchmarking.rows import Results, Row
-from resnet_fast.comparison import steadiness
+from resnet_fast.benchmarking.rows import Result, Results
+from resnet_fast.measuring import steadiness
 
 FLOOR = 0.08
 
@@ -37,7 +37,7 @@ class Change:
         verdict: "slower", "faster", "same", "drift" (of eager itself), or "no time any more".
     """
 
-    row: Row
+    row: Result
     old_ms: float
     new_ms: float | None
     ratio: float
@@ -57,7 +57,7 @@ def to_row(change: Change) -> dict:
     }  # fmt: skip
 
 
-def compare(old: Results, new: Results) -> list[Change]:
+def changes(old: Results, new: Results) -> list[Change]:
     """Every case and provider that the old run has a time of and the new run has a row of."""
     before = {_key(row): row for row in old.rows if row.measured}
     after = {_key(row): row for row in new.rows}
@@ -65,7 +65,7 @@ def compare(old: Results, new: Results) -> list[Change]:
 
 
 def differences(old: Results, new: Results) -> dict[str, tuple[str, str]]:
-    """What the runs' machines have not in common: then a change may be theirs."""
+    """What differs between the runs' machines: a change may come from that."""
     found = {}
     for name in ("device", "threads", "driver", "torch", "triton", "cudnn"):
         sides = [sorted({str(getattr(row.environment, name)) for row in run.rows})
@@ -81,16 +81,16 @@ def lost(old: Results, new: Results) -> int:
     return sum(row.measured and _key(row) not in after for row in old.rows)
 
 
-def regressions(changes: list[Change]) -> list[Change]:
+def regressions(found: list[Change]) -> list[Change]:
     """Those that are slower, or have lost their time."""
-    return [change for change in changes if change.verdict in (SLOWER, NO_TIME)]
+    return [change for change in found if change.verdict in (SLOWER, NO_TIME)]
 
 
-def _key(row: Row) -> tuple:
+def _key(row: Result) -> tuple:
     return (*row.case, row.provider, row.environment.kind)
 
 
-def _change(before: dict[tuple, Row], after: dict[tuple, Row], key: tuple) -> Change:
+def _change(before: dict[tuple, Result], after: dict[tuple, Result], key: tuple) -> Change:
     old, new = before[key], after[key]
     if not new.measured:
         return Change(new, old.time_ms, None, math.nan, math.nan, False, NO_TIME)
@@ -102,7 +102,7 @@ def _change(before: dict[tuple, Row], after: dict[tuple, Row], key: tuple) -> Ch
     if has_eager and not is_eager:
         rows += [before[eager], after[eager]]
         ratio, relative = ratio * before[eager].time_ms / after[eager].time_ms, True
-    noise = max(FLOOR, steadiness.noise(row.scatter for row in rows))
+    noise = max(FLOOR, steadiness.noise(row.timing.scatter for row in rows))
     if is_eager:
         verdict = DRIFT if abs(ratio - 1) > noise else SAME
     else:

@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from benchmarks import counted
 from resnet_fast import _hardware
-from resnet_fast.benchmarking import cases, counted
-from resnet_fast.benchmarking.providers import EAGER, OURS
-from resnet_fast.benchmarking.rows import Results, Row
+from resnet_fast.benchmarking import cases
+from resnet_fast.benchmarking.providers import EAGER
+from resnet_fast.benchmarking.rows import Result, Results
 from resnet_fast.benchmarking.tables import eager_of
+from resnet_fast.measuring.peers import OURS
 from resnet_fast.profiling.roofline import Roofline, roofline_of_gpu
 
 OURS_COLOR = "#d1495b"
@@ -67,7 +69,7 @@ def _clean(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def throughput(found: list[Row]) -> Figure:
+def throughput(found: list[Result]) -> Figure:
     """Images per second against the batch, a panel per model and dtype, a line per provider."""
     panels = list(dict.fromkeys((row.subject, row.dtype) for row in found))
     providers = list(dict.fromkeys(row.provider for row in found))
@@ -102,11 +104,11 @@ def throughput(found: list[Row]) -> Figure:
     return figure
 
 
-def _points(line: list[Row]) -> tuple[list[int], list[float]]:
+def _points(line: list[Result]) -> tuple[list[int], list[float]]:
     return [row.batch for row in line], [row.images_per_s for row in line]
 
 
-def speedups(found: list[Row]) -> Figure | None:
+def speedups(found: list[Result]) -> Figure | None:
     """Eager's time over ours, layer by layer, and the same of the best peer."""
     bars = []
     for row in found:
@@ -143,12 +145,12 @@ def speedups(found: list[Row]) -> Figure | None:
     return figure
 
 
-def _layer(row: Row) -> str:
+def _layer(row: Result) -> str:
     shape = row.shape.removesuffix(f", {row.dtype}")
     return f"{row.subject} {shape}, {row.dtype}".replace(" and ", "\nand ")
 
 
-def rooflines(found: list[Row], roofs: dict[str, Roofline]) -> Figure:
+def rooflines(found: list[Result], roofs: dict[str, Roofline]) -> Figure:
     """Measured layers under this machine's roof, and where layers lie below a GPU's, a model."""
     figure = Figure(figsize=(11, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)

@@ -10,9 +10,12 @@ import threading
 import pytest
 import torch
 
-from resnet_fast.benchmarking import protocol, rows
-from resnet_fast.benchmarking.clocks import CudaClock
-from resnet_fast.benchmarking.protocol import Candidate, LeftOut, Missing, Statistics, warm_up
+from resnet_fast.measuring import protocol
+from resnet_fast.measuring import rounds as rounds_module
+from resnet_fast.measuring.clock import CudaClock
+from resnet_fast.measuring.protocol import Entrant, LeftOut, Missing
+from resnet_fast.measuring.rounds import WARM_UP_LIMIT, rounds, warm_up
+from resnet_fast.measuring.steadiness import MIN_ROUNDS, Timing
 from tests.benchmarking.fakes import FakeClock, case, right
 
 
@@ -22,18 +25,18 @@ def measure(builders, clock, given=None, **options):
 
 def test_a_wrong_answer_gets_no_time():
     clock = FakeClock()
-    wrong = {"good": right(clock), "wrong": lambda: Candidate(lambda x: x + 0.5)}
+    wrong = {"good": right(clock), "wrong": lambda: Entrant(lambda x: x + 0.5)}
     outcomes, _ = measure(wrong, clock)
-    assert outcomes["good"].status == rows.MEASURED
+    assert outcomes["good"].status == protocol.MEASURED
     found = outcomes["wrong"]
-    assert found.status == rows.FAILED and "exceeds" in found.reason
+    assert found.status == protocol.FAILED and "exceeds" in found.reason
     assert found.wall is found.device is found.first_ms is None
 
 
 @pytest.mark.parametrize("answer", [torch.zeros(2, 4), torch.full((2, 3), torch.nan)])
 def test_a_wrong_shape_and_a_nan_are_wrong_answers(answer):
-    outcomes, _ = measure({"wrong": lambda: Candidate(lambda x: answer)}, FakeClock())
-    assert outcomes["wrong"].status == rows.FAILED and outcomes["wrong"].wall is None
+    outcomes, _ = measure({"wrong": lambda: Entrant(lambda x: answer)}, FakeClock())
+    assert outcomes["wrong"].status == protocol.FAILED and outcomes["wrong"].wall is None
 
 
 def test_an_answer_that_goes_stale_after_the_first_call_gets_no_time():
@@ -45,8 +48,8 @@ def test_an_answer_that_goes_stale_after_the_first_call_gets_no_time():
         calls.append(x)
         return x if len(calls) == 1 else x + 1
 
-    outcomes, _ = measure({"stale": lambda: Candidate(stale)}, clock)
-    assert outcomes["stale"].status == rows.FAILED
+    outcomes, _ = measure({"stale": lambda: Entrant(stale)}, clock)
+    assert outcomes["stale"].status == protocol.FAILED
     assert "after the warm-up" in outcomes["stale"].reason and outcomes["stale"].wall is None
 
 
@@ -58,13 +61,13 @@ def raising(error):
 
 
 REASONS = {
-    "missing": (Missing("not installed; pip install it"), rows.MISSING, "pip install"),
-    "left out": (LeftOut("takes too long"), rows.LEFT_OUT, "too long"),
-    "throws": (KeyError("peer broke"), rows.THREW, "KeyError: 'peer broke'"),
-    "gpu memory": (torch.OutOfMemoryError("CUDA out of memory. Tried"), rows.MEMORY, "Tried"),
+    "missing": (Missing("not installed; pip install it"), protocol.MISSING, "pip install"),
+    "left out": (LeftOut("takes too long"), protocol.LEFT_OUT, "too long"),
+    "throws": (KeyError("peer broke"), protocol.THREW, "KeyError: 'peer broke'"),
+    "gpu memory": (torch.OutOfMemoryError("CUDA out of memory. Tried"), protocol.MEMORY, "Tried"),
     "cpu memory": (
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-        rows.MEMORY,
+        protocol.MEMORY,
         "alloc",
     ),
 }
@@ -77,7 +80,7 @@ def test_who_cannot_run_says_why_and_the_rest_go_on(name):
     outcomes, _ = measure({"bad": raising(error), "good": right(clock)}, clock)
     assert outcomes["bad"].status == status and text in outcomes["bad"].reason
     assert outcomes["bad"].wall is None
-    assert outcomes["good"].status == rows.MEASURED
+    assert outcomes["good"].status == protocol.MEASURED
 
 
 def test_who_throws_in_a_round_loses_its_times_and_the_rest_go_on():
@@ -90,9 +93,9 @@ def test_who_throws_in_a_round_loses_its_times_and_the_rest_go_on():
             raise RuntimeError("only now")
         return late.call(x)
 
-    outcomes, _ = measure(builds | {"late": lambda: Candidate(call)}, clock)
-    assert outcomes["late"].status == rows.THREW and outcomes["late"].wall is None
-    assert len(outcomes["good"].wall.samples) >= protocol.MIN_ROUNDS
+    outcomes, _ = measure(builds | {"late": lambda: Entrant(call)}, clock)
+    assert outcomes["late"].status == protocol.THREW and outcomes["late"].wall is None
+    assert outcomes["good"].wall.rounds >= MIN_ROUNDS
 
 
 def test_providers_take_turns_and_inputs_rotate():
@@ -100,7 +103,7 @@ def test_providers_take_turns_and_inputs_rotate():
     names = ("a", "b", "c")
     builders = {name: right(clock, log=log, name=name) for name in names}
     outcomes, _ = measure(builders, clock)
-    rounds = len(outcomes["a"].wall.samples)
+    rounds = outcomes["a"].wall.rounds
     timed = log[-3 * rounds :]
     assert [name for name, _ in timed] == list(names) * rounds
     indices = [index for _, index in timed]  # none finds in a cache what the one before has read
@@ -111,9 +114,9 @@ def test_back_to_back_calls_follow_an_untimed_one_of_the_same():
     clock, log = FakeClock(), []
     builders = {name: right(clock, log=log, name=name) for name in "ab"}
     outcomes, _ = measure(builders, clock, case(back_to_back=True))
-    rounds = len(outcomes["a"].wall.samples)
+    rounds = outcomes["a"].wall.rounds
     assert [name for name, _ in log[-4 * rounds :]] == list("aabb") * rounds
-    assert outcomes["a"].wall.samples == pytest.approx((1.0,) * rounds)
+    assert outcomes["a"].samples == pytest.approx((1.0,) * rounds)
 
 
 def test_first_call_and_building_stand_apart():
@@ -126,7 +129,7 @@ def test_first_call_and_building_stand_apart():
             clock.seconds += slow.pop() if slow else 1e-3
             return x
 
-        return Candidate(call)
+        return Entrant(call)
 
     outcomes, _ = measure({"cold": build}, clock)
     found = outcomes["cold"]
@@ -142,8 +145,8 @@ def test_modes_are_entered_outside_of_the_clock():
         clock.seconds += 1
         yield
 
-    candidate = Candidate(right(clock)().call, around=costly)
-    outcomes, _ = measure({"x": lambda: candidate}, clock)
+    entrant = Entrant(right(clock)().call, around=costly)
+    outcomes, _ = measure({"x": lambda: entrant}, clock)
     assert outcomes["x"].wall.p99 == pytest.approx(1)
 
 
@@ -158,10 +161,10 @@ def test_who_wants_a_thread_has_one_of_its_own_for_all_calls():
             clock.seconds += 1e-3
             return x.clone()
 
-        return lambda: Candidate(call, own_thread=own_thread)
+        return lambda: Entrant(call, own_thread=own_thread)
 
     outcomes, _ = measure({n: builder(n, n == "mine") for n in seen}, clock)
-    assert {o.status for o in outcomes.values()} == {rows.MEASURED}
+    assert {o.status for o in outcomes.values()} == {protocol.MEASURED}
     assert seen["theirs"] == {threading.get_ident()}
     assert len(seen["mine"]) == 1 and seen["mine"] != seen["theirs"]
 
@@ -170,8 +173,8 @@ def test_who_throws_in_a_thread_of_its_own_says_why():
     def call(x):
         raise RuntimeError("no engine")
 
-    outcomes, _ = measure({"x": lambda: Candidate(call, own_thread=True)}, FakeClock())
-    assert outcomes["x"].status == rows.THREW and "no engine" in outcomes["x"].reason
+    outcomes, _ = measure({"x": lambda: Entrant(call, own_thread=True)}, FakeClock())
+    assert outcomes["x"].status == protocol.THREW and "no engine" in outcomes["x"].reason
 
 
 def test_the_inputs_are_prepared_once_and_untimed():
@@ -182,8 +185,8 @@ def test_the_inputs_are_prepared_once_and_untimed():
         clock.seconds += 1
         return inputs
 
-    candidate = Candidate(right(clock)().call, prepare)
-    outcomes, _ = measure({"x": lambda: candidate}, clock)
+    entrant = Entrant(right(clock)().call, prepare)
+    outcomes, _ = measure({"x": lambda: entrant}, clock)
     assert len(prepared) == 3 and outcomes["x"].wall.p99 == pytest.approx(1)
 
 
@@ -194,7 +197,7 @@ def test_warm_up_ends_when_times_settle():
 
 def test_warm_up_that_never_settles_ends():
     times = iter(2.0**i for i in range(100))
-    assert warm_up(lambda: next(times), 1e30) == protocol.WARM_UP_LIMIT
+    assert warm_up(lambda: next(times), 1e30) == WARM_UP_LIMIT
 
 
 def test_warm_up_keeps_to_its_time_but_makes_three_calls():
@@ -207,25 +210,25 @@ def test_the_deadline_begins_nothing_new():
     outcomes, interrupted = measure(builders, clock, deadline=3.0)
     assert not interrupted
     for found in outcomes.values():
-        assert found.status == rows.LEFT_OUT and protocol.TIME_IS_UP in found.reason
+        assert found.status == protocol.LEFT_OUT and protocol.TIME_IS_UP in found.reason
     assert clock.seconds < 10
 
 
 def test_ctrl_c_keeps_what_was_measured():
     clock, count = FakeClock(), [0]
-    candidate = right(clock)()
+    entrant = right(clock)()
 
     def call(x):
         count[0] += 1
         if count[0] == 30:
             raise KeyboardInterrupt
-        return candidate.call(x)
+        return entrant.call(x)
 
-    builders = {"first": right(clock), "cut": lambda: Candidate(call)}
+    builders = {"first": right(clock), "cut": lambda: Entrant(call)}
     outcomes, interrupted = measure(builders, clock, seconds=1e6)
     assert interrupted
-    assert outcomes["first"].status == rows.MEASURED
-    assert len(outcomes["first"].wall.samples) >= protocol.MIN_ROUNDS
+    assert outcomes["first"].status == protocol.MEASURED
+    assert outcomes["first"].wall.rounds >= MIN_ROUNDS
 
 
 def test_ctrl_c_after_a_few_rounds_leaves_no_time_that_rests_on_so_few():
@@ -239,22 +242,22 @@ def test_ctrl_c_after_a_few_rounds_leaves_no_time_that_rests_on_so_few():
 
     outcomes, interrupted = measure({"x": right(clock)}, clock, progress=progress)
     assert interrupted and "round 3" in rounds
-    assert outcomes["x"].status == rows.INTERRUPTED and outcomes["x"].wall is None
+    assert outcomes["x"].status == protocol.INTERRUPTED and outcomes["x"].wall is None
 
 
 def test_ctrl_c_while_building_leaves_nothing_that_looks_measured():
     clock = FakeClock()
     builders = {"built": right(clock), "cut": raising(KeyboardInterrupt()), "after": right(clock)}
     outcomes, interrupted = measure(builders, clock)
-    assert interrupted and {o.status for o in outcomes.values()} == {rows.INTERRUPTED}
+    assert interrupted and {o.status for o in outcomes.values()} == {protocol.INTERRUPTED}
     assert all(o.wall is None for o in outcomes.values())
 
 
 def test_statistics_by_hand():
-    found = Statistics.of([float(i) for i in range(101)])
+    found = Timing.of([float(i) for i in range(101)])
     assert (found.median, found.p20, found.p80, found.p99) == (50, 20, 80, 99)
-    assert Statistics.of([3.0]).p99 == 3
-    skewed = Statistics.of([1.0, 1.0, 1.0, 9.0])
+    assert Timing.of([3.0]).p99 == 3
+    skewed = Timing.of([1.0, 1.0, 1.0, 9.0])
     assert skewed.median == 1 and 1 <= skewed.p80 <= 9
 
 
@@ -329,8 +332,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5_000_000)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 12_000_000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    timer = CudaClock.__new__(CudaClock)
-    timer.now, timer.device = clock.now, torch.device("cuda:1")
+    timer = CudaClock(torch.device("cuda:1"), now=clock.now)
     timer._buffer = _Buffer(device)
     return device, timer, monkeypatch
 
@@ -342,7 +344,7 @@ def launching(device: _Device, host: float = 40e-6, work: float = 3e-6):
         device.launch(host, work)
         return x.clone()
 
-    return lambda: Candidate(call)
+    return lambda: Entrant(call)
 
 
 def test_the_devices_time_has_no_launch_in_it_and_the_wall_time_has(gpu):
@@ -425,7 +427,7 @@ def test_the_clocks_device_is_the_one_that_is_timed(gpu):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", _Graph)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "device", device)
-    outcomes, _ = measure({"x": lambda: Candidate(call)}, timer)
+    outcomes, _ = measure({"x": lambda: Entrant(call)}, timer)
     assert outcomes["x"].device_how == "graph replay"
     assert streams == ["a stream of cuda:1"]
     assert all(where == [torch.device("cuda:1")] for where in calls)
@@ -435,3 +437,41 @@ def test_a_lap_of_the_host_has_no_device_time():
     clock = FakeClock()
     assert clock.lap(lambda: None) == 0.0
     assert clock.device_lap(lambda: pytest.fail("called"), cold=True, ahead_ms=1.0) is None
+
+
+@pytest.mark.parametrize(("rounds", "kept"), [(2, False), (3, True), (6, True)])
+def test_a_deadline_keeps_three_rounds_and_more_as_times_that_are_not_stable(rounds, kept):
+    """On a busy machine little else would be left of a quick run."""
+    clock = FakeClock()
+    before = 6.0  # seconds: the first call, three to warm up, one checked, one for its memory
+    outcomes, _ = measure({"slow": right(clock, 1000)}, clock, deadline=before + rounds - 0.5)
+    found = outcomes["slow"]
+    assert (found.status == protocol.MEASURED) == kept
+    if kept:
+        assert found.wall.rounds == rounds and not found.wall.stable
+        assert found.reason == f"{rounds} rounds of at least 7: {protocol.TIME_IS_UP}"
+    else:
+        assert found.wall is None and found.reason == protocol.TIME_IS_UP
+
+
+def test_rounds_are_seven_at_least_and_two_hundred_at_most():
+    def numbers(seconds, **options):
+        return list(rounds(seconds, lambda: clock.seconds, **options))
+
+    clock = FakeClock()
+    assert numbers(0.0) == list(range(1, 8))  # whatever the time is
+    assert len(numbers(1.0)) == 200  # of a clock that stands still
+    assert numbers(9.0, deadline=0.0) == []
+    assert numbers(0.0, count=3) == [1, 2, 3]
+
+
+def test_a_timer_for_kernels_takes_turns_flushes_and_times_the_call_alone(gpu, monkeypatch):
+    device, timer, _ = gpu
+    monkeypatch.setattr(rounds_module, "clock_of", lambda place: timer)
+    work = {"a": 3e-6, "b": 5e-6}
+    functions = {name: lambda n=name: device.launch(40e-6, work[n], n) for name in work}
+    times = rounds_module.event_timer(torch.device("cuda:1"))(functions, 0.0)
+    assert {name: time.median for name, time in times.items()} == pytest.approx({"a": 3, "b": 5})
+    assert [word for word in device.log if word in "ab"] == list("ab") * MIN_ROUNDS
+    one = ["synchronize", "sleep", "flush", "event", "b", "event", "synchronize"]
+    assert device.log[-len(one) :] == one

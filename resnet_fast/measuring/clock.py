@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks: wall time on the host, time on the device, memory of a call, and caches made cold."""
+"""Clocks: wall time on the host, time on the device, memory of a call, and cold caches.
+
+Two ways to read one: `lap` and `device_lap` time one call from outside; `start`, `mark` and
+`finish` mark moments inside a run, which on a GPU are events in the order of what is queued.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,22 @@ from pathlib import Path
 
 import torch
 
-from resnet_fast.comparison import steadiness
+from resnet_fast.measuring import steadiness
 
 MB = 1e6
 MOST_AHEAD_MS = 50.0  # the host queues any model in less
 CYCLES_PER_MS = 2e6  # of a GPU that runs at 2 GHz, and few run faster
+HOLD_CYCLES = 40_000_000  # 20 to 40 ms, in which the host queues a whole model with its marks
 
 
 class Clock:
-    """The host's clock, for the CPU; what it cannot do, it says by None.
+    """The host's clock, for the CPU; returns None for what it cannot measure.
 
     Args:
         now: seconds since some moment; a test gives its own.
     """
 
+    device_apart = False  # whether host and device have times of their own
     peak_how = "resident memory of the process"
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -32,7 +38,7 @@ class Clock:
 
     @property
     def others(self) -> steadiness.Others:
-        """Entered around timed rounds: knows then how busy others kept the CPU meanwhile."""
+        """Entered around timed rounds; knows afterwards how busy others kept the CPU meanwhile."""
         return steadiness.Others(torch.get_num_threads())
 
     def current(self) -> contextlib.AbstractContextManager:
@@ -41,9 +47,32 @@ class Clock:
 
     def lap(self, call: Callable[[], object]) -> float:
         """Wall time of one call in milliseconds, which ends when the device is done."""
+        self.synchronize()
         start = self.now()
         call()
+        self.synchronize()
         return (self.now() - start) * 1e3
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was queued."""
+
+    def start(self) -> None:
+        """Before a run that is to be marked."""
+
+    def mark(self) -> object:
+        """Now, in the order of what is queued."""
+        return self.now()
+
+    def finish(self) -> None:
+        """After the run: all marks can be read."""
+
+    def host(self, before, after) -> float:
+        """Seconds between two marks on the host."""
+        return after - before
+
+    def device(self, before, after) -> float:
+        """Seconds between two marks on the device."""
+        return after - before
 
     def device_lap(self, call: Callable[[], object], cold: bool, ahead_ms: float) -> float | None:
         """The device's own time of one call in milliseconds; None where that is not apart.
@@ -75,79 +104,101 @@ class Clock:
 
 
 class CudaClock(Clock):
-    """Events around the work of one stream; memory as torch's allocator counts it.
+    """A GPU's clock: events in one stream; memory as torch's allocator counts it.
 
     Args:
-        device: which GPU.
-        flush_bytes: how much is written to push everything else out of the L2 cache.
+        place: which GPU.
+        now: of the host.
+        cuda: `torch.cuda`, or what stands in for it in a test.
     """
 
+    device_apart = True
     peak_how = "torch's allocator"
 
-    def __init__(self, device: torch.device, flush_bytes: int, now=time.perf_counter) -> None:
+    def __init__(self, place: torch.device, now=time.perf_counter, cuda=torch.cuda) -> None:
         super().__init__(now)
-        self.device = device
-        self._buffer = torch.empty(flush_bytes, dtype=torch.int8, device=device)
+        self.place, self._cuda = place, cuda
+        self._buffer: torch.Tensor | None = None  # written to push all else out of the L2 cache
+        self._events: list = []
+        self._moments: list[float] = []
 
     def current(self) -> contextlib.AbstractContextManager:
-        return torch.cuda.device(self.device)  # whose stream events are recorded on
+        return self._cuda.device(self.place)  # whose stream events are recorded on
 
     @property
     def others(self) -> steadiness.Others:
-        return steadiness.Others(1)  # the one that launches
+        return steadiness.Others(1)  # the thread that launches
 
-    def lap(self, call: Callable[[], object]) -> float:
-        torch.cuda.synchronize(self.device)
-        begin = self.now()
-        call()
-        torch.cuda.synchronize(self.device)
-        return (self.now() - begin) * 1e3
+    def synchronize(self) -> None:
+        self._cuda.synchronize(self.place)
 
     def device_lap(self, call: Callable[[], object], cold: bool, ahead_ms: float) -> float:
         # Behind a sleep: an idle device would wait between the events for the host to launch.
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(self.device)
-        torch.cuda._sleep(int(min(ahead_ms, MOST_AHEAD_MS) * CYCLES_PER_MS))
+        start, end = (self._cuda.Event(enable_timing=True) for _ in range(2))
+        self.synchronize()
+        self._cuda._sleep(int(min(ahead_ms, MOST_AHEAD_MS) * CYCLES_PER_MS))
         if cold:
             self.flush()
         start.record()
         call()
         end.record()
-        torch.cuda.synchronize(self.device)
+        self.synchronize()
         return start.elapsed_time(end)
 
     def flush(self) -> None:
+        if self._buffer is None:
+            size = 2 * self._cuda.get_device_properties(self.place).L2_cache_size
+            self._buffer = torch.empty(size, dtype=torch.int8, device=self.place)
         self._buffer.zero_()
+
+    def start(self) -> None:
+        self._moments.clear()
+        self.synchronize()
+        self._cuda._sleep(HOLD_CYCLES)  # the host runs ahead, and the device never waits for it
+
+    def mark(self) -> int:
+        index = len(self._moments)
+        if index == len(self._events):
+            self._events.append(self._cuda.Event(enable_timing=True))
+        self._events[index].record()
+        self._moments.append(self.now())
+        return index
+
+    def finish(self) -> None:
+        self.synchronize()
+
+    def host(self, before: int, after: int) -> float:
+        return self._moments[after] - self._moments[before]
+
+    def device(self, before: int, after: int) -> float:
+        return self._events[before].elapsed_time(self._events[after]) / 1e3
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object] | None:
         """A CUDA graph of the call; None where it cannot be captured (it syncs, or is a graph)."""
-        graph = torch.cuda.CUDAGraph()
+        graph = self._cuda.CUDAGraph()
         try:
             # torch's own stream for this stays on the device that was the first to record.
-            stream, mode = torch.cuda.Stream(self.device), "thread_local"
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode=mode):
+            stream, mode = self._cuda.Stream(self.place), "thread_local"
+            with self._cuda.graph(graph, stream=stream, capture_error_mode=mode):
                 call()
             graph.replay()
-            torch.cuda.synchronize(self.device)
+            self.synchronize()
         except RuntimeError:
             return None
         return graph.replay
 
     def peak_memory_mb(self, call: Callable[[], object]) -> float | None:
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
+        self.synchronize()
+        before = self._cuda.memory_allocated(self.place)
+        self._cuda.reset_peak_memory_stats(self.place)
         call()
-        torch.cuda.synchronize(self.device)
-        return (torch.cuda.max_memory_allocated(self.device) - before) / MB
+        self.synchronize()
+        return (self._cuda.max_memory_allocated(self.place) - before) / MB
 
 
 def clock_of(device: torch.device) -> Clock:
     """The clock of a device."""
-    if device.type == "cuda":
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size
-        return CudaClock(device, 2 * l2)
-    return Clock()
+    return CudaClock(device) if device.type == "cuda" else Clock()
 
 
 def cache_bytes() -> tuple[int, int]:

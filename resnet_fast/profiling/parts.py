@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From marked replays to one row per layer: times from the marks, work from the layer list.
+"""From marked replays to a part per layer: times from the marks, work from the layer list.
 
 What ran between two marked layers is matched by order: if the layer list has an addition between
 `bn2` and `relu`, the time between the two is the addition's; if it has nothing there, it is the
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from resnet_fast.comparison import steadiness
+from resnet_fast.measuring import steadiness
 from resnet_fast.profiling.layers import Layer
 from resnet_fast.profiling.roofline import Roofline
 from resnet_fast.profiling.timeline import POOL, RANGE_CHECK, Edge, Replay
@@ -23,13 +23,12 @@ GAP = "between layers"  # the host, and on a GPU the launches that the device wa
 # What hits a few layers of every run, other ones each time, is in the median of no layer: other
 # processes, as a rule.
 REMAINDER = "interruptions"
-ROUNDS = 7  # at the least, behind each median, unless fewer are asked for
 LAUNCHES = "host and launches"  # of a GPU's wall time, what the device's layers are not
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One layer of a profile, a sum of them, or a gap.
+class Part:
+    """A part of a run's time: a layer, a sum of layers, or a gap.
 
     Args:
         name, stage, kind: see `layers.Layer`; a gap is of the kind "gap".
@@ -69,7 +68,9 @@ class Row:
         """The time over the peer's; None where there is none, or where it would say nothing."""
         if self.peer is None:
             return None
-        ours, theirs = (steadiness.scatter(s, ROUNDS) for s in (self.spread, self.peer_spread))
+        ours, theirs = (
+            steadiness.scatter(s, steadiness.MIN_ROUNDS) for s in (self.spread, self.peer_spread)
+        )
         return steadiness.ratio(self.seconds, ours, self.peer, theirs)
 
     @property
@@ -136,15 +137,15 @@ def _between(index: int, skipped: Sequence[Layer]) -> Place:
     return Place(index, True, list(skipped), " + ".join(layer.name for layer in skipped))
 
 
-def rows_of(layers: Sequence[Layer], replays: Sequence[Replay], device_apart: bool) -> list[Row]:
+def rows_of(layers: Sequence[Layer], replays: Sequence[Replay], device_apart: bool) -> list[Part]:
     """Rows in execution order, not yet held against anything, and the gap between the layers.
 
     Args:
         layers: `layers.as_run` of the model.
         replays: that ran the same layers.
-        device_apart: whether the host's times are told beside the device's.
+        device_apart: whether the host has times of its own.
     """
-    found: list[Row] = []
+    found: list[Part] = []
     taken = set()
     for place in places(layers, replays[0].names):
         edge = 2 * place.index + (0 if place.before else 1)
@@ -157,7 +158,7 @@ def rows_of(layers: Sequence[Layer], replays: Sequence[Replay], device_apart: bo
         Edge(*map(sum, zip(*(e for n, e in enumerate(r.edges) if n not in taken), strict=True)))
         for r in replays
     ]
-    gap = Row(GAP, "", "gap", *_medians(rest, device_apart), spread=_spread(rest))
+    gap = Part(GAP, "", "gap", *_medians(rest, device_apart), spread=_spread(rest))
     return [*found, gap]
 
 
@@ -170,19 +171,19 @@ def _spread(edges: Sequence[Edge]) -> float:
     return steadiness.spread_of([edge.device for edge in edges])
 
 
-def _row(place: Place, device: float, host: float | None, before: list[Row]) -> Row:
+def _row(place: Place, device: float, host: float | None, before: list[Part]) -> Part:
     if not place.layers:
         stage = before[-1].stage if before else "stem"
-        return Row(place.name, stage, "other", device, host)
+        return Part(place.name, stage, "other", device, host)
     first = max(place.layers, key=lambda layer: (layer.flops, layer.bytes))
     total = {
         name: sum(getattr(layer, name) for layer in place.layers)
         for name in ("flops", "bytes", "weight_bytes")
     }
-    return Row(place.name, first.stage, first.kind, device, host, **total)
+    return Part(place.name, first.stage, first.kind, device, host, **total)
 
 
-def against(row: Row, roofline: Roofline | None, whole: float, device_apart: bool) -> Row:
+def against(row: Part, roofline: Roofline | None, whole: float, device_apart: bool) -> Part:
     """The row with its share of the whole and of the roofline, and what binds it."""
     share = row.seconds / whole if whole > 0 else 0.0
     if roofline is None or not row.bytes or row.seconds <= 0:
@@ -194,7 +195,7 @@ def against(row: Row, roofline: Roofline | None, whole: float, device_apart: boo
     return replace(row, share=share, roof=floor.seconds / row.seconds, bound=bound)
 
 
-def total(rows: Sequence[Row], name: str, whole: float) -> Row:
+def total(rows: Sequence[Part], name: str, whole: float) -> Part:
     """The sum of rows: their times add, and so do their floors."""
     seconds = sum(row.seconds for row in rows)
     floor = sum(row.roof * row.seconds for row in rows)
@@ -208,7 +209,7 @@ def total(rows: Sequence[Row], name: str, whole: float) -> Row:
     # As if all layers became slower together: what hits one of them alone evens out.
     width = sum(row.spread * row.seconds for row in rows)
     peer_width = sum(row.peer_spread * row.peer for row in peers)
-    return Row(
+    return Part(
         name, name, "sum", seconds, sum(hosts) if hosts else None,
         sum(row.flops for row in rows), sum(row.bytes for row in rows),
         sum(row.weight_bytes for row in rows),
@@ -221,13 +222,13 @@ def total(rows: Sequence[Row], name: str, whole: float) -> Row:
     )  # fmt: skip
 
 
-def peer_rows(rows: Sequence[Row]) -> dict[str, Row]:
+def peer_rows(rows: Sequence[Part]) -> dict[str, Part]:
     """An unfused model's rows, summed by the names that its layers have where they run fused.
 
     Norms and ReLUs count as the convolution before them, an addition as the last convolution of its
     block; the ReLU behind it follows it there.
     """
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[Part]] = {}
     last_of_block: dict[str, str] = {}
     current = ""
     for row in rows:
