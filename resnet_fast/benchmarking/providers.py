@@ -57,9 +57,9 @@ def _op_ours(work: OpWork, backend: str = "auto") -> Entrant:
 
 
 LAST_PLAN = {
-    "conv_bn_act": ops.last_plan,
-    "conv_bn_join": ops.last_join_plan,
-    "stem_pool": ops.last_stem_plan,
+    "conv_bn_act": ops.CONV_BN_ACT.last_plan,
+    "conv_bn_join": ops.CONV_BN_JOIN.last_plan,
+    "stem_pool": ops.STEM_POOL.last_plan,
 }
 
 
@@ -68,7 +68,7 @@ def _backend_of(work: OpWork) -> str:
     case = work.case
     if case.op in LAST_PLAN:
         return LAST_PLAN[case.op]().backend
-    return ops.explain_add_relu(str(work.device), case.spec.dtype)[0]
+    return ops.ADD_RELU.explain(str(work.device), case.spec.dtype)[0]
 
 
 def _tile_of(work: OpWork) -> str:
