@@ -95,7 +95,7 @@ struct ReduceSplits {
 };
 
 // THE TABLE. `tile` is an index in it; the reasons and the choice are CUDA_TILES in
-// resnet_fast/dispatch/heuristics.py, and a test holds the two equal. Each tile exists for three
+// resnet_fast/dispatch/tiles.py, and a test holds the two equal. Each tile exists for three
 // dtypes, with and without a window: BLOCK_K counts 16-bit elements, of float32 half as many.
 using ConvTiles = TileList<  //  BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N
     Tile<128, 128, 64, 3, 2, 2>, Tile<128, 128, 32, 4, 2, 2>, Tile<128, 64, 64, 3, 2, 2>,

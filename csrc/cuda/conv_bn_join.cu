@@ -100,7 +100,7 @@ struct ConvBnJoin {
   }
 };
 
-// THE TABLE. The reasons and the choice are CUDA_TILES in resnet_fast/dispatch/join.py, and a test
+// THE TABLE. The reasons and the choice are CUDA_TILES in resnet_fast/dispatch/tiles.py, and a test
 // holds the two equal. Two sums for each output: tiles are half as large as a convolution's.
 using JoinTiles = TileList<  //  BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES, WARPS_M, WARPS_N
     Tile<128, 128, 64, 3, 2, 4>, Tile<128, 64, 64, 3, 2, 2>, Tile<64, 64, 64, 3, 2, 2>>;

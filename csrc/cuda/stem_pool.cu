@@ -148,7 +148,7 @@ struct StemPool {
 };
 
 // THE TABLE: pixels of y that a block makes at a time, and its warps. The reasons and the choice
-// are CUDA_TILES in resnet_fast/dispatch/stem.py, and a test holds the two equal.
+// are CUDA_TILES in resnet_fast/dispatch/tiles.py, and a test holds the two equal.
 using StemTiles = TileList<  //  BLOCK_P, BLOCK_Q, WARPS
     Row<8, 7, 8>, Row<3, 4, 4>>;
 

@@ -209,7 +209,7 @@ def build(
 
     Args:
         spec: the two products; `refusal(spec)` is None.
-        tile: how they are cut, from `dispatch.join.choose_tile`.
+        tile: how they are cut, from `dispatch.heuristics.choose`.
         operands: of the call at hand.
         arch: compute capability of the current device times ten.
         bind: turns a launch into a function; tests without a GPU pass their own.

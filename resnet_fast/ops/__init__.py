@@ -23,18 +23,6 @@ from resnet_fast.ops.stem_pool import STEM_POOL, StemCall, stem_pool
 
 OPS: dict[str, Op] = {op.name: op for op in (CONV_BN_ACT, CONV_BN_JOIN, STEM_POOL, ADD_RELU)}
 
-# ---- other names of the ops' attributes, until no caller uses them
-conv_bn_act_op, conv_bn_act_op_ = CONV_BN_ACT.overload, CONV_BN_ACT.inplace
-conv_bn_join_op, stem_pool_op = CONV_BN_JOIN.overload, STEM_POOL.overload
-plan_of, plan_of_join, stem_plan_of = CONV_BN_ACT.plan_of, CONV_BN_JOIN.plan_of, STEM_POOL.plan_of
-last_plan, plans, reference = CONV_BN_ACT.last_plan, CONV_BN_ACT.plans, CONV_BN_ACT.reference
-last_join_plan, last_stem_plan = CONV_BN_JOIN.last_plan, STEM_POOL.last_plan
-explain, explain_join = CONV_BN_ACT.explain, CONV_BN_JOIN.explain
-explain_stem_pool, explain_add_relu = STEM_POOL.explain, ADD_RELU.explain
-may_join_in_one_kernel, has_stem_kernels = CONV_BN_JOIN.may_fuse, STEM_POOL.may_fuse
-stem_reads, STEM_BACKENDS = STEM_POOL.reads, STEM_POOL.backends
-# ---- until here
-
 __all__ = [
     "ADD_RELU",
     "AUTO",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The torch library `resnet_fast`: how an op is registered, and how it says no.
+"""The torch library `resnet_fast`, how its ops say no, and the gradient of a reference.
 
 Schemas are strings in Python (`Library.define` and `Library.impl`): the op exists without any
 compiled part, and a call costs 3.5 microseconds where the `custom_op` decorator costs 5 to 8.
@@ -7,7 +7,7 @@ compiled part, and a call costs 3.5 microseconds where the `custom_op` decorator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,58 +47,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def register(
-    name: str,
-    schema: str,
-    implementation: Callable,
-    fake: Callable,
-    tensors: Callable[..., Sequence[Tensor | None]],
-    gradient: tuple[Callable, Callable] | None = None,
-    reference: Callable[..., Tensor] | None = None,
-) -> Callable:
-    """Define `resnet_fast::name` and return its overload.
-
-    Args:
-        schema: the schema without namespace, "name(Tensor x, ...) -> Tensor".
-        implementation: runs on real tensors, on any device.
-        fake: the same checks and an output without data.
-        tensors: picks the tensor arguments that could need a gradient out of the arguments.
-        gradient: save(ctx, inputs, output) keeps what backward needs; backward(ctx, gradient of the
-            output) -> a gradient or None for each argument.
-        reference: the op's arguments -> its result by torch's own functions, whose gradient is the
-            op's where none is given. Without either, a call that needs one is refused.
-    """
-    LIBRARY.define(schema, tags=TAGS)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(name, implementation, key)
-    for key in NOT_DENSE:  # only the checks: they reject these layouts in the ops' own words
-        LIBRARY.impl(name, fake, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if gradient is not None:
-        save, backward = gradient
-        qualified = f"{NAMESPACE}::{name}"
-        torch.library.register_autograd(qualified, backward, setup_context=save, lib=LIBRARY)
-        return op
-
-    def in_grad_mode(*args):
-        tensors_ = tensors(*args)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors_):
-            if reference is None:
-                # The default would return a tensor that silently has no gradient.
-                raise RuntimeError(
-                    f"{NAMESPACE}::{name} has no gradient; call it under torch.no_grad() or "
-                    "torch.inference_mode(), or use the plain torch functions to train"
-                )
-            return _ByReference.apply(op, reference, *args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    LIBRARY.impl(name, in_grad_mode, "Autograd")
-    return op
-
-
-class _ByReference(torch.autograd.Function):
+class ByReference(torch.autograd.Function):
     """An op with the gradient of its reference, which the backward pass computes anew."""
 
     @staticmethod

@@ -19,8 +19,8 @@ from resnet_fast import _hardware
 from resnet_fast.dispatch import table
 from resnet_fast.dispatch.problem import Problem, Runner
 from resnet_fast.dispatch.table import AUTO, Plan
-from resnet_fast.ops import _library
 from resnet_fast.ops._flops import flop_formula
+from resnet_fast.ops._library import LIBRARY, NAMESPACE, NOT_DENSE, TAGS, ByReference
 from resnet_fast.spec import Spec
 
 MAX_PLANS = 4096  # distinct problems that an op remembers; past that they are planned anew
@@ -69,7 +69,7 @@ class Op:
         self._plans: dict[tuple, Plan] = {}
         self._last = threading.local()
         self.overloads: list[Callable] = []
-        self.overload = self.define(self.name, self._implementation, self._fake, self.reference)
+        self.overload = self.define(self.name, self._implementation, self._fake)
 
     def layer(self, call) -> tuple:
         return ()
@@ -79,30 +79,56 @@ class Op:
 
     # ---- the definition
 
-    def define(self, name: str, implementation, fake, reference, writes: str = "") -> Callable:
+    def define(self, name: str, implementation, fake, writes: str = "") -> Callable:
         """Define `resnet_fast::name` and return its overload.
 
         Args:
             name, implementation, fake: of the op, or of a variant of it.
-            reference: what gives it its gradient; None for none.
-            writes: the argument that the variant writes its result over.
+            writes: the argument that the variant writes its result over; it has no gradient then.
         """
-        tensors = [i for i, t in enumerate(self._types()) if t.startswith("Tensor")]
-        op = _library.register(
-            name,
-            self.schema(name, writes),
-            implementation,
-            fake,
-            lambda *args: [args[i] for i in tensors if i < len(args)],
-            self.gradient,
-            reference and (lambda *args: reference(self.Call(*args))),
-        )
-        flop_formula(getattr(torch.ops.resnet_fast, name))(self.flops)
+        qualified = f"{NAMESPACE}::{name}"
+        LIBRARY.define(self.schema(name, writes), tags=TAGS)
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, implementation, key)
+        for key in NOT_DENSE:  # only the checks: they reject these layouts in the ops' own words
+            LIBRARY.impl(name, fake, key)
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        packet = getattr(torch.ops.resnet_fast, name)
+        op = packet.default
+        if self.gradient:
+            save, backward = self.gradient
+            torch.library.register_autograd(qualified, backward, setup_context=save, lib=LIBRARY)
+        else:
+            LIBRARY.impl(name, self._in_grad_mode(op, not writes), "Autograd")
         for device in ("cpu", "cuda") if self.cast else ():
-            cast = self._under_autocast(op, device, writes)
-            _library.LIBRARY.impl(name, cast, f"Autocast{device.upper()}")
+            LIBRARY.impl(
+                name, self._under_autocast(op, device, writes), f"Autocast{device.upper()}"
+            )
+        flop_formula(packet)(self.flops)
         self.overloads.append(op)
         return op
+
+    def _in_grad_mode(self, op: Callable, differentiable: bool) -> Callable:
+        """The op with the gradient of its reference, or refused where that is asked for in vain."""
+        tensors = [i for i, kind in enumerate(self._types()) if kind.startswith("Tensor")]
+
+        def reference(*args) -> Tensor:
+            return self.reference(self.Call(*args))
+
+        def run(*args):
+            given = (args[i] for i in tensors if i < len(args))
+            if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+                if not differentiable:
+                    # The default would return a tensor that silently has no gradient.
+                    raise RuntimeError(
+                        f"{op.name()} has no gradient; call it under torch.no_grad() or "
+                        "torch.inference_mode(), or use the plain torch functions to train"
+                    )
+                return ByReference.apply(op, reference, *args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*args)
+
+        return run
 
     def _types(self) -> list[str]:
         kinds = self.Call.__annotations__.values()

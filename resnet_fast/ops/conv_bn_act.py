@@ -119,9 +119,7 @@ class ConvBnAct(Op):
     def __init__(self) -> None:
         super().__init__()
         # For a caller that owns residual and needs it no more.
-        self.inplace = self.define(
-            f"{NAME}_", self._write, self._fake_write, reference=None, writes="residual"
-        )
+        self.inplace = self.define(f"{NAME}_", self._write, self._fake_write, writes="residual")
 
     reference = staticmethod(reference)
     check_args = staticmethod(check_args)

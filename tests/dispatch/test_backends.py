@@ -50,8 +50,8 @@ def arguments(**changes) -> ops.Call:
 
 
 def run(**changes) -> table.Plan:
-    ops.conv_bn_act_op(*arguments(**changes))
-    return ops.last_plan()
+    ops.CONV_BN_ACT.overload(*arguments(**changes))
+    return ops.CONV_BN_ACT.last_plan()
 
 
 # ---- each refusal and its reason
@@ -200,7 +200,7 @@ def test_the_spec_is_the_calls():
         groups=1, stride=(2, 1), dilation=(1, 2), padding=(1, 2), activation="none",
         mean=torch.zeros(12), var=torch.ones(12),
     )  # fmt: skip
-    assert ops.plan_of(call).problem.spec == replace(
+    assert ops.CONV_BN_ACT.plan_of(call).problem.spec == replace(
         SPEC, stride=(2, 1), dilation=(1, 2), padding=(1, 2), activation="none", norm=True,
         precision="ieee",
     )  # fmt: skip
@@ -274,8 +274,8 @@ def test_calls_are_counted_by_problem():
     for _ in range(3):
         run()
     run(x=torch.randn(3, 8, 6, 6).contiguous(memory_format=torch.channels_last))
-    assert sorted(plan.calls for plan in ops.plans()) == [1, 3]
-    assert ops.last_plan().problem.spec.n == 3
+    assert sorted(plan.calls for plan in ops.CONV_BN_ACT.plans()) == [1, 3]
+    assert ops.CONV_BN_ACT.last_plan().problem.spec.n == 3
 
 
 def test_the_second_call_plans_nothing(monkeypatch):
@@ -310,7 +310,7 @@ DIFFERENCES = {
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_what_makes_another_problem_makes_another_plan(name):
     assert run() is not run(**DIFFERENCES[name])
-    assert len(ops.plans()) == 2
+    assert len(ops.CONV_BN_ACT.plans()) == 2
 
 
 def test_values_and_eps_make_no_other_plan():
@@ -329,14 +329,14 @@ def test_plans_are_bounded(monkeypatch):
     for size in range(3, 13):
         x = torch.randn(1, 8, size, 6).contiguous(memory_format=torch.channels_last)
         assert run(x=x).problem.spec.h == size
-        assert len(ops.plans()) <= 4
+        assert len(ops.CONV_BN_ACT.plans()) <= 4
 
 
 def test_a_refused_call_is_not_kept():
     for _ in range(2):
         with pytest.raises(ops.ArgumentError):
             run(groups=3)
-    assert ops.plans() == []
+    assert ops.CONV_BN_ACT.plans() == []
 
 
 def test_the_last_plan_is_each_threads_own():
@@ -346,7 +346,7 @@ def test_the_last_plan_is_each_threads_own():
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         theirs = pool.submit(lambda: torch.set_grad_enabled(False) and run(activation="none"))
         theirs.result()
-    assert ops.last_plan() is mine
+    assert ops.CONV_BN_ACT.last_plan() is mine
 
 
 # ---- add_relu

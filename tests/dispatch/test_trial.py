@@ -89,15 +89,15 @@ def run(asked: ops.Call):
     """The result, the plan and the warnings of a call."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        y = ops.conv_bn_act_op(*asked)
-    return y, ops.last_plan(), [str(warning.message) for warning in found]
+        y = ops.CONV_BN_ACT.overload(*asked)
+    return y, ops.CONV_BN_ACT.last_plan(), [str(warning.message) for warning in found]
 
 
 def test_a_first_launch_that_fails_is_served_by_the_next(gpu):
     gpu.errors["cuda"] = NO_COMPILER
     asked = call()
     y, plan, said = run(asked)
-    assert torch.equal(y, ops.reference(asked))
+    assert torch.equal(y, ops.CONV_BN_ACT.reference(asked))
     assert plan.backend == "triton" and gpu.launched == ["cuda", "triton"]
     reason = "its first launch failed: RuntimeError: Failed to find C compiler."
     assert plan.refusals["cuda"] == reason and plan.why_fallback() == f"cuda: {reason}"
@@ -116,17 +116,17 @@ def test_several_may_fail_and_aten_is_left(gpu):
     gpu.errors |= {"cuda": NO_COMPILER, "triton": OSError("no ptxas")}
     asked = call()
     y, plan, said = run(asked)
-    assert torch.equal(y, ops.reference(asked)) and len(said) == 2
+    assert torch.equal(y, ops.CONV_BN_ACT.reference(asked)) and len(said) == 2
     assert plan.refusals.keys() >= {"cuda", "triton"} and "no ptxas" in plan.refusals["triton"]
 
 
 def test_a_residual_that_is_written_over_is_still_whole_for_the_next(gpu):
     gpu.errors["cuda"] = NO_COMPILER
     asked = call()
-    expected = ops.reference(asked)
+    expected = ops.CONV_BN_ACT.reference(asked)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ops.conv_bn_act_op_(*asked)
+        ops.CONV_BN_ACT.inplace(*asked)
     assert torch.equal(asked.residual, expected)
 
 
@@ -136,7 +136,7 @@ def test_a_later_launch_that_fails_is_an_error(gpu):
     gpu.errors["cuda"] = NO_COMPILER
     with pytest.raises(RuntimeError, match="C compiler"):
         run(asked)
-    assert ops.last_plan().backend == "cuda"
+    assert ops.CONV_BN_ACT.last_plan().backend == "cuda"
 
 
 def test_what_was_asked_for_by_name_fails_by_name(gpu):
@@ -174,7 +174,7 @@ def test_a_failure_while_a_graph_is_recorded_is_the_recordings(gpu, monkeypatch)
 def test_threads_that_fail_together_agree_on_the_next(gpu):
     gpu.errors["cuda"] = NO_COMPILER
     asked = call()
-    expected, plan = ops.reference(asked), ops.plan_of(asked)
+    expected, plan = ops.CONV_BN_ACT.reference(asked), ops.CONV_BN_ACT.plan_of(asked)
     launches = [plan.bind(*asked[1:4], asked.mean, asked.var, asked.eps) for _ in range(4)]
     with warnings.catch_warnings(record=True) as found, ThreadPoolExecutor(4) as pool:
         warnings.simplefilter("always")

@@ -293,4 +293,4 @@ def test_the_op_names_no_gpu_on_a_cpu():
     x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
     call = ops.Call(x, torch.randn(8, 8, 1, 1), torch.ones(8), torch.zeros(8))
     with torch.no_grad():
-        assert ops.plan_of(call).problem.gpu == ""
+        assert ops.CONV_BN_ACT.plan_of(call).problem.gpu == ""

@@ -51,8 +51,10 @@ class Layer(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = ops.conv_bn_act_op(*self.call(x))
-        assert ops.last_plan().backend == cpu_backend(x.dtype), ops.last_plan().why_fallback()
+        y = ops.CONV_BN_ACT.overload(*self.call(x))
+        assert ops.CONV_BN_ACT.last_plan().backend == cpu_backend(x.dtype), (
+            ops.CONV_BN_ACT.last_plan().why_fallback()
+        )
         return y
 
     def plain(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,7 +62,7 @@ class Layer(nn.Module):
 
     def bind(self, x: torch.Tensor):
         call = self.call(x)
-        return ops.plan_of(call).bind(
+        return ops.CONV_BN_ACT.plan_of(call).bind(
             call.weight, call.scale, call.shift, call.mean, call.var, call.eps
         )
 
@@ -304,7 +306,7 @@ def test_aliases_that_count_their_versions_apart_keep_a_copy_each(layer, x, pack
     assert len(packs) == 2
     for _ in range(5):  # functional_call with fresh aliases, say
         call = layer.call(x)
-        ops.conv_bn_act_op(*call._replace(weight=call.weight.data))
+        ops.CONV_BN_ACT.overload(*call._replace(weight=call.weight.data))
     assert len(packed._entries(layer.conv.weight)) <= packed.MAX_ALIASES
 
 
@@ -463,11 +465,11 @@ def test_a_new_weight_at_an_old_identity_is_packed_anew(x):
 def test_a_weight_made_under_inference_mode_is_not_packed(x):
     with torch.inference_mode():
         layer = Layer()
-        y = ops.conv_bn_act_op(*layer.call(x))
-        plan = ops.last_plan()
+        y = ops.CONV_BN_ACT.overload(*layer.call(x))
+        plan = ops.CONV_BN_ACT.last_plan()
         assert close(y, layer.plain(x))
         layer.conv.weight.mul_(2)
-        assert close(ops.conv_bn_act_op(*layer.call(x)), layer.plain(x))
+        assert close(ops.CONV_BN_ACT.overload(*layer.call(x)), layer.plain(x))
     assert plan.backend == "aten"
     assert "inference_mode" in plan.why_fallback()
     assert not packed._cache

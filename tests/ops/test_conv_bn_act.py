@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_fast import disabled, models
-from resnet_fast.ops import CONV_BN_ACT, ArgumentError, conv_bn_act, conv_bn_act_, last_plan
+from resnet_fast.ops import CONV_BN_ACT, ArgumentError, conv_bn_act, conv_bn_act_
 from resnet_fast.spec import ConvSpec
 from tests.support.here import cpu_backend
 from tests.support.tolerance import assert_within
@@ -106,7 +106,7 @@ def test_convolutions_of_the_models(name, dtype, arguments, definition, eager):
     spec = replace(MODELS[name], dtype=dtype)
     call = arguments(spec)
     y = run(call)
-    assert last_plan().backend == cpu_backend(dtype)
+    assert CONV_BN_ACT.last_plan().backend == cpu_backend(dtype)
     assert_right(y, call, definition, eager)
 
 
@@ -116,7 +116,7 @@ def test_odd_convolutions(name, dtype, arguments, definition, eager):
     spec = replace(ODD[name], dtype=dtype)
     call = arguments(spec)
     y = run(call)
-    assert last_plan().backend == cpu_backend(dtype)
+    assert CONV_BN_ACT.last_plan().backend == cpu_backend(dtype)
     assert_right(y, call, definition, eager)
     assert_right(run(call, backend="aten"), call, definition, eager)
 

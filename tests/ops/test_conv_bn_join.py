@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_fast.ops import ArgumentError, JoinCall, conv_bn_join, conv_bn_join_op, last_join_plan
+from resnet_fast.ops import CONV_BN_JOIN, ArgumentError, JoinCall, conv_bn_join
 from resnet_fast.ops.conv_bn_join import reference
 from resnet_fast.spec import JoinSpec
 from tests.support import join_cases
@@ -64,8 +64,8 @@ def call():
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, dtype):
     tensors = join_cases.join_tensors(of(NETWORKS[name], dtype))
-    assert_right(conv_bn_join_op(*call_of(tensors)), tensors)
-    assert last_join_plan().backend == cpu_backend(dtype)
+    assert_right(CONV_BN_JOIN.overload(*call_of(tensors)), tensors)
+    assert CONV_BN_JOIN.last_plan().backend == cpu_backend(dtype)
 
 
 @pytest.mark.parametrize("backend", ["auto", "aten"])
@@ -74,7 +74,7 @@ def test_networks(name, dtype):
 def test_odd(name, dtype, backend):
     params = torch.float64 if dtype == "float64" else torch.float32
     tensors = join_cases.join_tensors(of(join_cases.ODD[name], dtype), params=params)
-    assert_right(conv_bn_join_op(*call_of(tensors, backend=backend)), tensors)
+    assert_right(CONV_BN_JOIN.overload(*call_of(tensors, backend=backend)), tensors)
 
 
 @pytest.mark.parametrize("backend", ["auto", "aten"])
@@ -83,12 +83,14 @@ def test_odd(name, dtype, backend):
 def test_scales(name, dtype, backend):
     factors = join_cases.FACTORS[name]
     tensors = join_cases.join_tensors(of(PLAIN, dtype), factors=factors)
-    assert_right(conv_bn_join_op(*call_of(tensors, backend=backend)), tensors)
+    assert_right(CONV_BN_JOIN.overload(*call_of(tensors, backend=backend)), tensors)
 
 
 def test_a_scale_of_zero_leaves_the_other_convolution_alone(call):
-    y = conv_bn_join_op(*call._replace(proj_scale=torch.zeros(32), proj_shift=torch.zeros(32)))
-    alone = conv_bn_join_op(
+    y = CONV_BN_JOIN.overload(
+        *call._replace(proj_scale=torch.zeros(32), proj_shift=torch.zeros(32))
+    )
+    alone = CONV_BN_JOIN.overload(
         *call._replace(proj_weight=call.proj_weight * 0, proj_shift=torch.zeros(32), proj_mean=None,
                        proj_var=None)
     )  # fmt: skip
@@ -103,12 +105,14 @@ def test_layouts(name, sliced):
     change = (
         (lambda t: F.pad(t, (1, 2, 0, 1))[..., :-1, 1:-2]) if sliced else torch.Tensor.contiguous
     )
-    assert_right(conv_bn_join_op(*call._replace(**{name: change(getattr(call, name))})), tensors)
+    assert_right(
+        CONV_BN_JOIN.overload(*call._replace(**{name: change(getattr(call, name))})), tensors
+    )
 
 
 def test_nan_reaches_what_it_reaches_in_torch(call):
     call.h[0, 1, 2, 2] = call.x[1, 3, 0, 0] = torch.nan
-    y = conv_bn_join_op(*call)
+    y = CONV_BN_JOIN.overload(*call)
     where = torch.zeros(2, 1, 5, 4, dtype=torch.bool)
     where[0, 0, 2, 2] = where[1, 0, 0, 0] = True
     assert torch.equal(y.isnan(), where.expand_as(y))
@@ -116,28 +120,28 @@ def test_nan_reaches_what_it_reaches_in_torch(call):
 
 def test_the_public_function_has_the_defaults_of_the_schema(call):
     affine = call[:8]
-    assert torch.equal(conv_bn_join(*affine, stride=2), conv_bn_join_op(*affine, [2, 2]))
+    assert torch.equal(conv_bn_join(*affine, stride=2), CONV_BN_JOIN.overload(*affine, [2, 2]))
     both = {name: getattr(call, name) for name in ("mean", "var", "proj_mean", "proj_var")}
-    assert torch.equal(conv_bn_join(*affine, (2, 2), **both), conv_bn_join_op(*call))
+    assert torch.equal(conv_bn_join(*affine, (2, 2), **both), CONV_BN_JOIN.overload(*call))
 
 
 def test_eps_is_added_to_each_variance():
     tensors = join_cases.join_tensors(of(PLAIN, "float32"))
     tensors.main.eps, tensors.projection.eps = 0.5, 2.0
-    assert_right(conv_bn_join_op(*call_of(tensors)), tensors)
+    assert_right(CONV_BN_JOIN.overload(*call_of(tensors)), tensors)
 
 
 def test_an_empty_batch_gives_an_empty_result(call):
-    y = conv_bn_join_op(*call._replace(h=call.h[:0], x=call.x[:0]))
+    y = CONV_BN_JOIN.overload(*call._replace(h=call.h[:0], x=call.x[:0]))
     assert y.shape == (0, 32, 5, 4)
 
 
 def test_the_arguments_are_left_alone(call):
     tensors = [t for t in call if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in tensors]
-    first = conv_bn_join_op(*call)
+    first = CONV_BN_JOIN.overload(*call)
     kept = first.clone()
-    conv_bn_join_op(*call._replace(x=call.x + 1))
+    CONV_BN_JOIN.overload(*call._replace(x=call.x + 1))
     assert all(map(torch.equal, tensors, before)) and torch.equal(first, kept)
 
 
@@ -194,9 +198,9 @@ def test_bad_input_is_named(name, fake, call):
         if fake:
             with FakeTensorMode() as mode:
                 fakes = (mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in bad)
-                conv_bn_join_op(*fakes)
+                CONV_BN_JOIN.overload(*fakes)
         else:
-            conv_bn_join_op(*bad)
+            CONV_BN_JOIN.overload(*bad)
     text = str(caught.value)
     assert ONE_FORM.fullmatch(text), text
     assert f": {argument} must be" in text, text
@@ -207,7 +211,7 @@ def test_another_device_is_named(call):
     meta = {n: getattr(call, n).to("meta") for n in ("x", "proj_weight", "proj_scale", "proj_shift",
                                                      "proj_mean", "proj_var")}  # fmt: skip
     with pytest.raises((ArgumentError, NotImplementedError), match=r"device|on meta"):
-        conv_bn_join_op(*call._replace(**meta))
+        CONV_BN_JOIN.overload(*call._replace(**meta))
 
 
 # ---- torch's modes
@@ -218,18 +222,18 @@ def test_a_gradient_is_that_of_torchs_own_functions(name, call):
     call = call._replace(**{name: getattr(call, name).detach().requires_grad_()})
     wanted = getattr(call, name)
     with torch.enable_grad():
-        (ours,) = torch.autograd.grad(conv_bn_join_op(*call).sum(), wanted)
+        (ours,) = torch.autograd.grad(CONV_BN_JOIN.overload(*call).sum(), wanted)
         (theirs,) = torch.autograd.grad(reference(call).sum(), wanted)
     assert torch.equal(ours, theirs)
     with torch.inference_mode():
-        conv_bn_join_op(*call)
+        CONV_BN_JOIN.overload(*call)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_maps(dtype):
     tensors = join_cases.join_tensors(of(PLAIN, "float32"))
     with torch.autocast("cpu", dtype):
-        y = conv_bn_join_op(*call_of(tensors))
+        y = CONV_BN_JOIN.overload(*call_of(tensors))
     for part in (tensors.main, tensors.projection):
         part.x, part.weight = part.x.to(dtype), part.weight.to(dtype)
     assert y.dtype == dtype
@@ -248,12 +252,12 @@ def test_autocast_does_not_round_the_vectors():
 def test_autocast_leaves_float64_alone():
     tensors = join_cases.join_tensors(of(PLAIN, "float64"), params=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_right(conv_bn_join_op(*call_of(tensors)), tensors)
+        assert_right(CONV_BN_JOIN.overload(*call_of(tensors)), tensors)
 
 
 def test_flops_are_those_of_both_convolutions(call):
     with FlopCounterMode(display=False) as counter:
-        conv_bn_join_op(*call)
+        CONV_BN_JOIN.overload(*call)
     assert counter.get_total_flops() == PLAIN.flops == 2 * 2 * 20 * 32 * (16 + 24)
 
 
@@ -261,8 +265,8 @@ def test_flops_are_those_of_both_convolutions(call):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_opcheck(name, dtype):
     call = call_of(join_cases.join_tensors(of(join_cases.ODD[name], dtype)))
-    torch.library.opcheck(conv_bn_join_op, tuple(call))
-    torch.library.opcheck(conv_bn_join_op, tuple(call._replace(h=call.h.contiguous())))
+    torch.library.opcheck(CONV_BN_JOIN.overload, tuple(call))
+    torch.library.opcheck(CONV_BN_JOIN.overload, tuple(call._replace(h=call.h.contiguous())))
 
 
 def test_compile_is_one_graph_for_all_sizes(call):

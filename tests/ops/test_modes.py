@@ -13,13 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from resnet_fast.agreement import compare
 from resnet_fast.kernels import packed
 from resnet_fast.ops import (
+    CONV_BN_ACT,
     ArgumentError,
     Call,
     conv_bn_act,
     conv_bn_act_,
-    last_plan,
     packed_bytes,
-)  # fmt: skip
+)
 from resnet_fast.ops.conv_bn_act import reference
 from resnet_fast.spec import ConvSpec
 from tests.support.tolerance import assert_within
@@ -154,7 +154,7 @@ def test_autocast_packs_the_master_weight_once(dtype, arguments, monkeypatch, ne
     )
     with torch.autocast("cpu", dtype):
         first = run(call)
-        assert last_plan().backend == "cpu"
+        assert CONV_BN_ACT.last_plan().backend == "cpu"
         assert torch.equal(run(call), first)
     assert len(packs) == 1
     assert packed_bytes([call.weight]) > 0

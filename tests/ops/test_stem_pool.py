@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet_fast import ops
 from resnet_fast.dispatch import cuda
-from resnet_fast.ops import ArgumentError, StemCall, stem_pool, stem_pool_op
+from resnet_fast.ops import STEM_POOL, ArgumentError, StemCall, stem_pool
 from resnet_fast.ops.stem_pool import reference
 from resnet_fast.spec import ConvSpec
 from tests.support import interpreted
@@ -82,7 +82,7 @@ def definition(call: StemCall, dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_right(call: StemCall, label: str = "") -> torch.Tensor:
-    y = stem_pool_op(*call)
+    y = STEM_POOL.overload(*call)
     dtype = call.weight.dtype
     assert y.dtype == dtype and y.is_contiguous(memory_format=NHWC)
     reference = definition(call, torch.float64)
@@ -110,32 +110,32 @@ def test_values_of_a_backend_asked_for(backend):
 
 def test_a_backend_that_cannot_says_why():
     with pytest.raises(ValueError, match=r"'cpu' cannot take the stem .*not channels_last"):
-        stem_pool_op(*arguments(layout="nchw", backend="cpu"))
+        STEM_POOL.overload(*arguments(layout="nchw", backend="cpu"))
     with pytest.raises(ValueError, match=r"'cuda' cannot take the stem .*cuda tensors"):
-        stem_pool_op(*arguments(backend="cuda"))
+        STEM_POOL.overload(*arguments(backend="cuda"))
 
 
 def test_the_environment_prefers(monkeypatch):
     """Sizes of their own: a plan that was made is kept."""
     monkeypatch.setenv("RESNET_FAST_BACKEND", "aten")
-    assert ops.stem_plan_of(arguments(filters=32)).backend == "aten"
+    assert ops.STEM_POOL.plan_of(arguments(filters=32)).backend == "aten"
     monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")  # which has no stem
-    assert ops.stem_plan_of(arguments(filters=40)).backend == "cpu"
+    assert ops.STEM_POOL.plan_of(arguments(filters=40)).backend == "cpu"
     monkeypatch.setenv("RESNET_FAST_BACKEND", "tpu")
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
-        stem_pool_op(*arguments(filters=48))
+        STEM_POOL.overload(*arguments(filters=48))
 
 
 def test_the_plan_tells_its_backend_and_counts_calls():
     call = arguments("even", filters=24)
-    plan = ops.stem_plan_of(call)
+    plan = ops.STEM_POOL.plan_of(call)
     before = plan.calls
-    stem_pool_op(*call)
+    STEM_POOL.overload(*call)
     assert (plan.backend, plan.calls) == ("cpu", before + 1)
     assert "cuda tensors" in plan.refusals["cuda"]
-    slow = ops.stem_plan_of(call._replace(x=LAYOUTS["nchw"](call.x)))
+    slow = ops.STEM_POOL.plan_of(call._replace(x=LAYOUTS["nchw"](call.x)))
     assert slow.backend == "aten" and "not channels_last" in slow.refusals["cpu"]
-    assert not ops.stem_reads(call)
+    assert not ops.STEM_POOL.reads(call)
 
 
 def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_gpu_kernels_are_told_of_addresses(name, image):
 
 
 def test_explain_names_every_backend():
-    chosen, others = ops.explain_stem_pool("cpu", "float32")
+    chosen, others = ops.STEM_POOL.explain("cpu", "float32")
     assert chosen == "cpu" and {"auto", chosen, *others} == set(ops.STEM_POOL.backends)
 
 
@@ -168,7 +168,7 @@ def test_explain_names_every_backend():
 def test_special_values_pass_relu_and_pool(value, backend):
     call = arguments(backend=backend)
     call.x[1, 2, 20, 22] = value
-    y, reference = stem_pool_op(*call), definition(call, torch.float64)
+    y, reference = STEM_POOL.overload(*call), definition(call, torch.float64)
     assert 0 < (~reference.isfinite()).sum() < reference.numel()
     assert torch.equal(y.isnan(), reference.isnan())
     assert torch.equal(y.isinf(), reference.isinf())
@@ -176,9 +176,9 @@ def test_special_values_pass_relu_and_pool(value, backend):
 
 def test_vectors_are_read_at_the_call():
     call = arguments()
-    first = stem_pool_op(*call)
+    first = STEM_POOL.overload(*call)
     call.shift.data.add_(1)
-    assert (stem_pool_op(*call) - first).abs().max() > 0.5
+    assert (STEM_POOL.overload(*call) - first).abs().max() > 0.5
     assert_right(call)
 
 
@@ -186,14 +186,14 @@ def test_the_arguments_are_left_alone():
     call = arguments(image=True)
     tensors = [t for t in call if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in tensors]
-    stem_pool_op(*call)
+    STEM_POOL.overload(*call)
     assert all(map(torch.equal, tensors, before))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("image", [False, True], ids=["floats", "bytes"])
 def test_opcheck(image, layout):
-    torch.library.opcheck(stem_pool_op, tuple(arguments(layout=layout, image=image)))
+    torch.library.opcheck(STEM_POOL.overload, tuple(arguments(layout=layout, image=image)))
 
 
 BAD = {
@@ -238,14 +238,14 @@ def test_what_it_refuses_says_so_alike_on_real_and_fake_tensors(name):
     call = arguments(norm=False)._replace(**changes)
     pattern = rf"^resnet_fast::stem_pool: {argument} must be .*{expected}.*, got .*{got}.*"
     with pytest.raises(ArgumentError, match=pattern) as real:
-        stem_pool_op(*call)
+        STEM_POOL.overload(*call)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fakes = [
             mode.from_tensor(t) if isinstance(t, torch.Tensor) and not t.is_meta else t
             for t in call
         ]
         with pytest.raises(ArgumentError) as fake:
-            stem_pool_op(*fakes)
+            STEM_POOL.overload(*fakes)
     assert str(fake.value) == str(real.value)
 
 
@@ -254,17 +254,17 @@ def test_a_gradient_is_that_of_torchs_own_functions(name):
     call = arguments()
     wanted = getattr(call, name).requires_grad_()
     with torch.enable_grad():
-        (ours,) = torch.autograd.grad(stem_pool_op(*call).sum(), wanted)
+        (ours,) = torch.autograd.grad(STEM_POOL.overload(*call).sum(), wanted)
         (theirs,) = torch.autograd.grad(reference(call).sum(), wanted)
     assert torch.equal(ours, theirs)
     with torch.no_grad():
-        assert not stem_pool_op(*call).requires_grad
+        assert not STEM_POOL.overload(*call).requires_grad
 
 
 def test_flops_are_the_convolution_s():
     call = arguments()
     with FlopCounterMode(display=False) as counter:
-        stem_pool_op(*call)
+        STEM_POOL.overload(*call)
     n, h, w = SIZES["odd"]
     assert counter.get_total_flops() == ConvSpec(n, h, w, 3, 16, 7, 7, (2, 2), (3, 3)).flops
 
@@ -276,7 +276,7 @@ class Stem(torch.nn.Module):
 
 def test_compile_and_export_see_one_node():
     call = arguments()
-    expected = stem_pool_op(*call) * 2
+    expected = STEM_POOL.overload(*call) * 2
     compiled = torch.compile(Stem(), fullgraph=True, backend="aot_eager", dynamic=True)
     torch.testing.assert_close(compiled(*call[:6]), expected, rtol=0, atol=0)
     program = torch.export.export(Stem(), tuple(call[:6]))
@@ -290,12 +290,12 @@ def test_autocast_narrows_x_and_weight():
     call = arguments()
     narrow = call._replace(x=call.x.bfloat16(), weight=call.weight.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        y = stem_pool_op(*call)
-    assert torch.equal(y, stem_pool_op(*narrow))
+        y = STEM_POOL.overload(*call)
+    assert torch.equal(y, STEM_POOL.overload(*narrow))
     image = arguments(image=True)
     with torch.autocast("cpu", torch.bfloat16):
-        assert stem_pool_op(*image).dtype == torch.bfloat16
-        assert stem_pool_op(*arguments(dtype=torch.float64)).dtype == torch.float64
+        assert STEM_POOL.overload(*image).dtype == torch.bfloat16
+        assert STEM_POOL.overload(*arguments(dtype=torch.float64)).dtype == torch.float64
 
 
 def triton_faults() -> list[str]:
@@ -306,12 +306,14 @@ def triton_faults() -> list[str]:
             for changes in ({}, {"image": True, "layout": "nchw"}, {"size": "one-pixel"}):
                 call = arguments(**{"size": "even", **changes}, dtype=dtype, filters=24)
                 assert_right(call, f"{dtype}, {changes}")
-                plan = ops.stem_plan_of(call)
+                plan = ops.STEM_POOL.plan_of(call)
                 if plan.backend != "triton":
                     faults.append(f"{dtype}, {changes}: {plan}")
         call = arguments("even")
         call.x[0, 2, 20, 22] = float("nan")
-        if not torch.equal(stem_pool_op(*call).isnan(), definition(call, torch.float64).isnan()):
+        if not torch.equal(
+            STEM_POOL.overload(*call).isnan(), definition(call, torch.float64).isnan()
+        ):
             faults.append("NaN was moved or lost")
     return faults
 

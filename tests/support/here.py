@@ -10,7 +10,7 @@ from resnet_fast import ops
 
 def cpu_refusal(dtype: torch.dtype | str) -> str | None:
     """Why the "cpu" backend takes no convolution of `dtype` on this machine; None if it does."""
-    chosen, refusals = ops.explain("cpu", str(dtype).removeprefix("torch."))
+    chosen, refusals = ops.CONV_BN_ACT.explain("cpu", str(dtype).removeprefix("torch."))
     return None if chosen == "cpu" else refusals["cpu"]
 
 
