@@ -12,9 +12,6 @@ told apart should not depend on the day.
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -27,15 +24,14 @@ from resnet_fast.dispatch import table, tuning
 from resnet_fast.dispatch.heuristics import Target
 from resnet_fast.dispatch.problem import Problem
 from resnet_fast.dispatch.row import Row
+from resnet_fast.measuring.rounds import Timer, event_timer
+from resnet_fast.measuring.steadiness import Timing
 from resnet_fast.recording import Work
 from resnet_fast.spec import Tile
 
 SHORTLIST = 8  # candidates of one backend that are timed: each tile costs a compilation in Triton
 WITHIN = 2.0  # times the best estimate: the model is a roofline, not off by more
 MARGIN = 0.02  # a gain below this is not worth a departure from the usual choice
-MIN_ROUNDS = 11
-MAX_ROUNDS = 400
-FLUSH_BYTES = 256 * 2**20  # more than any L2 cache; and work that hides the launch of what follows
 
 
 class Contender(NamedTuple):
@@ -48,20 +44,9 @@ class Contender(NamedTuple):
         return f"{self.backend} {self.tile}" if self.tile else self.backend
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Microseconds of one candidate over all rounds."""
-
-    median: float
-    p20: float
-    p80: float
-
-
 Function = Callable[[], Tensor]
 # (contender, problem, the op's arguments) -> the function to check and to time
 FunctionOf = Callable[[Contender, Problem, tuple], Function]
-# (functions by contender, seconds) -> their times, taken in turn
-Timer = Callable[[dict[Contender, Function], float], dict[Contender, Timing]]
 
 
 @dataclass(slots=True)
@@ -73,7 +58,7 @@ class Result:
         usual: what is chosen without any measurement.
         choices: the fastest of each backend, the one to take first; empty if none was right, or
             if there was nothing to choose from.
-        timings: of every contender that agreed with the reference.
+        timings: microseconds of every contender that agreed with the reference.
         faults: of every other, why it got no time.
     """
 
@@ -221,7 +206,7 @@ def tune(
         a `Result` for each. A caller that stops early has lost none of those before.
     """
     name, hardware = name_of(device), _hardware.gpu_of(device)
-    timer = EventTimer(device)
+    timer = event_timer(device)
     for work in asked:
         problem = problem_of(work, hardware.capability, name, hardware)
         found = candidates(problem, names)
@@ -323,42 +308,3 @@ def _function_of(contender: Contender, problem: Problem, call: tuple) -> Functio
     op, row = ops.OPS[problem.op], table.row_of(problem.op, contender.backend)
     runner, inputs = row.build(problem, contender.tile)(*op.layer(call)), op.inputs(call)
     return lambda: runner(*inputs)
-
-
-class EventTimer:
-    """A `Timer` of a GPU: CUDA events around each call, the L2 cache flushed before it.
-
-    The contenders take turns, so that drift of clocks and heat meets all alike. The flush keeps the
-    GPU busy while Python launches what is timed, so the time between the events is the GPU's own.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def __call__(self, functions, seconds: float) -> dict[Contender, Timing]:
-        times: dict[Contender, list[float]] = {contender: [] for contender in functions}
-        end = time.perf_counter() + seconds
-        with torch.cuda.device(self.device):
-            for rounds in itertools.count():
-                late = rounds >= MIN_ROUNDS and time.perf_counter() > end
-                if late or rounds == MAX_ROUNDS:
-                    break
-                for contender, function in functions.items():
-                    times[contender].append(self._microseconds(function))
-        return {contender: summary(found) for contender, found in times.items()}
-
-    def _microseconds(self, function: Function) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        function()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1e3
-
-
-def summary(times: Sequence[float]) -> Timing:
-    """Median, 20th and 80th percentile."""
-    fifths = statistics.quantiles(times, n=5)
-    return Timing(statistics.median(times), fifths[0], fifths[3])

@@ -6,7 +6,6 @@ No GPU is needed: the functions and the timer are stand-ins, and the operands li
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from dataclasses import replace
 
@@ -15,9 +14,10 @@ import torch
 
 from resnet_fast import _hardware, cli, ops, recording, tune
 from resnet_fast.dispatch import heuristics, table, tiles, tuning
+from resnet_fast.measuring.steadiness import Timing
 from resnet_fast.recording import Work
 from resnet_fast.spec import ConvSpec, JoinSpec, StemSpec
-from resnet_fast.tune import Contender, Timing
+from resnet_fast.tune import Contender
 from tests.dispatch import conftest
 from tests.support import cases, join_cases
 
@@ -234,44 +234,6 @@ def test_without_the_usual_choice_the_fastest_is_first():
     assert [choice.backend for choice in choices] == ["triton", "aten"]
 
 
-def test_a_summary_is_of_the_middle():
-    found = tune.summary([5.0, 1.0, 2.0, 3.0, 4.0, 100.0, 3.5])
-    assert found.p20 < found.median == 3.5 < found.p80 < 100
-
-
-def test_the_timer_flushes_takes_turns_and_times_the_call_alone(monkeypatch):
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append("record")
-
-        def synchronize(self):
-            log.append("wait")
-
-        def elapsed_time(self, other):  # milliseconds
-            return 0.5
-
-    class Flush:
-        def zero_(self):
-            log.append("flush")
-
-    monkeypatch.setattr("torch.cuda.Event", Event)
-    monkeypatch.setattr("torch.cuda.device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(tune, "FLUSH_BYTES", 1)
-    timer = tune.EventTimer(torch.device("cpu"))
-    timer.flush = Flush()
-    functions = {USUAL: lambda: log.append("cuda"), ATEN: lambda: log.append("aten")}
-    times = timer(functions, 0.0)
-    one = ["flush", "record", "call", "record", "wait"]
-    turns = [word.replace("call", name) for name in ("cuda", "aten") for word in one]
-    assert log == turns * tune.MIN_ROUNDS
-    assert times == {USUAL: Timing(500, 500, 500), ATEN: Timing(500, 500, 500)}
-
-
 # ---- the command
 
 
@@ -280,7 +242,7 @@ def device(monkeypatch):
     """A GPU that is timed by a clock: its tensors lie on the CPU, each candidate is right."""
     clock = Clock({})
     sample = tune.sample
-    monkeypatch.setattr(tune, "EventTimer", lambda device: clock)
+    monkeypatch.setattr(tune, "event_timer", lambda device: clock)
     monkeypatch.setattr(tune, "sample", lambda work, _: sample(work, torch.device("cpu")))
     monkeypatch.setattr(tune, "_function_of", exact)
     specs = {SPEC: 2, replace(SPEC, n=1): 1, replace(SPEC, groups=2): 3}
