@@ -29,8 +29,8 @@ DTYPE = "float16"  # of the modelled layers that were not counted
 EAGER = "layer by layer"
 FOLDED = "BatchNorm folded"
 RELU = "ReLU in the convolution"
-FUSED = "shortcut too (conv_bn_act)"
-JOINED = "projections and stem too (conv_bn_join, stem_pool)"
+FUSED = "shortcut too"
+JOINED = "projections and stem too"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -189,7 +189,7 @@ def rows_of(jobs: list[Job], folder: Path) -> list[Row]:
 
 
 def count_join(arguments: tuple[JoinSpec, int]) -> int:
-    """Distinct bytes of conv_bn_join; in a worker process."""
+    """Distinct bytes of a join; in a worker process."""
     spec, arch = arguments
     full = JoinSpec(*(replace(part, n=FULL_BATCH) for part in (spec.main, spec.projection)))
     tile = heuristics.choose(full, arch, tiles.CUDA[JoinSpec])
@@ -201,7 +201,7 @@ def count_join(arguments: tuple[JoinSpec, int]) -> int:
 
 
 def count_stem(arguments: tuple[ConvSpec, int]) -> int:
-    """Distinct bytes of stem_pool; in a worker process."""
+    """Distinct bytes of a stem; in a worker process."""
     spec, arch = arguments
     tensors = stem.stem_tensors(spec.n, spec.h, spec.w, spec.k, getattr(torch, spec.dtype))
     kernel = stem.stem_kernel(tensors, stem.TILES[0], arch)
@@ -212,7 +212,7 @@ def count_stem(arguments: tuple[ConvSpec, int]) -> int:
 
 
 def fused_bytes(options, depth: int, folder: Path) -> dict[str, int]:
-    """Distinct bytes of each stage's conv_bn_join, and of stem_pool, counted."""
+    """Distinct bytes of each stage's join, and of the stem, counted."""
     joins = join_cases.resnet_joins(depth, options.batch, options.size, dtype=options.dtype)
     _, first, _ = cases.resnet_layers(depth, options.batch, options.size, dtype=options.dtype)[0]
     spawn = multiprocessing.get_context("spawn")
@@ -221,7 +221,7 @@ def fused_bytes(options, depth: int, folder: Path) -> dict[str, int]:
         stem_counted = pool.submit(count_stem, (first, options.arch))
         found = dict(zip(joins, counted, strict=True))
         found["stem"] = stem_counted.result()
-    say(f"ResNet-{depth}: conv_bn_join and stem_pool counted")
+    say(f"ResNet-{depth}: joins and stem counted")
     return found
 
 
@@ -262,7 +262,7 @@ def bytes_per_image(
         "with stem, max-pool and average pool as kernels of their own, these modelled": convs
         + two_kernels
         + tail,
-        "with stem_pool and conv_bn_join, counted, and the average pool's input": convs
+        "with fused stem and joins, counted, and the average pool's input": convs
         - apart
         + joined
         + stem_moved

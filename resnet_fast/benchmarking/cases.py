@@ -80,7 +80,7 @@ class OpCase:
         op: of `ops.OPS`.
         spec: the convolution; for add_relu, the one that made the first summand.
         where: the layers that have it, of all models.
-        projection: of conv_bn_join, the shortcut's convolution.
+        projection: of a join, the shortcut's convolution.
         dtype: of `DTYPES`.
         layers: how many layers those are.
     """
@@ -275,7 +275,7 @@ def _ops_of(name: str) -> Iterable[tuple[str, ConvSpec, ConvSpec | None, str]]:
         yield "add_relu", _spec(last, "none", False), None, block
         if projection is not None:
             yield "conv_bn_act", projection, None, f"{block}.downsample"
-            yield "conv_bn_join", _spec(last, "relu", False), projection, block
+            yield ops.CONV_BN_JOIN.name, _spec(last, "relu", False), projection, block
 
 
 def _block(layer: str) -> str:

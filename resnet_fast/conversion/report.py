@@ -32,7 +32,7 @@ class Row:
         reason: why it runs plain; or what of it does, be it as a module that is called or on the
             backend "aten", which takes an op's steps one after the other.
         fused_calls, plain_calls: how often it ran either way.
-        merged: the op that runs several units as one kernel, such as "conv_bn_join"; "" if none.
+        merged: the op that runs several units as one kernel; "" if none did.
     """
 
     name: str

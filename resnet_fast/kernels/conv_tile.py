@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of one output tile of a convolution: which it is, what it may read, how it ends.
 
-Device functions, inlined into the kernels of `conv_bn_act.py`, which has the whole picture, and of
-`conv_bn_join.py`.
+Device functions, inlined into the kernel of `conv_bn_act.py`, which has the whole picture, and into
+that of the join of two convolutions.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def stem_forward(owner: nn.Module, x: Tensor, found: Fusable) -> Tensor:
         x: [N, C, H, W].
         found: the recipe of its stem, and what runs it plain.
     """
-    return run(owner, "stem", lambda: Chain([Piece(owner, found, is_stem=True)], []), x)
+    role = "stem", found.recipe.main  # which what an owner collects may change
+    return run(owner, role, lambda: Chain([Piece(owner, found, is_stem=True)], []), x)
 
 
 def _piece(module: nn.Module) -> Piece:

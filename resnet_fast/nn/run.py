@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -68,7 +68,7 @@ class Chain(NamedTuple):
     holders: list[nn.Module]
 
 
-def run(root: nn.Module, role: str, chain: Callable[[], Chain], x: Tensor) -> Tensor:
+def run(root: nn.Module, role: Hashable, chain: Callable[[], Chain], x: Tensor) -> Tensor:
     """Run a chain; its plans are kept for `root` under its `role`."""
     at, known = 0, None
     while at is not None:

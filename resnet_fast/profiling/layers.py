@@ -32,7 +32,7 @@ from resnet_fast.spec import ELEMENT_SIZE, ConvSpec
 
 # How an op's name begins -> the kind of layer. The first that fits; others are of the kind "other".
 KINDS = (
-    ("conv_bn_join", "join"),
+    (ops.CONV_BN_JOIN.name, "join"),
     ("conv", "conv"),
     ("cudnn_convolution", "conv"),
     ("mkldnn_convolution", "conv"),
@@ -212,7 +212,9 @@ class _Recorder(TorchDispatchMode):
         moved = sum(map(_nbytes, read)) + _nbytes(written)
         if spec is not None:
             moved -= _nbytes(call.x) - touched_pixels(spec) * spec.c * call.x.element_size()
-        if name == "conv_bn_join":  # of its second input, the pixels that the 1x1 filter samples
+        if (
+            name == ops.CONV_BN_JOIN.name
+        ):  # of its second input, the pixels that the 1x1 filter samples
             x = args[4]
             sampled = written.numel() // written.shape[1] * x.shape[1]
             moved -= _nbytes(x) - sampled * x.element_size()

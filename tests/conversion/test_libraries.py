@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import (
     BackboneWithFPN,
     _resnet_fpn_extractor,
@@ -238,3 +239,17 @@ def test_all_frozen_norms_of_transformers_compute_the_same():
     bodies = [re.sub(r"#.*|\s+", "", match.group(1)) for match in found if match]
     assert len(bodies) >= 3
     assert len(set(bodies)) == 1
+
+
+@torch.inference_mode()
+def test_what_a_backbone_returns_may_change_between_calls():
+    """Its stem then ends elsewhere: what was kept for the other one does not serve."""
+    plain = IntermediateLayerGetter(randomize(torchvision.models.resnet18()), {"relu": "a"})
+    optimized = resnet_fast.optimize(plain, strict=True)
+    x = image(1, 3, 32, 32)
+    for wanted in ({"relu": "a"}, {"conv1": "a", "relu": "b"}, {"bn1": "c"}, {"relu": "a"}):
+        exact = copy.deepcopy(plain).double()
+        for model in (plain, optimized, exact):
+            model.return_layers = wanted
+        for _ in range(2):
+            assert_agrees(optimized(x), plain(x), exact(x.double()))
