@@ -9,9 +9,9 @@ launches the caches forget the interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 
 from torch import Tensor, nn
 
@@ -29,9 +29,7 @@ _DIVISOR = attrgetter("divisor_override")
 
 def _owner(attributes: dict) -> tuple:
     """Of a module whose forward is bypassed, but whose plain attributes are its user's."""
-    # A missing part is a plain attribute, None, which may become anything callable.
-    missing = list(attributes.values()).count(None)
-    return len(attributes), _OTHER(attributes), missing, "forward" in attributes
+    return len(attributes), _OTHER(attributes), "forward" in attributes
 
 
 _LOOKS: dict[str, Callable] = {
@@ -44,6 +42,7 @@ _LOOKS: dict[str, Callable] = {
     "max_pool": _POOL,
     "average_pool": _DIVISOR,
     "address": Tensor.data_ptr,
+    "contents": len,  # of the dictionaries of children, parameters and buffers
 }
 
 
@@ -53,14 +52,15 @@ class Guard:
     It keeps the modules under the root alive, never the root itself: it is kept for the root.
     """
 
-    __slots__ = ("_facts", "_hooks", "_root", "_storage", "_stored")
+    __slots__ = ("_facts", "_hooks", "_missing", "_root", "_storage", "_stored")
 
     def __init__(self, root: nn.Module) -> None:
         self._root = type(root)
         self._facts = {kind: ([], []) for kind in _LOOKS}
         self._hooks: list[dict] = []
         self._storage: list[dict] = []
-        self._stored: list[int] = []
+        self._stored: list[object] = []
+        self._missing: list[tuple[dict, str]] = []
         self._watch_attributes(root)
 
     def watch_owner(self, owner: nn.Module) -> None:
@@ -69,7 +69,10 @@ class Guard:
         self._watch_attributes(owner)
 
     def _watch_attributes(self, owner: nn.Module) -> None:
-        self._add("owner", [vars(owner)])
+        attributes = vars(owner)
+        self._add("owner", [attributes])
+        # A missing part is a plain attribute, None, which may become anything callable.
+        self._missing += [(attributes, name) for name, value in attributes.items() if value is None]
         self._add_contents([owner])
 
     def watch(self, modules: Iterable[nn.Module], tensors: Iterable[Tensor]) -> None:
@@ -92,7 +95,9 @@ class Guard:
         """Whether every fact is still as it was."""
         if type(root) is not self._root or any(self._hooks):
             return False
-        if _identities(self._storage) != self._stored:
+        if not all(map(is_, _contents(self._storage), self._stored)):
+            return False
+        if any(attributes.get(name, name) is not None for attributes, name in self._missing):
             return False
         for kind, (things, before) in self._facts.items():
             if list(map(_LOOKS[kind], things)) != before:
@@ -115,9 +120,10 @@ class Guard:
             for store in (m._modules, m._parameters, m._buffers)
             if store or not reasons.is_torchs_own(m)  # which do not look for what they never had
         ]
-        self._stored += _identities(storage)
+        self._add("contents", storage)
+        self._stored += _contents(storage)
         self._storage += storage
 
 
-def _identities(storage: list[dict]) -> list[int]:
-    return list(map(id, chain.from_iterable(map(dict.values, storage))))
+def _contents(storage: list[dict]) -> Iterator[object]:
+    return chain.from_iterable(map(dict.values, storage))

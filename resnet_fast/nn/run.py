@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Hashable
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,15 @@ from torch import Tensor, nn
 from resnet_fast import ops
 from resnet_fast.nn import reasons
 from resnet_fast.nn.guard import Guard
-from resnet_fast.nn.launches import ModuleStep, OpStep, Record, launched, observer_now, traced
+from resnet_fast.nn.launches import (
+    UNKNOWN,
+    ModuleStep,
+    OpStep,
+    Record,
+    launched,
+    observer_now,
+    traced,
+)
 from resnet_fast.nn.launches import magnitude as magnitude_of
 from resnet_fast.nn.parts import Fused, Parts, parts_of
 from resnet_fast.nn.plan import Piece, Step, fold, steps_of
@@ -37,7 +44,7 @@ MAX_PLANS = 64  # inputs remembered per root: a detector's images have dozens of
 # Far enough below the largest number that rounding cannot matter.
 _LIMITS = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 3e4}
 
-_GROWTH = attrgetter("growth")
+Bound = tuple[float, float]  # gain and offset: a value is at most gain * (largest of x) + offset
 
 _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = weakref.WeakKeyDictionary()
@@ -192,7 +199,15 @@ class PlannedPiece:
     calls modules that may do anything.
     """
 
-    __slots__ = ("bounded", "calls_users", "record", "rectified", "runs", "steps")
+    __slots__ = (
+        "_growth",
+        "bounded",
+        "calls_users",
+        "record",
+        "rectified",
+        "runs",
+        "steps",
+    )
 
     def __init__(self, piece: Piece, parts: Parts, steps: tuple[Step, ...]) -> None:
         self.steps = steps
@@ -203,6 +218,7 @@ class PlannedPiece:
         self.calls_users = not all(reasons.is_torchs_own(run.step.module) for run in called)
         self.bounded = not any(math.isnan(run.growth[0]) for run in called)
         self.rectified = _rectified(parts)
+        self._growth: tuple[list[Callable], tuple[float, float, float]] = [], (math.nan,) * 3
 
     def run_first(self, slots: list) -> Tensor:
         """Run it for the first time: slot 0 becomes its result."""
@@ -238,26 +254,42 @@ class PlannedPiece:
         Returns:
             (False, None) where nothing can be shown, or where the backend has no use for it.
         """
-        if not self.bounded or None in map(_GROWTH, launches):
+        if not self.bounded:
             return False, None
-        limit = _LIMITS.get(x.dtype, 0.0)
-        result = math.nan if magnitude is None else self._grow(launches, magnitude, limit)
-        if math.isnan(result):
-            if self.rectified < 1:  # to measure x costs more than the ReLUs, each in its own pass
+        known, growth = self._growth
+        if launches != known:  # some are new, and grow otherwise
+            growth = self._grow(launches, x.dtype)
+            self._growth = launches, growth
+        most, gain, offset = growth
+        if magnitude is None or not magnitude < most:
+            if self.rectified < 1 or not most > 0:
+                # To measure x costs more than the ReLUs, each in its own pass; or is of no use.
                 return False, None
-            result = self._grow(launches, magnitude_of(x), limit)
-        return (False, None) if math.isnan(result) else (True, result)
+            magnitude = magnitude_of(x)
+        return (True, gain * magnitude + offset) if magnitude < most else (False, None)
 
-    def _grow(self, launches: list[Callable], magnitude: float, limit: float) -> float:
-        """How large the result can be if x is at most `magnitude`; NaN if a value has no bound."""
-        ready = iter(launches)
+    def _grow(self, launches: list[Callable], dtype: torch.dtype) -> tuple[float, float, float]:
+        """How large x may be, and gain and offset that bound the result; NaN if there is no bound.
 
-        def grow(step: Step, x: float, other: float | None) -> float:
-            gain, offset = next(ready).growth or (math.nan, 0.0)
-            y = gain * x + offset + (other or 0.0)
-            return y if y < limit else math.nan
+        Every value on the way is at most gain * (largest of x) + offset, by the growth that its
+        launch states and those of what it reads.
+        """
+        ready, most = iter(launches), math.inf
+        limit = _LIMITS.get(dtype, 0.0)
 
-        return fold(self.steps, [magnitude, None, None], grow)
+        def grow(_step: Step, x: Bound, other: Bound | None) -> Bound:
+            nonlocal most
+            gain, offset = next(ready).growth or UNKNOWN
+            gain, offset = gain * x[0], gain * x[1] + offset
+            if other is not None:
+                gain, offset = gain + other[0], offset + other[1]
+            reach = (limit - offset) / gain if gain else math.inf if offset < limit else 0.0
+            if not (reach >= most or math.isnan(most)):  # NaN, where nothing is known, stays
+                most = reach
+            return gain, offset
+
+        gain, offset = fold(self.steps, [(1.0, 0.0), None, None], grow)
+        return most, gain, offset
 
 
 class Plan:
