@@ -18,19 +18,19 @@ import json
 import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from resnet_fast import _hardware
+from resnet_fast._table import Column, Table
 from resnet_fast.dispatch import heuristics, tiles
+from resnet_fast.measuring import machine
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, TileConfig
 from tests.support import (
     cases,
@@ -257,16 +257,12 @@ def bytes_per_image(
     image = stem_spec.n * stem_spec.h * stem_spec.w * 3
     mapped = stem_spec.m * stem_spec.k
     two_kernels = (image + 2 * mapped + (stem_moved // size - image)) * size
+    apart_moved = convs + two_kernels + tail
+    fused_moved = convs - apart + joined + stem_moved + tail
     found = {
         "convolutions, counted": convs,
-        "with stem, max-pool and average pool as kernels of their own, these modelled": convs
-        + two_kernels
-        + tail,
-        "with fused stem and joins, counted, and the average pool's input": convs
-        - apart
-        + joined
-        + stem_moved
-        + tail,
+        "with stem, max-pool and average pool as kernels of their own, these modelled": apart_moved,
+        "with fused stem and joins, counted, and the average pool's input": fused_moved,
     }
     return {name: value / options.batch / 1e6 for name, value in found.items()}
 
@@ -302,23 +298,11 @@ def cells(row: Row) -> list[str]:
 
 
 def show(rows: list[Row]) -> None:
-    """The table: by rich where it is installed, else aligned text."""
-    body = [cells(row) for row in rows]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        lines = [list(HEADINGS.values()), *body]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        for line in lines:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-        return
-    table = Table()
-    for i, heading in enumerate(HEADINGS.values()):
-        table.add_column(heading, justify="left" if i < 3 else "right", no_wrap=True)
-    for line in body:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 190).print(table)
+    """The table, one line a row."""
+    table = Table("", [Column(name, right=i > 2) for i, name in enumerate(HEADINGS.values())])
+    for row in rows:
+        table.add(*cells(row))
+    print(table)
 
 
 def markdown(result: dict, layers: tuple[str, ...] = ("",)) -> str:
@@ -352,19 +336,8 @@ def versions() -> dict[str, str]:
     release = nvcc.run("nvcc", "--version").rpartition("release ")[2].partition(",")[0]
     found = {"python": platform.python_version(), "nvcc": release}
     if not cutlass.missing():
-        found["CUTLASS"] = version("nvidia-cutlass")
+        found["CUTLASS"] = machine.version_of("nvidia-cutlass")
     return found
-
-
-def current_commit() -> str:
-    """Of what is counted; with a mark where files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=nvcc.CSRC,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def say(line: str) -> None:
@@ -391,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason := nvcc.missing():
         say(f"nothing can be counted: {reason}")
         return 1
-    commit = current_commit()  # before a long run, during which it may move
+    commit = machine.commit()  # before a long run, during which it may move
     title = (
         f"ResNet-{options.depth}, batch {options.batch} at {options.size}x{options.size}, "
         f"{options.dtype}, sm_{options.arch}"
