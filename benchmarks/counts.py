@@ -328,7 +328,7 @@ def markdown(result: dict, layers: tuple[str, ...] = ("",)) -> str:
             values = (" / ".join(found[name] for found in kernels.values()) for name in shown)
             lines.append("| " + " | ".join((*place, *values)) + " |")
     made = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    note = f"{result['title']}; ours / CUTLASS" if "rows" in result else result["title"]
+    note = result["title"] + "; ours / CUTLASS" * ("rows" in result)
     return "\n".join(lines) + f"\n\n{note}. {made}, commit {result['commit']}."
 
 
@@ -365,10 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         say(f"nothing can be counted: {reason}")
         return 1
     commit = machine.commit()  # before a long run, during which it may move
-    title = (
-        f"ResNet-{options.depth}, batch {options.batch} at {options.size}x{options.size}, "
-        f"{options.dtype}, sm_{options.arch}"
-    )
+    where = f"batch {options.batch} at {options.size}x{options.size}"
+    title = f"ResNet-{options.depth}, {where}, {options.dtype}, sm_{options.arch}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.bytes:
