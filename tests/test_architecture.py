@@ -34,6 +34,22 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+# In a folder with floors, each file may import those before it.
+FLOORS = {
+    "nn": (
+        *("units", "reasons", "recipes", "parts", "plan"),
+        *("guard", "launches", "run", "forward"),
+    ),
+    "dispatch": (
+        *("problem", "preferences", "heuristics", "gemm", "tiles", "row", "steps"),
+        *("aten", "cpu", "cuda", "triton", "tuning", "trial", "table"),
+    ),
+}
+MOST_LINES = 400  # of a Python file, tests apart
+# Its kernels, its file in ops, its rows, and what tests and measures it: see README, "Where things
+# are". It may not grow with the number of ops.
+FILES_OF_AN_OP = 18
+
 # Imported lazily or not at all by the core: only these places may name them.
 OPTIONAL = {
     "triton": ("kernels",),
@@ -81,6 +97,31 @@ def test_imports_only_what_stands_above(path):
         if theirs not in LEVEL or theirs == mine:
             continue  # a name of the package itself: __version__, optimize, ...
         assert LEVEL[theirs] < LEVEL[mine], f"{path}:{line}: {mine} imports {theirs}"
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_a_file_imports_only_files_of_its_folder_that_stand_before_it(folder):
+    floors = FLOORS[folder]
+    names = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+    assert names == set(floors)
+    for name in floors:
+        for module, line in imports(PACKAGE / folder / f"{name}.py"):
+            parts = module.removeprefix(f"resnet_fast.{folder}.").split(".")
+            if module.startswith(f"resnet_fast.{folder}.") and parts[0] in names - {name}:
+                assert floors.index(parts[0]) < floors.index(name), f"{name}:{line}: {module}"
+
+
+def test_no_file_is_longer_than_a_reader_can_hold():
+    for path in (*FILES, *SOFTGPU.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
+        assert len(path.read_text().splitlines()) <= MOST_LINES, path
+
+
+def test_an_op_is_named_in_few_files():
+    folders = ("resnet_fast", "csrc", "tests", "benchmarks", "softgpu")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    places = [path for path in found if path.suffix in (".py", ".cu", ".cuh", ".h")]
+    naming = [path for path in places if "conv_bn_join" in path.read_text()]
+    assert 5 < len(naming) <= FILES_OF_AN_OP, [str(path.relative_to(ROOT)) for path in naming]
 
 
 def test_only_the_ops_call_dispatch_and_only_they_and_dispatch_call_kernels():

@@ -40,7 +40,7 @@ SMALL_CASES = {
     "linear": OpCase("conv_bn_act", replace(SMALL, activation="none"), "", "float32"),
     "bfloat16": OpCase("conv_bn_act", replace(SMALL, dtype="bfloat16"), "", "bfloat16"),
     "add": OpCase("add_relu", SMALL, "", "float32"),
-    "join": OpCase("conv_bn_join", SMALL, "", "float32", JOIN),
+    "join": OpCase(ops.CONV_BN_JOIN.name, SMALL, "", "float32", JOIN),
     "stem": OpCase("stem_pool", STEM, "", "float32"),
 }
 
@@ -85,7 +85,7 @@ def test_roles_of_the_convolutions():
     assert first.residual and first.activation == "relu"
     shortcut = by_layer["resnet18.layer2.0.downsample"].spec
     assert shortcut.activation == "none" and not shortcut.residual and shortcut.stride == (2, 2)
-    joins = [case for case in listed if case.op == "conv_bn_join"]
+    joins = [case for case in listed if case.op == ops.CONV_BN_JOIN.name]
     assert len(joins) == 3 and all(j.spec.m == j.projection.m for j in joins)
     assert sum(case.layers for case in listed if case.op == "add_relu") == 8
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A projection block that ends in `conv_bn_join`: the same answers, guards and freshness.
+"""A projection block that ends in a join: the same answers, guards and freshness.
 
 On a CPU no backend joins in one kernel. Here the two calls of the "cpu" backend stand in for one,
 so that blocks take the way they take on a GPU, and once Triton's interpreter runs the real kernel.
@@ -26,6 +26,8 @@ from tests.nn import test_guards as guards
 from tests.nn import test_staleness as staleness
 from tests.support import interpreted
 
+JOIN = ops.CONV_BN_JOIN.name
+
 
 @pytest.fixture
 def kind():
@@ -36,7 +38,7 @@ def kind():
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     """The "cpu" backend counts as one kernel, for plans that are made from now on."""
-    join = table.row_of("conv_bn_join", "cpu")
+    join = table.row_of(JOIN, "cpu")
     rows = (replace(row, fuses=True) if row is join else row for row in table.ROWS)
     monkeypatch.setattr(table, "ROWS", tuple(rows))
     monkeypatch.setattr(ops.CONV_BN_JOIN, "_plans", {})
@@ -54,16 +56,16 @@ def merged(model: nn.Module) -> dict[str, str]:
 def test_projection_blocks_join(block, dtype, pair, image, assert_agrees, needs_cpu_backend):
     needs_cpu_backend(dtype)
     fused, plain = (m.to(dtype) for m in pair(block, (2, 2)))
-    expected = {"layer2.0": "conv_bn_join"}
+    expected = {"layer2.0": JOIN}
     if block == "Bottleneck":
-        expected["layer1.0"] = "conv_bn_join"
+        expected["layer1.0"] = JOIN
     for size in ((40, 40), (33, 47), (40, 40)):
         x = image(2, 3, *size).to(dtype)
         y = assert_agrees(fused, plain, x)
         assert torch.equal(fused(x), y), "what was kept gives another answer"
         assert merged(fused) == expected
     text = str(resnet_fast.report(fused))
-    assert text.count("cpu (conv_bn_join)") == len(expected)
+    assert text.count(f"cpu ({JOIN})") == len(expected)
 
 
 def test_without_a_kernel_a_block_runs_as_two_ops(pair, image, monkeypatch):
@@ -110,7 +112,7 @@ def test_a_change_has_its_effect(change, where, reason, warm, pair, image, asser
     before = plain(x)
     if warm:
         fused(x), fused(x)
-        assert merged(fused) == {"layer2.0": "conv_bn_join"}
+        assert merged(fused) == {"layer2.0": JOIN}
     for model in (fused, plain):
         change(model)
     for _ in range(2):
@@ -165,7 +167,7 @@ def test_a_write_is_noticed(write, pair, image, assert_agrees):
         write(model)
     y = assert_agrees(fused, plain, x)
     assert (y - before).abs().max() > 1e-4 * before.abs().max()
-    assert merged(fused) == {"layer2.0": "conv_bn_join"}
+    assert merged(fused) == {"layer2.0": JOIN}
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, -1.0])
@@ -198,7 +200,7 @@ def test_a_backend_that_is_asked_for_is_taken(backend, pair, image):
     _, plain = pair()
     fused = resnet_fast.optimize(plain, backend=backend)
     fused(image(2, 3, 40, 40))
-    assert merged(fused) == ({"layer2.0": "conv_bn_join"} if backend == "cpu" else {})
+    assert merged(fused) == ({"layer2.0": JOIN} if backend == "cpu" else {})
     assert {row.backend for row in resnet_fast.report(fused)} == {backend}
 
 
@@ -214,7 +216,7 @@ def test_a_backend_without_a_join_runs_two_ops(pair, image, monkeypatch):
     fused, _ = pair()
     monkeypatch.setenv("RESNET_FAST_BACKEND", "cudnn")
     x = image(2, 3, 56, 40)
-    assert "resnet_fast::conv_bn_join" not in called_ops(fused, x)
+    assert f"resnet_fast::{JOIN}" not in called_ops(fused, x)
     fused(x)
     assert merged(fused) == {}
 
@@ -226,7 +228,7 @@ def test_autocast_and_profilers_see_the_op(pair, image):
     with torch.autocast("cpu", torch.bfloat16):
         mine, theirs = fused(x), plain(x)
     assert resnet_fast.agreement.compare(mine, theirs, exact).agrees
-    assert called_ops(fused, x).count("resnet_fast::conv_bn_join") == 1
+    assert called_ops(fused, x).count(f"resnet_fast::{JOIN}") == 1
 
 
 def test_a_model_that_has_run_can_be_freed(pair, image):
@@ -266,7 +268,7 @@ def run_interpreted(kind: str) -> list[str]:
                 exact = copy.deepcopy(plain).double()(x.double())
                 assert_within(fused(x), plain(x), exact, 500, kind)
     (row,) = resnet_fast.report(fused)
-    if (row.backend, row.merged) != ("triton", "conv_bn_join"):
+    if (row.backend, row.merged) != ("triton", JOIN):
         faults.append(f"{kind} ran as {row}")
     return faults
 

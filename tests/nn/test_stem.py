@@ -220,5 +220,5 @@ def test_on_a_gpu_a_traced_model_has_the_stem_in_one_node():
             assert model(x).shape == (2, 1000)
     ours = [name for name in called if name.startswith("resnet_fast")]
     assert ours[0] == "resnet_fast.stem_pool.default"
-    rest = {"resnet_fast.conv_bn_act.default", "resnet_fast.conv_bn_join.default"}
+    rest = {f"resnet_fast.{op.name}.default" for op in (ops.CONV_BN_ACT, ops.CONV_BN_JOIN)}
     assert set(ours[1:]) == rest
