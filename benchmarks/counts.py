@@ -62,7 +62,7 @@ HOW = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Counted:
     """One kernel on one layer; each ratio is to the least that suffices."""
 
     layer: str
@@ -88,7 +88,7 @@ class Job:
     cutlass: cutlass.Program | None = None  # CUTLASS's kernel instead of ours
 
 
-def count(job: Job) -> Row:
+def count(job: Job) -> Counted:
     """Compile, run, check and count one kernel; in a worker process."""
     spec = job.spec
     if job.cutlass:
@@ -106,7 +106,7 @@ def count(job: Job) -> Row:
     used, minimum = kernel.resources(), sectors.of_gemm(spec, job.tile, 0 if job.cutlass else 1)
     requested = sum(counters.global_sectors.values())
     distinct = sum(counters.unique_sectors.values())
-    return Row(
+    return Counted(
         layer=job.layer,
         shape=str(job.spec),
         tile=f"{job.tile.BLOCK_M}x{job.tile.BLOCK_N}x{job.tile.BLOCK_K} s{job.tile.NUM_STAGES}",
@@ -178,7 +178,7 @@ def work_in(folder: str) -> None:
     nvcc.cache_folder = Path(folder)
 
 
-def rows_of(jobs: list[Job], folder: Path) -> list[Row]:
+def rows_of(jobs: list[Job], folder: Path) -> list[Counted]:
     spawn = multiprocessing.get_context("spawn")
     rows = []
     with ProcessPoolExecutor(os.cpu_count(), spawn, work_in, (str(folder),)) as pool:
@@ -226,7 +226,7 @@ def fused_bytes(options, depth: int, folder: Path) -> dict[str, int]:
 
 
 def bytes_per_image(
-    options, depth: int, rows: Iterable[Row], fused: dict[str, int]
+    options, depth: int, rows: Iterable[Counted], fused: dict[str, int]
 ) -> dict[str, float]:
     """MB that a network moves per image beside its weights; whole tensors, once per kernel.
 
@@ -288,7 +288,7 @@ HEADINGS = {
 }
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Counted) -> list[str]:
     values = asdict(row)
     decimals = {"sass_per_hmma": 2, "wavefronts": 3, "sectors": 3, "dram": 4}
     return [
@@ -297,7 +297,7 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Counted]) -> None:
     """The table, one line a row."""
     table = Table("", [Column(name, right=i > 2) for i, name in enumerate(HEADINGS.values())])
     for row in rows:
@@ -319,7 +319,7 @@ def markdown(result: dict, layers: tuple[str, ...] = ("",)) -> str:
         shown = [n for n in HEADINGS if n not in ("layer", "tile", "kernel", "dram_bytes")]
         both: dict[tuple[str, str], dict[str, list[str]]] = {}
         rows = [row for row in result["rows"] if any(part in row["layer"] for part in layers)]
-        for row in (Row(**fields) for fields in rows):
+        for row in (Counted(**fields) for fields in rows):
             kernels = both.setdefault((row.layer, row.tile), {})
             kernels[row.kernel] = dict(zip(HEADINGS, cells(row), strict=True))
         heads = ["layer", "tile", *(HEADINGS[name] for name in shown)]

@@ -41,7 +41,7 @@ def render(results: Results) -> Iterator[Table | str]:
 def times(suite: str, found: list[Measurement]) -> Table:
     """The rows of a suite, a group per case."""
     device = any(row.device_ms is not None for row in found)
-    ratio = f"ratio: {clock_of(found)} time over {EAGER[suite]}'s; below 1 is faster"
+    ratio = f"ratio: {clock_used(found)} time over {EAGER[suite]}'s; below 1 is faster"
     names = ["provider", "backend", "tile", "wall ms", "p20", "p80", "p99"]
     names += ["device ms"] * device + ["first ms", "MB", "error", "eager's", "ratio"]
     names += ["roof"] * (suite == "ops")
@@ -96,7 +96,7 @@ def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def clock_of(found: list[Measurement]) -> str:
+def clock_used(found: list[Measurement]) -> str:
     """Which clock the ratios of a suite's rows are by: "device" or "wall"."""
     return next((row.clock for row in found if row.measured), "wall")
 

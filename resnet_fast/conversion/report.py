@@ -19,7 +19,7 @@ ASKED = "backend aten was asked for, which fuses nothing"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Entry:
     """One residual block, stem, or convolution with its norm; or what was left and resembles one.
 
     Args:
@@ -53,10 +53,10 @@ class Report:
         packed_bytes: what the CPU's packed copies take beside the live weights.
     """
 
-    def __init__(self, rows: list[Row], packed_bytes: int = 0):
+    def __init__(self, rows: list[Entry], packed_bytes: int = 0):
         self.rows, self.packed_bytes = rows, packed_bytes
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Entry]:
         return iter(self.rows)
 
     def __len__(self) -> int:
@@ -114,9 +114,9 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
         with torch.inference_mode():
             model(example_input)
     found = owners(model)
-    rows = [row for row in map(_row, found) if row is not None]
+    rows = [row for row in map(_entry, found) if row is not None]
     rows += [
-        Row(name or "(model)", kind_of(module), False, "aten", reason, 0, 0)
+        Entry(name or "(model)", kind_of(module), False, "aten", reason, 0, 0)
         for name, module, reason in left_over(model, found)
     ]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -124,7 +124,7 @@ def report(model: nn.Module, example_input: Tensor | None = None) -> Report:
     return Report(rows, ops.packed_bytes(model.parameters()))
 
 
-def _row(owner: Owner) -> Row | None:
+def _entry(owner: Owner) -> Entry | None:
     """An owner's line; None for one that ran, if at all, as part of another."""
     record = record_of(owner.module)
     ran = record.fused + record.plain
@@ -141,7 +141,7 @@ def _row(owner: Owner) -> Row | None:
     if reason is None and ran_by and all(map(_is_unfused, ran_by)):
         reason, calls = unfused, (0, ran)
     fused = reason is None
-    return Row(
+    return Entry(
         owner.name, type(owner.module).__name__, fused,
         ", ".join(sorted(ran_by)) if fused else UNFUSED,
         reason or "; ".join(filter(None, (left, unfused))),

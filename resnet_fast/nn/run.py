@@ -44,7 +44,8 @@ MAX_PLANS = 64  # inputs remembered per root: a detector's images have dozens of
 # Far enough below the largest number that rounding cannot matter.
 _LIMITS = {torch.float32: 1e38, torch.bfloat16: 1e38, torch.float16: 3e4}
 
-Bound = tuple[float, float]  # gain and offset: a value is at most gain * (largest of x) + offset
+# gain and offset: a value is at most gain * (largest of x) + offset
+Growth = tuple[float, float]
 
 _records: weakref.WeakKeyDictionary[nn.Module, Record] = weakref.WeakKeyDictionary()
 _plans: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Plan]] = weakref.WeakKeyDictionary()
@@ -277,7 +278,7 @@ class PlannedPiece:
         ready, most = iter(launches), math.inf
         limit = _LIMITS.get(dtype, 0.0)
 
-        def grow(_step: Step, x: Bound, other: Bound | None) -> Bound:
+        def grow(_step: Step, x: Growth, other: Growth | None) -> Growth:
             nonlocal most
             gain, offset = next(ready).growth or UNKNOWN
             gain, offset = gain * x[0], gain * x[1] + offset
