@@ -150,7 +150,9 @@ def _entry(owner: Owner) -> Entry | None:
 
 
 def _is_unfused(backend: str) -> bool:
-    return backend.split()[0] == UNFUSED  # the stem's may be "aten with maxpool"
+    """Whether it is torch's own functions, on any device; a stem's may be "aten with maxpool"."""
+    name = backend.split()[0]
+    return ops.backend_devices().get(name, name) is None
 
 
 def _foretell(owner: Owner) -> tuple[str | None, str]:
