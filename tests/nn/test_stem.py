@@ -162,7 +162,7 @@ def test_a_model_compiles_with_the_stem_in_one_node(stand_in, pair, image):
     # An exported graph asks the device alone, and the CPU's keeps its two steps.
     assert "resnet_fast.stem_pool.default" not in targets
     assert targets.count("resnet_fast.conv_bn_act.default") > 4
-    with torch.autograd.profiler.profile():  # something listens: the op, not a program
+    with torch.autograd.profiler.profile():  # something listens: the op, not a launch
         fused(x)
     assert stand_in.layouts == ["channels_last"]
 
