@@ -67,9 +67,9 @@ class ConvBnJoin(nn.Module):
         main, projected = _affine(self.conv, self.norm), _affine(self.proj, self.proj_norm)
         norm, stride = _statistics(self.norm), self.proj.stride
         norm |= {f"proj_{name}": value for name, value in _statistics(self.proj_norm).items()}
-        return lambda h, x: ops.conv_bn_join(
-            h, *main, x, *projected, stride, **norm, backend=backend
-        )
+        rest = {"stride": stride, **norm, "backend": backend}
+        join = ops.CONV_BN_JOIN
+        return lambda h, x: join.overload(*join.Call(h, *main, x, *projected, **rest))
 
 
 class StemPool(nn.Module):
@@ -90,7 +90,7 @@ class StemPool(nn.Module):
 FORMULAS = {
     "conv_bn_act": ConvBnAct,
     "add_relu": AddRelu,
-    "conv_bn_join": ConvBnJoin,
+    ops.CONV_BN_JOIN.name: ConvBnJoin,
     "stem_pool": StemPool,
 }
 

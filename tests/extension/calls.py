@@ -8,6 +8,7 @@ import ctypes
 import torch
 
 import resnet_fast
+from resnet_fast import ops
 from resnet_fast.kernels import cuda
 from tests.support import nvcc
 from tests.support import stem as stem_mirror
@@ -227,7 +228,7 @@ def conv_problem(name: str, dtype: str) -> tuple[bytes, dict[str, object]]:
 
 
 def join_error(name: str) -> str:
-    """The error of one call of conv_bn_join: h [2, 16, 3, 4], x [2, 8, 6, 7] -> [2, 24, 3, 4]."""
+    """The error of one call of a join: h [2, 16, 3, 4], x [2, 8, 6, 7] -> [2, 24, 3, 4]."""
     vector = torch.ones(24)
     good = {
         "h": nhwc(2, 16, 3, 4),
@@ -254,7 +255,8 @@ def join_error(name: str) -> str:
     arguments = good | changes
     if name == "out-is-h":
         arguments["out"] = arguments["h"]
-    return error_of(lambda: torch.ops.resnet_fast._conv_bn_join_cuda(*arguments.values()))
+    join = getattr(torch.ops.resnet_fast, f"_{ops.CONV_BN_JOIN.name}_cuda")
+    return error_of(lambda: join(*arguments.values()))
 
 
 def stem(name: str) -> dict[str, object]:

@@ -24,6 +24,7 @@ from resnet_fast.dispatch import tiles as table
 from tests.extension import calls, models
 from tests.support import nvcc
 
+JOIN_OP = ops.CONV_BN_JOIN.name
 ROOT = Path(__file__).resolve().parents[2]
 ONE_FORM = re.compile(r"ValueError: resnet_fast::\w+: .+ must be .+, got .+; .+")
 LACKS_A_GPU = "x must be on a CUDA device"
@@ -60,7 +61,7 @@ def test_the_report_names_kernels_registers_and_no_spill(built):
     for op, count in (
         ("add_relu", 12),
         ("conv_bn_act", 51),
-        ("conv_bn_join", 18),
+        (JOIN_OP, 18),
         ("stem_pool", 6),
     ):
         assert re.search(rf"kernels  {op}: {count}, \d+ to \d+ registers, none with spills", text)
@@ -90,7 +91,7 @@ def test_a_kernels_resources_are_asked_of_a_gpu(extension):
     )
 
 
-@pytest.mark.parametrize("op", ["add_relu", "conv_bn_act", "conv_bn_join"])
+@pytest.mark.parametrize("op", ["add_relu", "conv_bn_act", JOIN_OP])
 def test_the_table_in_the_source_is_what_runs(op, extension):
     """Other tests read the tables as text."""
     tiles = extension(calls.facts)["tiles"].get(op, [])
@@ -202,7 +203,7 @@ JOIN = {
 
 
 @pytest.mark.parametrize("name", JOIN)
-def test_conv_bn_join_refuses(name, extension):
+def test_a_join_refuses(name, extension):
     wanted = JOIN[name] or ("h", "on a CUDA device", "cpu")
     check(extension(calls.join_error, name), *wanted)
 
@@ -318,6 +319,6 @@ def test_the_struct_is_what_the_arguments_say(name, dtype, extension):
 )
 def test_whole_models_pass_the_launchers_checks(name, dtype, convolutions, joins, extension):
     launched = extension(models.run, name, dtype)
-    whole = {"stem_pool": 1, "conv_bn_act": convolutions, "conv_bn_join": joins}
+    whole = {"stem_pool": 1, "conv_bn_act": convolutions, JOIN_OP: joins}
     assert launched.pop("none") == {}
     assert launched == dict.fromkeys(launched, whole)

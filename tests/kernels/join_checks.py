@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the interpreting and the compiling processes run on `conv_bn_join`."""
+"""What the interpreting and the compiling processes run on a join."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from resnet_fast.kernels import conv_bn_join
 from resnet_fast.spec import ELEMENT_SIZE, JoinSpec, TileConfig
 from softgpu import ptx
 from tests.kernels import machine
@@ -28,7 +27,7 @@ def check(tensors: JoinTensors, label: str) -> None:
 
 
 def launch(tensors: JoinTensors, tile: TileConfig) -> None:
-    run = conv_bn_join.build(tensors.spec, tile, tensors.operands(), arch=ARCH)
+    run = join_cases.kernel.build(tensors.spec, tile, tensors.operands(), arch=ARCH)
     run(*tensors.arguments())
 
 

@@ -12,6 +12,7 @@ import ctypes
 
 import torch
 
+from resnet_fast import ops
 from resnet_fast.dispatch import tiles
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, TileConfig
 from softgpu import ptx
@@ -21,7 +22,7 @@ from tests.support.compiled import WARP, CompiledKernel
 from tests.support.join_cases import JoinTensors
 
 ADD_RELU, ADD_RELU_THREADS = "cuda/device/add_relu.cuh", 256
-CONV, JOIN = "cuda/device/conv_implicit_gemm.cuh", "cuda/device/conv_bn_join.cuh"
+CONV, JOIN = "cuda/device/conv_implicit_gemm.cuh", f"cuda/device/{ops.CONV_BN_JOIN.name}.cuh"
 WARPS_M = 2  # of every tile: two rows of warps
 TILES = tiles.CUDA_TILES[ConvSpec]
 REDUCE_THREADS, REDUCE_CHANNELS = 256, 4  # of a block of reduce_splits, and of each thread
@@ -49,7 +50,7 @@ def conv_kernels(tensors: ConvTensors, tile: TileConfig, arch: int) -> list[Comp
 
 
 def join_kernels(tensors: JoinTensors, tile: TileConfig, arch: int) -> list[CompiledKernel]:
-    """What `conv_bn_join` launches on `tensors`: one kernel."""
+    """What a join launches on `tensors`: one kernel."""
     spec = tensors.spec.main
     main, projection = (conv_problem(t, tile) for t in (tensors.main, tensors.projection))
     structs = (nvcc.ConvProblem.from_buffer_copy(part.data) for part in (main, projection))
@@ -59,7 +60,7 @@ def join_kernels(tensors: JoinTensors, tile: TileConfig, arch: int) -> list[Comp
     instance = f"{nvcc.CPP_TYPE[spec.dtype]}, {cpp_tile(tile, spec.dtype)}, {pointwise}"
     return [
         compile_kernel(
-            f"conv_bn_join<{instance}>(JoinProblem)",
+            f"{ops.CONV_BN_JOIN.name}<{instance}>(JoinProblem)",
             *(arch, (tiles, 1, 1), WARP * tile.NUM_WARPS),
             *(shared_bytes(tile, spec.dtype), problem, JOIN),
         )

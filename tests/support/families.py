@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op in every family of kernels, as compilations that can be listed without doing them.
 
-    triton conv_bn_act   triton conv_bn_join   triton stem_pool   triton add_relu
-    cuda conv_bn_act     cuda conv_bn_join     cuda stem_pool     cuda add_relu
+    triton, cuda  x  a convolution, a join of two, a stem, an addition
 
 The families `cuda` need nvcc. Shapes are small enough for the PTX machine, and each tile of a
 family's table has some.
@@ -16,7 +15,7 @@ from functools import partial
 
 import torch
 
-from resnet_fast import _hardware
+from resnet_fast import _hardware, ops
 from resnet_fast.dispatch import tiles
 from resnet_fast.kernels import stem_pool
 from resnet_fast.spec import ELEMENT_SIZE, ConvSpec, JoinSpec, StemSpec, StemTile, TileConfig
@@ -146,11 +145,11 @@ def _name(dtype: torch.dtype) -> str:
 # arch -> its work, tile by tile
 FAMILIES: dict[str, Callable[[int], Iterator[Work]]] = {
     "triton conv_bn_act": _triton_convs,
-    "triton conv_bn_join": _triton_joins,
+    f"triton {ops.CONV_BN_JOIN.name}": _triton_joins,
     "triton stem_pool": _triton_pools,
     "triton add_relu": partial(_adds, compiled.add_relu_kernels),
     "cuda conv_bn_act": _cuda_convs,
-    "cuda conv_bn_join": _cuda_joins,
+    f"cuda {ops.CONV_BN_JOIN.name}": _cuda_joins,
     "cuda stem_pool": _cuda_stems,
     "cuda add_relu": partial(_adds, cuda_kernels.add_relu_kernels),
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The projection blocks' ends that tests run, the tensors to run them on, and the compiled kernel.
 
-As `cases.py` and `compiled.py` for one convolution, but for the two of `conv_bn_join`.
+As `cases.py` and `compiled.py` for one convolution, but for the two of a join.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-from resnet_fast.kernels import conv_bn_join
+from resnet_fast.kernels import conv_bn_join as kernel
 from resnet_fast.spec import ConvSpec, JoinSpec, TileConfig
 from tests.support.cases import ConvTensors, conv_tensors
 from tests.support.compiled import CompiledKernel, recorder
@@ -105,7 +105,7 @@ class JoinTensors:
             p.x, p.weight, p.scale, p.shift, p.mean, p.var, p.eps, self.out,
         )  # fmt: skip
 
-    def operands(self) -> conv_bn_join.Operands:
+    def operands(self) -> kernel.Operands:
         """What the launch is built from."""
         m, p = self.main, self.projection
         tensors = [t for t in self.arguments() if isinstance(t, torch.Tensor)]
@@ -115,7 +115,7 @@ class JoinTensors:
         ]
         strides = [(t.stride(0), t.stride(2), t.stride(3)) for t in (m.x, p.x)]
         aligned = all(t.data_ptr() % 16 == 0 for t in tensors)
-        return conv_bn_join.Operands(*strides, *params, aligned)
+        return kernel.Operands(*strides, *params, aligned)
 
     def eager(self) -> torch.Tensor:
         """What eager torch computes at this dtype, one op after another."""
@@ -139,10 +139,8 @@ def join_tensors(spec: JoinSpec, *, factors=(1.0, 1.0), seed: int = 0, **options
 
 
 def join_kernels(tensors: JoinTensors, tile: TileConfig, arch: int) -> list[CompiledKernel]:
-    """What `conv_bn_join` launches on `tensors`: one kernel."""
+    """What the op launches on `tensors`: one kernel."""
     kernels: list[CompiledKernel] = []
-    launch = conv_bn_join.build(
-        tensors.spec, tile, tensors.operands(), arch=arch, bind=recorder(kernels)
-    )
+    launch = kernel.build(tensors.spec, tile, tensors.operands(), arch=arch, bind=recorder(kernels))
     launch(*tensors.arguments())
     return kernels
