@@ -25,6 +25,7 @@ from resnet_fast.dispatch.problem import (
     new_output,
     new_pooled,
     on_device_of,
+    sum_binder,
     sum_refusal,
 )
 from resnet_fast.dispatch.row import Row
@@ -216,15 +217,7 @@ def stem_build(problem: StemProblem, tile: StemTile) -> Binder:
 
 
 def sum_build(problem: SumProblem, tile: None = None) -> Binder:
-    run = _private(problem.op)
-
-    def launch(x, y) -> Tensor:
-        out = torch.empty_like(x)
-        with on_device_of(x):
-            run(x, y, out)
-        return out
-
-    return binder(launch)
+    return sum_binder(_private(problem.op))
 
 
 _row = functools.partial(

@@ -253,6 +253,18 @@ def binder(kernel: Callable[..., Tensor]) -> Binder:
     return functools.partial(Runner, kernel)
 
 
+def sum_binder(run: Callable[[Tensor, Tensor, Tensor], None]) -> Binder:
+    """The binder of a kernel that writes an element-by-element op of two tensors into a third."""
+
+    def launch(x: Tensor, y: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        with on_device_of(x):
+            run(x, y, out)
+        return out
+
+    return binder(launch)
+
+
 def layout_refusal(problem: ConvProblem) -> str | None:
     """What every fused GPU kernel needs of its tensors' layout, and is not so; else None."""
     if problem.x not in (NHWC, "channels_inner"):

@@ -29,6 +29,7 @@ from resnet_fast.dispatch.problem import (
     new_output,
     new_pooled,
     on_device_of,
+    sum_binder,
     sum_refusal,
 )
 from resnet_fast.dispatch.row import Row
@@ -149,14 +150,7 @@ def sum_build(problem: SumProblem, tile: None, gradient: bool) -> Binder:
 
     dtype, arch = getattr(torch, problem.spec.dtype), problem.arch or INTERPRETED_ARCH
     run = kernel.build(problem.spec.numel, dtype, problem.aligned, arch=arch, gradient=gradient)
-
-    def launch(x, y) -> Tensor:
-        out = torch.empty_like(x)
-        with on_device_of(x):
-            run(x, y, out)
-        return out
-
-    return binder(launch)
+    return sum_binder(run)
 
 
 _row = functools.partial(
